@@ -1,0 +1,84 @@
+"""Loss and input gradient of a model under attack: what every gradient attack needs, whatever the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from attacks.losses import cross_entropy, hard_labels
+
+Model = Callable[[Tensor], Tensor]
+
+# Largest |d loss / d logit| of a sample when the backward pass runs in float16. Pixel gradients are typically 1e-3 to 1e-6 of
+# it, and float16 keeps numbers from 6e-8 to 65504.
+FP16_LOGIT_GRADIENT = 2.0**10
+
+
+@contextmanager
+def under_attack(model: Model) -> Iterator[None]:
+    """Put a module into eval mode with frozen parameters, and give back the mode of every sub-module and parameter.
+
+    Frozen, because then autograd stores nothing for weight gradients and none are accumulated. A plain function passes through.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def evaluate(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample loss (B,) and whether the prediction is right (B,) bool, without a graph."""
+    with torch.no_grad():
+        logits = model(x)
+        return cross_entropy(logits, y), logits.argmax(dim=1) == hard_labels(y)
+
+
+def evaluate_with_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-sample loss (B,), whether the prediction is right (B,) bool, and d loss / d x (B, …) in the dtype of `x`.
+
+    The gradient is taken in two parts: of the loss with respect to the logits, in float32 or better, then through the network.
+    In float16 each sample's logit gradient is first scaled by a power of two to a fixed size, and the result is scaled back in
+    the dtype of `x`: otherwise confident samples and small pixel gradients underflow to zero and the attack loses their
+    coordinates. No value is read back from the device. Coordinates whose gradient is not finite count as zero, so that no
+    pixel can become NaN.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = model(x)
+        leaf = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_(True)
+        loss = cross_entropy(leaf, y)
+        (logit_grad,) = torch.autograd.grad(loss.sum(), leaf)
+        scale = _fp16_scale(logit_grad) if _backward_in_fp16(logits) else None
+        if scale is not None:
+            logit_grad = logit_grad * scale
+        (grad,) = torch.autograd.grad(logits, x, grad_outputs=logit_grad.to(logits.dtype))
+    if scale is not None:
+        grad = grad / scale.view(-1, *[1] * (grad.dim() - 1))
+    grad = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+    return loss.detach(), leaf.detach().argmax(dim=1) == hard_labels(y), grad
+
+
+def _backward_in_fp16(logits: Tensor) -> bool:
+    device = logits.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or logits.dtype == torch.float16
+
+
+def _fp16_scale(logit_grad: Tensor) -> Tensor:
+    """(B, 1) power of two that brings each sample's largest logit gradient to about `FP16_LOGIT_GRADIENT`."""
+    largest = logit_grad.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    return torch.exp2(torch.floor(torch.log2(FP16_LOGIT_GRADIENT / largest)))

@@ -1,0 +1,1 @@
+"""What both entries need: configuration, processes, files, provenance. Knows no model, attack or data."""

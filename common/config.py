@@ -1,0 +1,555 @@
+"""Every flag of the project, declared once: the fields of frozen dataclasses become fastargs sections and `--section.name` flags.
+
+A field holds default, meaning and check (`flag`); `load_config` turns a command line and YAML files into one frozen object, or
+raises a `UserError` that names the flag, what was expected and what came. The rest of the project receives these plain
+dataclasses and never sees fastargs. Order of precedence: command line, then later config files, then earlier ones, then the
+default; environment variables are not read.
+
+The 55 flags of the published system keep their names, defaults and meaning (README, "Flags").
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fastargs
+import fastargs.validation
+import yaml
+
+from common.errors import UserError
+
+# Radius used where no eps is given, in units of pixels in [0, 1] (ImageNet threat models of the paper, Section 2).
+DEFAULT_EPS = {"Linf": 4 / 255, "L2": 2.0, "L1": 75.0}
+NORMS = tuple(DEFAULT_EPS)
+# fp64 is for comparing runs to the last digits, not for training.
+PRECISIONS = ("fp32", "fp16", "bf16", "fp64")
+# Top-level key of a run's params.json that is not a section, so that the file itself serves as a config file.
+PROVENANCE_KEY = "provenance"
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    harmless: bool = False,
+) -> Any:
+    """Declare one flag as a dataclass field.
+
+    Args:
+        default: value when it is not given; `dataclasses.MISSING` makes the flag required.
+        help: meaning, with units.
+        choices: the allowed strings.
+        at_least, at_most, above: bounds of a number, the last one exclusive.
+        harmless: the flag cannot change the trained weights; it does not count for the run's name.
+    """
+    checks = {"choices": choices, "at_least": at_least, "at_most": at_most, "above": above}
+    return field(default=default, metadata={"help": help, "harmless": harmless, **checks})
+
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained."""
+
+    arch: str = flag("convnext_tiny", "architecture: a name of utils_architecture.ARCHITECTURES or timm_<timm name>")
+    pretrained: bool = flag(True, "1: start from timm's pretrained weights (downloaded)")
+    ckpt_path: str = flag("", "weights to start from (file); empty for none")
+    add_normalization: bool = flag(True, "1: ImageNet mean/std normalisation inside the model")
+    not_original: bool = flag(False, "1: replace the PatchStem by a ConvStem")
+    updated: bool = flag(False, "1: convnext_iso with stem and width 432")
+    model_ema: bool = flag(False, "1: keep an exponential moving average of the weights, save and validate it too")
+    freeze_some: bool = flag(False, "1: train only a part of the parameters, chosen by model.early")
+    early: bool = flag(True, "with freeze_some: 1 trains only parameters named *stem*, 0 freezes only those")
+    num_classes: int = flag(1000, "number of classes of the head", at_least=2)
+    drop_path: float | None = flag(None, "stochastic depth rate; unset: timm's default", at_least=0, at_most=0.95)
+    ema_decay: float = flag(0.9999, "decay of the average at every optimiser step", at_least=0, at_most=1)
+    ema_warmup: bool = flag(False, "1: decay min(ema_decay, (1 + step) / (10 + step)), for short runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolutionConfig:
+    """Training image size by epoch."""
+
+    min_res: int = flag(160, "image size in pixels up to epoch start_ramp", at_least=8)
+    max_res: int = flag(160, "image size in pixels from epoch end_ramp", at_least=8)
+    start_ramp: int = flag(0, "epoch up to which min_res holds", at_least=0)
+    end_ramp: int = flag(0, "epoch from which max_res holds; between the two linear, in multiples of 32", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from and how they are augmented."""
+
+    train_dataset: str = flag(REQUIRED, "training images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…")
+    val_dataset: str = flag(REQUIRED, "validation images, likewise")
+    num_workers: int = flag(REQUIRED, "loader processes of each training process", at_least=0, harmless=True)
+    in_memory: bool = flag(REQUIRED, "1: keep all encoded images in memory, shared by the workers", harmless=True)
+    seed: int = flag(0, "seed of everything random", at_least=0)
+    augmentations: int = flag(0, "0 basic (crop, flip), 1 heavy (RandAugment, erasing, mixup), 2 none", at_least=0, at_most=2)
+    root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)", harmless=True)
+    train_split: str = flag("", "name of the training split for timm's readers; empty: train")
+    val_split: str = flag("", "name of the validation split for timm's readers; empty: validation")
+    min_scale: float = flag(0.08, "smallest share of the image's area in RandomResizedCrop", above=0, at_most=1)
+    flip: float = flag(0.5, "probability of a horizontal flip (published code, basic: 0)", at_least=0, at_most=1)
+    max_bad_images: int = flag(100, "undecodable images met in one epoch before training stops", at_least=0, harmless=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRConfig:
+    """Learning rate."""
+
+    lr: float = flag(1e-3, "peak learning rate; not scaled with the batch size", above=0)
+    lr_schedule_type: str = flag("cosine", "shape by epoch", choices=("cosine", "step", "cyclic"))
+    lr_peak_epoch: int = flag(10, "epoch at which cosine and cyclic reach the peak", at_least=0)
+    step_ratio: float = flag(0.1, "step: factor every step_length epochs", above=0)
+    step_length: int = flag(30, "step: epochs between two factors", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written, where and how often."""
+
+    folder: str = flag("runs", "run folders are made in this folder", harmless=True)
+    log_level: int = flag(1, "per step: 0 nothing, 1 epoch, step, shape and lr, 2 also the loss", at_least=0, at_most=2, harmless=True)
+    save_freq: int = flag(2, "epochs between two saved weights; the last epoch is always saved", at_least=1, harmless=True)
+    addendum: str = flag("", "appended to the run's name")
+    keep: int = flag(5, "saved epochs that are kept (raw and EMA each), oldest deleted first; 0: all", at_least=0, harmless=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Validation during and after training."""
+
+    batch_size: int = flag(64, "images a process", at_least=1, harmless=True)
+    resolution: int = flag(224, "image size in pixels", at_least=8, harmless=True)
+    lr_tta: bool = flag(False, "1: add the logits of the mirrored image", harmless=True)
+    precision: str = flag("fp16", "autocast of validation", choices=PRECISIONS, harmless=True)
+    freq: int = flag(1, "epochs between two validations; the last epoch is always validated", at_least=1, harmless=True)
+    adv_n_ex: int = flag(512, "images of the quick adversarial validation, spread over the set; 0: none", at_least=0, harmless=True)
+    adv_n_iter: int = flag(10, "APGD updates of the quick adversarial validation", at_least=1, harmless=True)
+    crop_pct: float = flag(0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1, harmless=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation."""
+
+    eval_only: bool = flag(False, "1: validate the weights and stop")
+    batch_size: int = flag(512, "images of one process in one forward pass", at_least=1)
+    optimizer: str = flag("adamw", "AdamW with betas (0.9, 0.95), or SGD", choices=("adamw", "sgd"))
+    momentum: float = flag(0.9, "momentum of SGD", at_least=0, at_most=1)
+    weight_decay: float = flag(0.05, "decoupled (AdamW) or coupled (SGD) weight decay", at_least=0)
+    epochs: int = flag(100, "passes over the training images", at_least=1)
+    label_smoothing: float = flag(0.1, "with mixup: 0 off, 1 on (0.1), between: the value", at_least=0, at_most=1)
+    distributed: bool = flag(False, "1: dist.world_size processes; implied under torchrun")
+    use_blurpool: bool = flag(False, "1: blur before strided convolutions of at least 16 channels")
+    precision: str = flag("fp16", "autocast of attack and training; fp16 with loss scaling", choices=PRECISIONS)
+    grad_clip: float = flag(0.0, "largest L2 norm of the gradient; 0: no clipping", at_least=0)
+    grad_accum: int = flag(1, "forward passes summed into one optimiser step", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistConfig:
+    """Processes of training.distributed=1; under torchrun its own settings hold."""
+
+    world_size: int = flag(1, "number of processes", at_least=1)
+    address: str = flag("localhost", "address of the first process", harmless=True)
+    port: str = flag("12355", "port of the first process", harmless=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvConfig:
+    """The attack trained against."""
+
+    attack: str = flag("none", "none: clean training", choices=("none", "apgd", "fgsm"))
+    norm: str = flag("Linf", "threat model", choices=NORMS)
+    eps: float | None = flag(None, "radius, fractions allowed; unset: 4/255 (Linf), 2 (L2), 75 (L1)", above=0)
+    n_iter: int = flag(2, "updates of APGD", at_least=1)
+    verbose: bool = flag(False, "1: log loss and accuracy of every attack step (synchronises with the GPU)", harmless=True)
+    noise_level: float = flag(1.0, "FGSM: random start in units of eps", at_least=0)
+    skip_projection: bool = flag(False, "FGSM: 1 leaves the result outside ball and box")
+    alpha: float = flag(1.0, "FGSM: step in units of eps", above=0)
+    eps_warmup_epochs: float = flag(0.0, "epochs over which eps grows linearly from 0", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiscConfig:
+    """The rest."""
+
+    notes: str = flag("", "free text, kept with the run", harmless=True)
+    use_channel_last: bool = flag(True, "1: channels_last memory format")
+
+
+def _check_radius(name: str, norm: str, eps: float) -> None:
+    if norm == "Linf" and eps > 1:
+        raise UserError(f"{name}: pixels are in [0, 1], so a Linf radius is at most 1; got {eps:g} (did you mean {eps:g}/255?).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything `train.py` needs."""
+
+    model: ModelConfig
+    resolution: ResolutionConfig
+    data: DataConfig
+    lr: LRConfig
+    logging: LoggingConfig
+    validation: ValidationConfig
+    training: TrainingConfig
+    dist: DistConfig
+    adv: AdvConfig
+    misc: MiscConfig
+
+    def __post_init__(self) -> None:
+        if self.adv.eps is None:
+            object.__setattr__(self, "adv", dataclasses.replace(self.adv, eps=DEFAULT_EPS[self.adv.norm]))
+        _check_radius("adv.eps", self.adv.norm, self.adv.eps)
+        if self.adv.attack == "fgsm" and self.adv.norm != "Linf":
+            raise UserError(f"adv.norm: adv.attack=fgsm is defined for Linf only, got {self.adv.norm!r}; use adv.attack=apgd.")
+        if self.data.augmentations == 1 and self.training.batch_size % 2:
+            raise UserError(
+                f"training.batch_size: data.augmentations=1 mixes pairs of images and needs an even batch, got {self.training.batch_size}."
+            )
+        if self.resolution.end_ramp < self.resolution.start_ramp:
+            raise UserError(
+                f"resolution.end_ramp: expected at least resolution.start_ramp={self.resolution.start_ramp}, got {self.resolution.end_ramp}."
+            )
+        if self.resolution.max_res < self.resolution.min_res:
+            raise UserError(
+                f"resolution.max_res: expected at least resolution.min_res={self.resolution.min_res}, got {self.resolution.max_res}."
+            )
+        if self.dist.world_size > 1 and not self.training.distributed:
+            raise UserError(
+                f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; give --training.distributed=1."
+            )
+        if not self.dist.port.isdigit() or not 0 < int(self.dist.port) < 65536:
+            raise UserError(f"dist.port: expected a port number from 1 to 65535, got {self.dist.port!r}.")
+
+    @property
+    def label_smoothing(self) -> float:
+        """Smoothing inside mixup: the published switch 1 stands for 0.1."""
+        return 0.1 if self.training.label_smoothing == 1 else self.training.label_smoothing
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder: the flags that matter most, a digest of all that alter the result, and the addendum.
+
+        It holds no time, so that the same command line finds the same folder again.
+        """
+        stem = "_cvst" if self.model.not_original else ""
+        parts = [self.model.arch.replace("/", "-") + stem]
+        if self.adv.attack != "none":
+            steps = self.adv.n_iter if self.adv.attack == "apgd" else ""
+            parts.append(f"{self.adv.attack}{steps}_{self.adv.norm}_{self.adv.eps:.4g}")
+        else:
+            parts.append("clean")
+        parts.append(("basic", "heavy", "plain")[self.data.augmentations])
+        parts.append(f"{self.training.epochs}ep_{self.resolution.max_res}px_seed{self.data.seed}")
+        parts.append(_digest(self))
+        if self.logging.addendum:
+            parts.append("".join(c if c.isalnum() or c in "-_.=" else "-" for c in self.logging.addendum))
+        return "_".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalModelConfig:
+    """The network to evaluate; unset values come from the run's params.json next to the weights, else the default in brackets."""
+
+    arch: str | None = flag(None, "architecture, as in training [convnext_tiny]")
+    not_original: bool | None = flag(None, "1: ConvStem [0]")
+    add_normalization: bool | None = flag(None, "1: the normaliser is inside the model [found in the weights]")
+    updated: bool | None = flag(None, "1: convnext_iso with stem and width 432 [0]")
+    num_classes: int | None = flag(None, "number of classes of the head [1000]", at_least=2)
+    use_blurpool: bool | None = flag(None, "1: trained with training.use_blurpool=1 [0]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDataConfig:
+    """The images to attack."""
+
+    val_dataset: str = flag(REQUIRED, "validation images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…")
+    root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)")
+    val_split: str = flag("", "name of the split for timm's readers; empty: validation")
+    num_workers: int = flag(2, "loader processes", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """AutoAttack and its threat models."""
+
+    model_in: str = flag(REQUIRED, "weights file, or a run folder (its newest weights, EMA where kept)")
+    fullaa: bool = flag(True, "1: APGD-CE, APGD-T, FAB-T, Square; 0: the first two")
+    norms: tuple[str, ...] = flag(("Linf",), "threat models, separated by commas", choices=NORMS)
+    eps: tuple[float, ...] | None = flag(None, "radius of each norm, fractions allowed; unset: 4/255, 2, 75", above=0)
+    n_ex: int = flag(5000, "number of images, the first of the set; 0: all", at_least=0)
+    batch_size: int = flag(100, "images attacked together; part of the result's identity", at_least=1)
+    img_size: int = flag(224, "image size in pixels", at_least=8)
+    crop_pct: float = flag(0.875, "centre crop after resizing to img_size/crop_pct; 1 for small images", above=0, at_most=1)
+    seed: int = flag(0, "seed of AutoAttack", at_least=0)
+    out: str = flag("", "folder of the report; empty: eval_<weights> next to the weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Everything `runner_aa_eval.py` needs."""
+
+    model: EvalModelConfig
+    data: EvalDataConfig
+    eval: AttackConfig
+
+    def __post_init__(self) -> None:
+        norms, eps = self.eval.norms, self.eval.eps
+        if len(set(norms)) != len(norms):
+            raise UserError(f"eval.norms: expected each norm once, got {','.join(norms)}.")
+        if eps is None:
+            eps = tuple(DEFAULT_EPS[n] for n in norms)
+            object.__setattr__(self, "eval", dataclasses.replace(self.eval, eps=eps))
+        elif len(eps) != len(norms):
+            raise UserError(
+                f"eval.eps: expected one radius for each of eval.norms={','.join(norms)}, separated by commas, got {len(eps)}."
+            )
+        for norm, radius in zip(norms, eps):
+            _check_radius("eval.eps", norm, radius)
+
+
+ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _number(text: Any) -> float:
+    if isinstance(text, bool):
+        raise ValueError
+    value = float(Fraction(text.replace(" ", ""))) if isinstance(text, str) and "/" in text else float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _integer(text: Any) -> int:
+    if isinstance(text, (bool, float)):
+        raise ValueError
+    return int(text)
+
+
+def _switch(text: Any) -> bool:
+    return {"0": False, "1": True, "false": False, "true": True}[str(text).lower()]
+
+
+def _string(text: Any) -> str:
+    if isinstance(text, (bool, dict, list)):
+        raise ValueError
+    return str(text)
+
+
+_SCALARS = {int: (_integer, "an integer"), float: (_number, "a number or a fraction such as 4/255"), bool: (_switch, "0 or 1"), str: (_string, "text")}
+
+
+class _FlagChecker(fastargs.validation.Checker):
+    """A flag's check in fastargs' form: converts text or YAML values to the field's type and holds its bounds."""
+
+    def __init__(self, annotation: Any, meta: typing.Mapping[str, Any]) -> None:
+        options = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+        if isinstance(annotation, types.UnionType):
+            annotation = options[0]
+        self.many = typing.get_origin(annotation) is tuple
+        self.convert, self.kind = _SCALARS[typing.get_args(annotation)[0] if self.many else annotation]
+        self.meta = meta
+
+    def check(self, value: Any) -> Any:
+        if not self.many:
+            return self._check_one(value)
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        return tuple(self._check_one(item.strip() if isinstance(item, str) else item) for item in items)
+
+    def _check_one(self, value: Any) -> Any:
+        meta = self.meta
+        result = self.convert(value)
+        if meta["choices"] is not None and result not in meta["choices"]:
+            raise ValueError
+        if meta["at_least"] is not None and result < meta["at_least"]:
+            raise ValueError
+        if meta["at_most"] is not None and result > meta["at_most"]:
+            raise ValueError
+        if meta["above"] is not None and result <= meta["above"]:
+            raise ValueError
+        return result
+
+    def help(self) -> str:
+        meta = self.meta
+        words = [f"one of {', '.join(meta['choices'])}" if meta["choices"] else self.kind]
+        words += [f"{word} {meta[key]:g}" for key, word in _BOUND_WORDS.items() if meta[key] is not None]
+        return ("a comma-separated list, each " if self.many else "") + ", ".join(words)
+
+
+_BOUND_WORDS = {"above": "above", "at_least": "at least", "at_most": "at most"}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+    """Read a command line (without the program's name) and the config files it names.
+
+    Raises:
+        UserError: unknown flag or key, missing required flag, wrong type or range, unreadable file.
+        SystemExit: status 0 after `--help`.
+    """
+    parser = _parser(config_class)
+    arguments = vars(_parse(parser, argv))
+    files = arguments.pop("config_file")
+    known = [name for name in arguments]
+    config = _fastargs_config(config_class)
+    for path in files:
+        config.collect(_read_config_file(Path(path), known))
+    config.collect({name: value for name, value in arguments.items() if value is not None})
+    return _build(config_class, config)
+
+
+def config_to_dict(config: Any) -> dict[str, dict[str, Any]]:
+    """Sections → flags → plain values, as written to params.json and accepted as a config file."""
+    return {name: dict(section) for name, section in dataclasses.asdict(config).items()}
+
+
+def harmless_flags() -> frozenset[str]:
+    """Dotted names of the training flags that cannot change the trained weights."""
+    return frozenset(
+        f"{section}.{f.name}" for section, cls in _sections(TrainConfig) for f in dataclasses.fields(cls) if f.metadata["harmless"]
+    )
+
+
+def _digest(config: TrainConfig) -> str:
+    """Six hexadecimal digits over all flags that can change the trained weights."""
+    harmless = harmless_flags() | {"logging.addendum"}
+    values = {
+        f"{section}.{name}": value
+        for section, flags in config_to_dict(config).items()
+        for name, value in flags.items()
+        if f"{section}.{name}" not in harmless
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def _sections(config_class: type) -> list[tuple[str, type]]:
+    return list(typing.get_type_hints(config_class).items())
+
+
+def _fastargs_config(config_class: type) -> fastargs.Config:
+    config = fastargs.Config()
+    for name, cls in _sections(config_class):
+        hints = typing.get_type_hints(cls)
+        params = {
+            f.name: fastargs.Param(
+                _FlagChecker(hints[f.name], f.metadata),
+                f.metadata["help"],
+                default=None if f.default is REQUIRED else f.default,
+                required=f.default is REQUIRED,
+            )
+            for f in dataclasses.fields(cls)
+        }
+        fastargs.Section(name, cls.__doc__, config_descriptor=config).params(**params)
+    return config
+
+
+def _build(config_class: type[ConfigT], config: fastargs.Config) -> ConfigT:
+    missing = sorted(".".join(p) for p, param in config.entries.items() if param.required and config.content.get(p) is None)
+    if missing:
+        raise UserError(f"{', '.join(missing)}: required, but neither given as a flag nor in a config file.")
+    for path in config.validate(mode="errordict"):
+        raise UserError(
+            f"{'.'.join(path)}: expected {config.entries[path].checker.help()}, got {config.content[path]!r}"
+            f"{_nearest_choice(config.entries[path].checker, config.content[path])}."
+        )
+    sections = {}
+    for name, cls in _sections(config_class):
+        sections[name] = cls(**{f.name: config[(name, f.name)] for f in dataclasses.fields(cls)})
+    return config_class(**sections)
+
+
+def _nearest_choice(checker: _FlagChecker, value: Any) -> str:
+    near = difflib.get_close_matches(str(value), checker.meta["choices"] or (), n=1, cutoff=0.3)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"command line: {message}.")
+
+
+def _parser(config_class: type) -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="%(prog)s [--config-file FILE] [--section.name=value …]", description=config_class.__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config-file", "-C", action="append", default=[], metavar="FILE", help="YAML or JSON file of flags; may be repeated"
+    )
+    for name, cls in _sections(config_class):
+        group = parser.add_argument_group(name, cls.__doc__)
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            default = "required" if f.default is REQUIRED else f"default {_shown(f.default)}"
+            text = f"{f.metadata['help']} ({_FlagChecker(hints[f.name], f.metadata).help()}; {default})".replace("%", "%%")
+            group.add_argument(f"--{name}.{f.name}", metavar="V", help=text)
+    return parser
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(int(default))
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return {None: "unset", "": "empty"}.get(default, default) if isinstance(default, (str, type(None))) else str(default)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    arguments, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"command line: unknown flag {unknown[0]!r}{_did_you_mean(unknown[0].split('=')[0], known)}.")
+    return arguments
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; the nearest known one is {near[0]!r}" if near else ""
+
+
+def _read_config_file(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config-file {path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config-file {path}: expected YAML or JSON; {' '.join(str(error).split())}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config-file {path}: expected sections with flags, got {type(content).__name__}.")
+    content.pop(PROVENANCE_KEY, None)
+    values: dict[str, Any] = {}
+    for section, flags in content.items():
+        values.update({f"{section}.{k}": v for k, v in flags.items()} if isinstance(flags, dict) else {str(section): flags})
+    for name in values:
+        if name not in known:
+            raise UserError(f"--config-file {path}: unknown key {name!r}{_did_you_mean(name, known)}.")
+    return values

@@ -1,0 +1,168 @@
+"""Processes of one training run: how they start, what they know of each other, how they add up. The only user of torch.distributed.
+
+Two ways lead to several processes: `training.distributed=1 dist.world_size=N` starts them here, and under `torchrun` they
+exist already. NCCL joins GPUs, gloo CPUs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def alone(cls, device: torch.device | str | None = None) -> Processes:
+        """The only process, on `device` or else the first GPU, or the CPU where there is none."""
+        return cls(rank=0, world_size=1, device=_device(0) if device is None else torch.device(device))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all processes; every process receives it."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every process, by rank, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over all processes; the model itself where there is only one."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_processes(world_size: int) -> None:
+    """Refuse more processes than GPUs on one machine with GPUs, and a number other than torchrun's."""
+    if under_torchrun():
+        started = int(os.environ["WORLD_SIZE"])
+        if world_size not in (1, started):
+            raise UserError(f"dist.world_size: {world_size} was asked for, but the launcher started {started} processes; leave it out.")
+        world_size = int(os.environ.get("LOCAL_WORLD_SIZE", started))
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and world_size > gpus:
+        raise UserError(f"dist.world_size: {world_size} processes need as many GPUs on this machine, {gpus} visible.")
+
+
+def launch(main: Callable[[Any, Processes], None], config: Any, *, world_size: int, address: str, port: str) -> int:
+    """Run `main(config, processes)` in as many processes as asked for, and wait for all.
+
+    Args:
+        main: a module-level function; the started processes import it by name.
+        config: picklable.
+        world_size: number of processes, ignored under torchrun, which has started them.
+        address, port: where the first process listens.
+
+    Returns:
+        Exit status: 0, or the status of the first process that failed (the others are then ended).
+    """
+    check_processes(world_size)
+    if under_torchrun():
+        with _joined(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://") as processes:
+            main(config, processes)
+        return 0
+    if world_size == 1:
+        main(config, Processes.alone())
+        return 0
+    return _spawn(main, config, world_size, f"tcp://{address}:{port}")
+
+
+def _spawn(main: Callable, config: Any, world_size: int, rendezvous: str) -> int:
+    context = mp.get_context("spawn")
+    reported = context.Value("b", False)
+    children = [
+        context.Process(target=_spawned, args=(main, config, rank, world_size, rendezvous, reported)) for rank in range(world_size)
+    ]
+    for child in children:
+        child.start()
+    try:
+        while running := [child for child in children if child.is_alive()]:
+            multiprocessing.connection.wait([child.sentinel for child in running])
+            failed = [child for child in children if child.exitcode not in (None, 0)]
+            if failed:
+                return abs(failed[0].exitcode)
+    finally:
+        for child in children:
+            child.terminate()
+            child.join()
+    return 0
+
+
+def _spawned(main: Callable, config: Any, rank: int, world_size: int, rendezvous: str, reported: Any) -> None:
+    try:
+        with _joined(rank, world_size, rendezvous) as processes:
+            main(config, processes)
+    except UserError as error:
+        with reported.get_lock():  # every process meets the same bad input: say it once
+            if not reported.value:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            reported.value = True
+        os._exit(2)  # without waiting for the others, which the parent ends
+
+
+@contextmanager
+def _joined(rank: int, world_size: int, rendezvous: str) -> Iterator[Processes]:
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    device = _device(local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        raise UserError(
+            f"dist.address, dist.port: process {rank} of {world_size} cannot meet the others at {rendezvous} "
+            f"({str(error).splitlines()[0]}); is the port in use, or the address another machine's?"
+        ) from error
+    try:
+        yield Processes(rank=rank, world_size=world_size, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

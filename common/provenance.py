@@ -1,0 +1,59 @@
+"""What a number was measured with: commit, versions, devices, command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "fastargs", "pyautoattack", "autoattack", "robustbench")
+
+
+def provenance() -> dict[str, Any]:
+    """Commit (with "+changes" where files differ from it), versions, devices, command line and time of this process."""
+    return {
+        "command": [sys.executable, *sys.argv],
+        "commit": commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := installed_version(name)) is not None},
+        "devices": devices(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def devices() -> list[str]:
+    """Names of the visible GPUs, or the processor and its number of cores."""
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"]
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Commit of the project's checkout; None outside git."""
+    head = _git("rev-parse", "HEAD")
+    return head and head + ("+changes" if _git("status", "--porcelain") else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
