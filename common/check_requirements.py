@@ -1,0 +1,77 @@
+"""Does the Python that runs this meet requirements.txt? Only metadata are read: a fraction of a second.
+
+    python -m common.check_requirements requirements.txt
+
+Exit status 0 if it does; else 1, with one line for each requirement that is not met on standard error. Needs
+nothing but the standard library and either `packaging` or pip, whose own copy serves as well; where there is
+neither, nothing is met.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+OLDEST_PYTHON = (3, 10)
+
+
+def packaging_requirements() -> ModuleType:
+    """The module `packaging.requirements`, or pip's copy of it. Raises ImportError if there is neither."""
+    try:
+        return importlib.import_module("packaging.requirements")
+    except ImportError:
+        return importlib.import_module("pip._vendor.packaging.requirements")
+
+
+def read_requirements(path: Path) -> list[str]:
+    """The requirements of a file in pip's format, one string each, without comments and empty lines."""
+    lines = (line.split("#", maxsplit=1)[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+def installed_version(name: str) -> str | None:
+    """The version of the distribution `name`; None if it is not installed, or not completely."""
+    try:
+        return metadata.metadata(name).get("Version")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def unmet_requirements(lines: list[str]) -> list[str]:
+    """One sentence for each of the requirements (PEP 508) that the running Python does not meet.
+
+    Requirements whose marker excludes this Python are met. A pre-release counts by its place in the order of
+    versions, as vendors' builds of PyTorch carry such numbers (`2.7.0a0+...` meets `torch>=2.6`).
+    """
+    try:
+        packaging = packaging_requirements()
+    except ImportError:
+        return ["neither packaging nor pip is installed"]
+    problems = []
+    for line in lines:
+        requirement = packaging.Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        version = installed_version(requirement.name)
+        if version is None:
+            problems.append(f"{requirement.name} is not installed")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} {version} is installed, {requirement.specifier} is needed")
+    return problems
+
+
+def main(path: Path) -> int:
+    if sys.version_info < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        problems = [f"this is Python {sys.version.split()[0]}, {oldest} or newer is needed"]
+    else:
+        problems = unmet_requirements(read_requirements(path))
+    print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Run the tests. Sets the project up first if need be (see setup_env.sh). The tests need neither network nor GPU.
+#
+#     bash run_tests.sh                          all of them
+#     bash run_tests.sh tests/attacks -k apgd    pytest's arguments; paths start at the project's root
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+PY=$(bash "$root/setup_env.sh")
+cd "$root"
+
+exec "$PY" -m pytest "$@"

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Train. Sets the project up first if need be (see setup_env.sh).
+#
+#     bash run_train.sh                     the demo: a small adversarial training on real handwritten digits
+#     bash run_train.sh --FLAG=VALUE ...    train.py with these flags, which are checked before anything starts
+#     bash run_train.sh --help              all flags
+#
+# One process runs for each visible GPU, or a single one if there is none. CUDA_VISIBLE_DEVICES says which are
+# visible.
+#
+#     NGPU=4 bash run_train.sh ...          this number of processes; without GPUs too, then they talk through gloo
+#     PYTHON=/path/to/python bash ...       the Python to use, or to make .venv from
+#
+# Where the command line asks for processes itself (--dist.world_size=N with N > 1) and NGPU is not set, train.py
+# starts them, and this script starts train.py once. A world size in a configuration file is not seen here.
+#
+# Relative paths in flags start at the project's root. Exit status: 2 if a flag or path is wrong; otherwise
+# train.py's, or with several processes torchrun's, which is 1 for any failure.
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+PY=$(bash "$root/setup_env.sh")
+cd "$root"
+
+if [ $# -eq 0 ]; then
+    exec "$PY" demo.py
+fi
+for arg in "$@"; do
+    if [ "$arg" = --help ] || [ "$arg" = -h ]; then
+        exec "$PY" train.py "$@"
+    fi
+done
+
+# The value of the last --dist.world_size among the arguments, 1 if there is none.
+world_size() {
+    local value=1
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --dist.world_size=*) value=${1#*=} ;;
+            --dist.world_size) value=${2:-1} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$value"
+}
+
+# PyTorch is asked only where there is a driver: importing it takes seconds.
+visible_gpus() {
+    if command -v nvidia-smi >/dev/null; then
+        "$PY" -c 'import torch; print(torch.cuda.device_count())'
+    else
+        echo 0
+    fi
+}
+
+if [ -n "${NGPU:-}" ]; then
+    if ! [[ $NGPU =~ ^[1-9][0-9]*$ ]]; then
+        echo "NGPU: expected a whole number from 1 on, got '$NGPU'." >&2
+        exit 2
+    fi
+    processes=$NGPU
+elif [ "$(world_size "$@")" != 1 ]; then
+    processes=1
+else
+    processes=$(visible_gpus)
+fi
+if [ "$processes" -gt 1 ]; then
+    # The check sees what the first of the processes will see; so it can tell if there are too few GPUs.
+    RANK=0 WORLD_SIZE=$processes LOCAL_WORLD_SIZE=$processes "$PY" train.py --check "$@"
+    exec "$PY" -m torch.distributed.run --standalone --nproc_per_node="$processes" train.py "$@"
+fi
+"$PY" train.py --check "$@"
+exec "$PY" train.py "$@"

@@ -1,0 +1,482 @@
+"""The models: published architectures with PatchStem or ConvStem, input normaliser, blurpool, freezing.
+
+Paper: Singh, Croce, Hein, "Revisiting Adversarial Training for ImageNet: Architectures, Training and
+Generalization across Threat Models", NeurIPS 2023. Its ConvStems follow Xiao et al., "Early Convolutions Help
+Transformers See Better", NeurIPS 2021; the isotropic ConvNeXt is from Liu et al., "A ConvNet for the 2020s",
+CVPR 2022, section 3.3.
+
+Source: everything but the isotropic ConvNeXt is built by timm. What is changed:
+  * ConvStem: the PatchStem is replaced once the model is there, with its published weights if asked for. The new
+    stem keeps PyTorch's default initialisation.
+  * Vision transformers interpolate their position embeddings (bicubic, class token kept) in every forward pass
+    whose image size is not the one they were built for: one model runs at any multiple of its patch size.
+  * Published weights are those trained on ImageNet-1k alone, except where the name ends in `_21k`.
+
+Names in the state dict are public: released checkpoints load into exactly these. To add an architecture, add one
+entry to `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
+from timm.layers import DropPath, LayerNorm2d, PatchEmbed, trunc_normal_
+from timm.models import is_model_in_modules
+from timm.models.convnext import ConvNeXt
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+TIMM_PREFIX = "timm_"
+
+
+# ------------------------------------------------------------------------------------------------------ stems
+class ConvStem(nn.Module):
+    """Convolutional stem: 3x3 convolutions, each followed by channel LayerNorm (eps 1e-6) and GELU; maybe a 1x1.
+
+    Images (B, in_channels, H, W) become features (B, C, ceil(H / s), ceil(W / s)), where s is the product of
+    `strides` and C the last of `channels`, or `out_channels` if there is a closing 1x1 convolution.
+
+    Args:
+        channels: output channels of the 3x3 convolutions (padding 1, with bias).
+        strides: their strides, as many as channels.
+        out_channels: output channels of a closing 1x1 convolution, which nothing follows; None: there is none.
+        in_channels: channels of the image.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        out_channels: int | None = None,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, stride in zip(channels, strides, strict=True):
+            # LayerNorm2d permutes to channels last, which costs nothing if the memory already lies so.
+            layers += [
+                nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1),
+                LayerNorm2d(width, eps=1e-6),
+                nn.GELU(),
+            ]
+            in_channels = width
+        if out_channels is not None:
+            layers.append(nn.Conv2d(in_channels, out_channels, kernel_size=1))
+        self.stem = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x)
+
+
+@dataclass(frozen=True)
+class ConvStemSpec:
+    """The ConvStem of an architecture: arguments of `ConvStem`, and `at`, the module it replaces."""
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    out_channels: int | None = None
+    at: str = "stem"
+
+    @property
+    def stride(self) -> int:
+        """Total stride: pixels an output position stands for, in each direction."""
+        return math.prod(self.strides)
+
+
+# ----------------------------------------------------------------------------------------- isotropic ConvNeXt
+class IsotropicBlock(nn.Module):
+    """ConvNeXt block without layer scale: 7x7 depthwise, LayerNorm, MLP with exact GELU; keeps (B, dim, H, W)."""
+
+    def __init__(self, dim: int, *, mlp_ratio: int = 4, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, mlp_ratio * dim)
+        self.pwconv2 = nn.Linear(mlp_ratio * dim, dim)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        branch = self.pwconv2(F.gelu(self.pwconv1(branch))).permute(0, 3, 1, 2)
+        return x + self.drop_path(branch)
+
+
+class IsotropicConvNeXt(nn.Module):
+    """Isotropic ConvNeXt: a ViT's layout (one resolution, one width) of ConvNeXt blocks. Defaults: the S size.
+
+    Images (B, 3, H, W) become logits (B, num_classes): PatchStem, blocks, mean over positions, LayerNorm, linear
+    head. Weights of convolutions and linear layers start as N(0, 0.02²), biases at zero.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int = 384,
+        depth: int = 18,
+        patch_size: int = 16,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.stem: nn.Module = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        # Stochastic depth grows linearly from the first block to the last, as in timm's ConvNeXt.
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*(IsotropicBlock(dim, drop_path_rate=rate) for rate in rates))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.stem(x))
+        return self.head(self.norm(x.mean(dim=(2, 3))))
+
+
+# ------------------------------------------------------------------------------------ models for 32x32 images
+def _convnext_micro(**kwargs: Any) -> nn.Module:
+    # After a stem of stride 2 timm halves the resolution before every stage: from 32 pixels to 8, 4, 2 and 1, hence
+    # most of the depth is early. A first stage at 16 pixels costs more time on a CPU than it gives in accuracy.
+    return ConvNeXt(depths=(2, 2, 1, 1), dims=(48, 80, 96, 112), patch_size=2, **kwargs)
+
+
+def _vit_micro(*, img_size: int = 32, **kwargs: Any) -> nn.Module:
+    # MLP ratio 2: from the compact transformers that Hassani et al. (2021) train on CIFAR.
+    layout = {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
+    return VisionTransformer(img_size=img_size, **layout, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------ table
+@dataclass(frozen=True)
+class Architecture:
+    """One entry of `ARCHITECTURES`.
+
+    Attributes:
+        family: "convnext", "convnext_iso", "vit", "resnet", "densenet", "inception" or "timm". The "vit" family
+            interpolates position embeddings.
+        builder: timm's name, with the tag of its published weights if there are any; or a function that makes the
+            model.
+        options: further keyword arguments of the builder.
+        pretrained: published weights of this very model exist.
+        conv_stem: the ConvStem `not_original` asks for, None if there is none.
+        img_size: side of the square images it is meant for, in pixels.
+        fixed_size: the builder takes the argument `img_size`.
+        updated_dim: the width `updated` asks for, None if there is none.
+    """
+
+    family: str
+    builder: str | Callable[..., nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: bool = True
+    conv_stem: ConvStemSpec | None = None
+    img_size: int = 224
+    fixed_size: bool = False
+    updated_dim: int | None = None
+
+
+_vit_stem = partial(ConvStemSpec, (48, 96, 192, 384), (2, 2, 2, 2), at="patch_embed.proj")
+_convnext = partial(Architecture, "convnext")
+_vit = partial(Architecture, "vit", fixed_size=True)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    # published, with a ConvStem
+    "convnext_tiny": _convnext("convnext_tiny.fb_in1k", conv_stem=ConvStemSpec((48, 96), (2, 2))),
+    "convnext_tiny_21k": _convnext(
+        "convnext_tiny.fb_in22k_ft_in1k",
+        conv_stem=ConvStemSpec((48, 96), (2, 2)),
+    ),
+    "convnext_small": _convnext("convnext_small.fb_in1k", conv_stem=ConvStemSpec((48, 96), (2, 2))),
+    "convnext_base": _convnext("convnext_base.fb_in1k", conv_stem=ConvStemSpec((64, 96, 128), (2, 2, 1))),
+    "convnext_large": _convnext("convnext_large.fb_in1k", conv_stem=ConvStemSpec((96, 144, 192), (2, 2, 1))),
+    "convnext_iso": Architecture(
+        "convnext_iso",
+        IsotropicConvNeXt,
+        pretrained=False,
+        conv_stem=ConvStemSpec((48, 96, 192, 384), (2, 2, 2, 2), out_channels=384),
+        updated_dim=432,
+    ),
+    "vit_s": _vit("vit_small_patch16_224.augreg_in1k", conv_stem=_vit_stem(out_channels=384)),
+    "vit_s_21k": _vit("deit3_small_patch16_224.fb_in22k_ft_in1k", conv_stem=_vit_stem(out_channels=384)),
+    "deit_s": _vit("deit_small_patch16_224.fb_in1k", conv_stem=_vit_stem(out_channels=384)),
+    "vit_m": _vit("deit3_medium_patch16_224.fb_in1k", conv_stem=_vit_stem(out_channels=512)),
+    "vit_b": _vit("vit_base_patch16_224.augreg_in1k", conv_stem=_vit_stem(out_channels=768)),
+    # published, without
+    "resnet50": Architecture("resnet", "resnet50.a1_in1k"),
+    # The weights of ResNet-50 were trained with ReLU; they are not weights of this model.
+    "resnet50_gelu": Architecture("resnet", "resnet50", options={"act_layer": "gelu"}, pretrained=False),
+    "resnet101": Architecture("resnet", "resnet101.a1h_in1k"),
+    "wrn_50_2": Architecture("resnet", "wide_resnet50_2.racm_in1k"),
+    "densenet201": Architecture("densenet", "densenet201.tv_in1k"),
+    "inception": Architecture("inception", "inception_v3.tv_in1k", img_size=299),
+    # ours, for 32x32 images
+    "convnext_micro": _convnext(
+        _convnext_micro,
+        pretrained=False,
+        conv_stem=ConvStemSpec((24, 48), (2, 1)),
+        img_size=32,
+    ),
+    "convnext_iso_micro": Architecture(
+        "convnext_iso",
+        IsotropicConvNeXt,
+        options={"dim": 96, "depth": 6, "patch_size": 4},
+        pretrained=False,
+        conv_stem=ConvStemSpec((24, 48), (2, 2), out_channels=96),
+        img_size=32,
+    ),
+    "vit_micro": _vit(
+        _vit_micro,
+        pretrained=False,
+        conv_stem=ConvStemSpec((32, 64), (2, 2), out_channels=128, at="patch_embed.proj"),
+        img_size=32,
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------- building
+def get_new_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    not_original: bool = False,
+    num_classes: int = 1000,
+    updated: bool = False,
+    drop_path: float | None = None,
+    img_size: int | None = None,
+) -> nn.Module:
+    """Build the model called `name`: images (B, 3, H, W) to logits (B, num_classes), the input not normalised.
+
+    Args:
+        name: a key of `ARCHITECTURES`, or `timm_` followed by any name timm knows (`timm_resnet50.a1_in1k`).
+        pretrained: load the published weights; with `num_classes` other than theirs, all but the head.
+        not_original: replace the PatchStem by the ConvStem, freshly initialised even if `pretrained`.
+        num_classes: number of classes.
+        updated: the wider variant (only `convnext_iso`: width 432, in blocks and ConvStem).
+        drop_path: stochastic depth rate of the last block in [0, 1), growing linearly from 0; None: timm's
+            default for the architecture.
+        img_size: side of the square images in pixels, None for the architecture's own. It sets the number of
+            position embeddings; models without any take images of every size, whatever is given here.
+
+    Raises:
+        UserError: unknown name; a variant or published weights the architecture does not have; weights that
+            cannot be downloaded; an image size its patches do not divide; a rate it does not take.
+    """
+    architecture = _find(name)
+    if drop_path is not None and not 0 <= drop_path < 1:
+        raise UserError(f"model.drop_path: expected a rate in [0, 1), got {drop_path}.")
+    if updated:
+        architecture = _widened(name, architecture)
+    stem = architecture.conv_stem
+    if not_original and stem is None:
+        with_stem = ", ".join(key for key, entry in ARCHITECTURES.items() if entry.conv_stem)
+        raise UserError(f"model.not_original: {name!r} has no ConvStem; those that have one: {with_stem}.")
+    if pretrained and not architecture.pretrained:
+        raise UserError(
+            f"model.pretrained: no published weights exist for {name!r}; give --model.pretrained=0, and a "
+            "checkpoint with --model.ckpt_path if there is one."
+        )
+    arguments = dict(architecture.options, num_classes=num_classes)
+    if drop_path is not None:
+        arguments["drop_path_rate"] = drop_path
+    if img_size is not None and architecture.fixed_size:
+        arguments["img_size"] = img_size
+    if architecture.family == "vit":
+        arguments["dynamic_img_size"] = True
+    model = _build(name, architecture.builder, pretrained, arguments)
+    if img_size is not None:
+        _check_patches(name, model, img_size)
+    if not_original:
+        model.set_submodule(stem.at, ConvStem(stem.channels, stem.strides, out_channels=stem.out_channels))
+    return model
+
+
+def _find(name: str) -> Architecture:
+    """Entry of a name, made up for `timm_…`; UserError with the nearest name if there is none."""
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    timm_name = name.removeprefix(TIMM_PREFIX)
+    is_timm = timm.is_model(timm_name)
+    if is_timm and timm_name != name:
+        return _timm_architecture(name, timm_name)
+    candidates = list(ARCHITECTURES)
+    if is_timm or name.startswith(TIMM_PREFIX):
+        candidates = [TIMM_PREFIX + known for known in timm.list_models()]
+    nearest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"model.arch: expected one of {', '.join(ARCHITECTURES)}, or {TIMM_PREFIX}<name known to timm>; "
+        f"got {name!r}. The nearest name is {nearest!r}."
+    )
+
+
+def _timm_architecture(name: str, timm_name: str) -> Architecture:
+    try:
+        cfg = timm.get_pretrained_cfg(timm_name)
+    except RuntimeError as error:  # the part after the dot is not a tag
+        base = timm_name.split(".")[0]
+        tags = ", ".join(TIMM_PREFIX + known for known in timm.list_pretrained(base)) or "none"
+        raise UserError(
+            f"model.arch: {name!r} asks for weights timm does not list; listed for {base!r}: {tags}."
+        ) from error
+    # Other families with a fixed image size (Swin, for one) take the size, but cannot change it later.
+    is_vit = is_model_in_modules(timm_name.split(".")[0], {"vision_transformer", "deit"})
+    return Architecture(
+        family="vit" if is_vit else "timm",
+        builder=timm_name,
+        pretrained=cfg is not None and cfg.has_weights,
+        img_size=cfg.input_size[-1] if cfg is not None else 224,
+        fixed_size=cfg is not None and cfg.fixed_input_size,
+    )
+
+
+def _widened(name: str, architecture: Architecture) -> Architecture:
+    """The `updated` variant: blocks, and the closing 1x1 of the ConvStem, of width `updated_dim`."""
+    dim = architecture.updated_dim
+    if dim is None:
+        having = ", ".join(key for key, entry in ARCHITECTURES.items() if entry.updated_dim)
+        raise UserError(f"model.updated: {name!r} has no updated variant; those that have one: {having}.")
+    options = {**architecture.options, "dim": dim}
+    return replace(architecture, options=options, conv_stem=replace(architecture.conv_stem, out_channels=dim))
+
+
+def _build(
+    name: str, builder: str | Callable[..., nn.Module], pretrained: bool, arguments: dict[str, Any]
+) -> nn.Module:
+    try:
+        if not isinstance(builder, str):
+            return builder(**arguments)
+        if pretrained:
+            arguments["pretrained_cfg_overlay"] = _weights_file(builder)
+        return timm.create_model(builder, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise UserError(f"model.drop_path: {name!r} has no stochastic depth; leave the flag out.") from error
+    except OSError as error:  # what every failed download is: no network, no such host, no such file
+        if not pretrained:
+            raise
+        raise UserError(
+            f"model.pretrained: the weights {builder!r} of {name!r} are not in the local cache and could not be "
+            "downloaded. Connect to the network once, or avoid the download: --model.pretrained=0 starts from "
+            f"random weights, with --model.ckpt_path from a checkpoint. The download said: {error}"
+        ) from error
+
+
+def _weights_file(timm_name: str) -> dict[str, Any]:
+    """Where timm finds published weights: on the disk, after downloading them from the Hugging Face hub.
+
+    timm 1.0.9 would download them itself, but takes huggingface_hub 2.4 for not installed. Weights that are not on
+    the hub are left to timm.
+    """
+    cfg = timm.get_pretrained_cfg(timm_name)
+    if not cfg.hf_hub_id:
+        return {}
+    file = hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+    return {"file": file, "custom_load": False}
+
+
+def _check_patches(name: str, model: nn.Module, img_size: int) -> None:
+    """UserError if the patches of a vision transformer do not tile the image; timm would drop what is left."""
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and img_size % embed.patch_size[0]:
+        raise UserError(
+            f"image size: {name!r} takes multiples of its patch size, {embed.patch_size[0]}; got {img_size}."
+        )
+
+
+# ---------------------------------------------------------------------------------------------- around models
+class Normalize(nn.Module):
+    """(x − mean) / std by channel, for images (B, 3, H, W) in [0, 1]; mean and std are buffers [1, 3, 1, 1]."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def normalize_model(
+    model: nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> nn.Module:
+    """Put the input normalisation in front of `model`, so that attacks see pixels in [0, 1].
+
+    The result has the children `normalize` and `model`, and its state dict `normalize.mean`, `normalize.std` and
+    `model.<name>`, as released checkpoints with normalisation have.
+    """
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
+
+
+def add_blurpool(model: nn.Module) -> nn.Module:
+    """Blur the input of every strided convolution with at least 16 input channels, in place; returns `model`.
+
+    The blur is the fixed binomial 3x3 kernel (1, 2, 1) ⊗ (1, 2, 1) / 16 with zero padding (Zhang, "Making
+    Convolutional Networks Shift-Invariant Again", ICML 2019). It is a hook in front of the convolution: names in
+    the state dict stay as they are, so every checkpoint of the model still loads. A second call changes nothing.
+
+    Raises:
+        UserError: no convolution of the model is of that kind.
+    """
+    strided = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
+    ]
+    if not strided:
+        raise UserError(
+            "training.use_blurpool: expected a model with strided convolutions of at least 16 input channels, got "
+            "one without (a ViT with PatchStem has none); leave the flag out."
+        )
+    for conv in strided:
+        if not hasattr(conv, "blur_kernel"):
+            row = torch.tensor([0.25, 0.5, 0.25], device=conv.weight.device, dtype=conv.weight.dtype)
+            kernel = torch.outer(row, row).expand(conv.in_channels, 1, 3, 3).contiguous()
+            conv.register_buffer("blur_kernel", kernel, persistent=False)
+            conv.register_forward_pre_hook(_blur_input)
+    return model
+
+
+def _blur_input(conv: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    (x,) = inputs
+    return F.conv2d(x, conv.blur_kernel, padding=1, groups=conv.in_channels)
+
+
+def freeze_parameters(model: nn.Module, *, early: bool) -> list[str]:
+    """Freeze all parameters but the stem's (`early`), or only the stem's (not `early`); returns the frozen names.
+
+    The stem's parameters are those whose name contains `stem`. `requires_grad` is set on every parameter.
+
+    Raises:
+        UserError: no name contains `stem` (a ViT with PatchStem, a ResNet), or nothing would be left to train.
+    """
+    in_stem = {name: "stem" in name for name, _ in model.named_parameters()}
+    if not any(in_stem.values()):
+        raise UserError(
+            "model.freeze_some: expected a model with `stem` in the names of some parameters, got one without; "
+            "ViTs have it only with --model.not_original=1."
+        )
+    if not early and all(in_stem.values()):
+        raise UserError(
+            "model.freeze_some: with --model.early=0 every parameter is frozen and nothing would be trained."
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(in_stem[name] == early)
+    return [name for name, belongs in in_stem.items() if belongs != early]
