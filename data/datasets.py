@@ -1,0 +1,526 @@
+"""Where images come from: folder, tar, digits, torchvision, Hugging Face, and timm's streaming readers.
+
+`open_source` turns a flag's value into one of two things:
+
+- a `Source`: random access; `read(i)` gives image i, encoded wherever possible, and its label;
+- a `StreamSource` (`wds/`, `tfds/`, `hfids/`): samples in the order of timm's reader.
+
+To add a source, write a function from `_Request` to one of them and name it in `_OPENERS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import shutil
+import struct
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from tqdm import tqdm
+
+from common.errors import UserError
+
+# What Pillow raises on broken files; UnidentifiedImageError is an OSError.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+_SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation")}
+_SPLIT_NAMES = {"train": "train", "val": "validation"}
+_STREAM_PACKAGES = {  # what to import, what to install
+    "wds": ("webdataset", "webdataset"),
+    "hfids": ("datasets", "datasets"),
+    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
+}
+_LOADING_THREADS = 16
+_CHUNK = 256  # images that a thread loads at a time
+
+T = TypeVar("T")
+
+
+def decode(image: bytes | Image.Image) -> Image.Image:
+    """RGB image from an encoded or an opened one of any mode and size. Raises one of `DECODE_ERRORS`."""
+    if isinstance(image, bytes):
+        if not image:
+            raise ValueError("the file is empty or cannot be read")
+        try:
+            image = Image.open(io.BytesIO(image))
+        except UnidentifiedImageError:  # its own message shows a memory address
+            raise ValueError("not an image of a format that Pillow knows") from None
+    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it at 255, that is, turn it white
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about palettes with an alpha table otherwise
+    return image.convert("RGB")
+
+
+class Source:
+    """Images with random access. A subclass says where image i is; all labels are known from the start.
+
+    `labels` is int64 (N,). `class_names` is None where the data set only numbers its classes; `num_classes` is then
+    the largest label + 1.
+    """
+
+    def __init__(self, labels: Sequence[int] | np.ndarray, class_names: list[str] | None) -> None:
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.class_names = class_names
+        self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int) -> tuple[bytes | Image.Image, int]:
+        """Image i, as its file's bytes wherever there are any, and its label in [0, num_classes)."""
+        return self.image(i), int(self.labels[i])
+
+    def image(self, i: int) -> bytes | Image.Image:
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """Image i's path, or what else tells a person which image it is."""
+        raise NotImplementedError
+
+    def size(self, i: int) -> int:
+        """Bytes of image i in memory."""
+        return len(_encoded(self, i))
+
+    def relabel(self, numbers: Sequence[int], class_names: list[str]) -> None:
+        """Class c becomes `numbers[c]`, its place among `class_names`."""
+        self.labels = np.asarray(numbers, dtype=np.int64)[self.labels]
+        self.class_names, self.num_classes = class_names, len(class_names)
+
+
+class StreamSource:
+    """Samples that can only be read in order, through a reader of timm (`wds/`, `tfds/`, `hfids/`).
+
+    `shards` is the number of files to deal to ranks and workers, or None where any number of them can share. These
+    readers decode themselves: of broken images wds/ warns and skips them, the others stop.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        make_reader: Callable[..., Any],
+        length: int,
+        shards: int | None,
+        class_names: list[str] | None,
+        num_classes: int,
+    ) -> None:
+        self.spec, self._make_reader, self._length, self.shards = spec, make_reader, length, shards
+        self.class_names, self.num_classes = class_names, num_classes
+        self._numbers: Sequence[int] = range(num_classes)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def relabel(self, numbers: Sequence[int], class_names: list[str]) -> None:
+        """Class c becomes `numbers[c]`, its place among `class_names`."""
+        self._numbers, self.class_names, self.num_classes = numbers, class_names, len(class_names)
+
+    def samples(
+        self, *, training: bool, batch_size: int, seed: int, rank: int, world_size: int, num_workers: int
+    ) -> Iterator[tuple[Image.Image, int]]:
+        """This loader worker's (RGB image, label): shuffled and wrapping around if `training`, else each once."""
+        reader = self._make_reader(is_training=training, batch_size=batch_size, seed=seed)
+        # timm would take these from torch.distributed, if that runs; here they are arguments.
+        reader.dist_rank, reader.dist_num_replicas = rank, world_size
+        reader.set_loader_cfg(num_workers=max(num_workers, 1))
+        for position, (image, label) in enumerate(reader):
+            if not 0 <= label < len(self._numbers):
+                raise UserError(
+                    f"{self.spec}: expected labels below {len(self._numbers)}, found {label} at position {position}."
+                )
+            yield image, self._numbers[label]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `open_source` was asked for; `split_name` is the split's name in data sets that name their splits."""
+
+    spec: str
+    split: str
+    flag: str
+    root: str
+    split_name: str
+
+    def error(self, text: str) -> UserError:
+        return UserError(f"{self.flag}: {text}")
+
+    def require(self, module: str, package: str) -> ModuleType:
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            raise self.error(f"{self.spec} needs a package: pip install {package} ({error}).") from error
+
+
+def open_source(
+    spec: str,
+    *,
+    split: str,
+    flag: str,
+    root: str = "",
+    split_name: str = "",
+    class_names: list[str] | None = None,
+    in_memory: bool = False,
+    copies: int = 1,
+    progress: bool = False,
+) -> Source | StreamSource:
+    """Open the images that `spec` names. Classes are numbered by sorted name, or as the data set numbers them.
+
+    Args:
+        spec: a folder of class folders, or one that holds such folders as `train/` and `val/` (or `validation/`);
+            a `.tar` of class folders; `digits`; `hfds/NAME`, `hfids/NAME`, `tfds/NAME`, `torch/NAME`, `wds/FOLDER`.
+            A folder that is called like one of these is `./digits`.
+        split: "train" or "val".
+        flag: the flag `spec` came from, for error messages.
+        root: where hfds, hfids, tfds and torch keep their files.
+        split_name: the split's name in those data sets and in wds; by default train or validation.
+        class_names: those of the training set; labels become its numbers, matched by class name.
+        in_memory: keep the encoded images in one tensor in shared memory.
+        copies: processes of this machine that do so, each with a copy of its own.
+        progress: show a bar while loading into memory.
+
+    Raises:
+        UserError: there is no such thing, or it is not of that shape; a package is missing; a class is unknown to
+            the training set; not enough memory.
+    """
+    request = _Request(spec, split, flag, root, split_name or _SPLIT_NAMES[split])
+    source = _OPENERS.get(spec.split("/", 1)[0], _open_path)(request)
+    if class_names is not None and source.class_names is not None and class_names != source.class_names:
+        unknown = sorted(set(source.class_names) - set(class_names))
+        if unknown:
+            raise request.error(
+                f"{spec} has classes that the training set does not have: {_some(unknown)}. Expected names among its "
+                f"{len(class_names)} classes: {_some(class_names)}."
+            )
+        source.relabel([class_names.index(name) for name in source.class_names], class_names)
+    if not in_memory:
+        return source
+    if isinstance(source, StreamSource):
+        raise request.error(f"{spec} is a stream, which cannot be kept in memory. Use data.in_memory=0 or a folder.")
+    return _load_into_memory(source, request, copies=copies, progress=progress)
+
+
+class _Folder(Source):
+    def __init__(self, root: Path, samples: list[tuple[str, int]], class_names: list[str]) -> None:
+        super().__init__([label for _, label in samples], class_names)
+        self._root = str(root)
+        # One array: Python strings would be copied into each worker, page by page, by their reference counts.
+        self._paths = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in samples])
+
+    def image(self, i: int) -> bytes:
+        return Path(self.name(i)).read_bytes()
+
+    def name(self, i: int) -> str:
+        return os.path.join(self._root, os.fsdecode(self._paths[i]))
+
+    def size(self, i: int) -> int:
+        return os.stat(self.name(i)).st_size
+
+
+def _open_path(request: _Request) -> Source:
+    path = Path(request.spec).expanduser()
+    try:
+        if path.is_dir():
+            return _open_folder(path, request)
+        if path.is_file() and path.suffix == ".tar":
+            return _open_tar(path, request)
+        found = "a file" if path.is_file() else "nothing"
+    except OSError as error:
+        raise request.error(f"cannot read {path} ({error.strerror or error}).") from error
+    kinds = "a folder of class folders, a .tar of them, digits, or hfds/… hfids/… tfds/… torch/… wds/…"
+    raise request.error(f"expected {kinds}, found {found} at {path}.")
+
+
+def _open_folder(path: Path, request: _Request) -> Source:
+    root = _split_folder(path, request)
+    names = _folders(root)
+    if not names:
+        loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root))
+        raise request.error(f"expected a sub-folder for each class in {root}, found none, and {loose} loose images.")
+    numbers = {name: number for number, name in enumerate(names)}
+    samples = make_dataset(root, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    empty = sorted(set(names) - {names[label] for _, label in samples})
+    # A class without images is a mistake in the training set; a validation set may lack some.
+    if empty and (request.split == "train" or not samples):
+        endings = " ".join(IMG_EXTENSIONS)
+        raise request.error(
+            f"expected images ({endings}) in the class folders of {root}, found none in {_some(empty)}."
+        )
+    return _Folder(root, samples, names)
+
+
+def _split_folder(path: Path, request: _Request) -> Path:
+    # A class may be called "train", too: only a folder of folders is a split.
+    splits = {
+        split: [path / name for name in names if (path / name).is_dir() and _folders(path / name)]
+        for split, names in _SPLIT_FOLDERS.items()
+    }
+    if splits[request.split]:
+        return splits[request.split][0]
+    if any(splits.values()):
+        expected = " or ".join(_SPLIT_FOLDERS[request.split])
+        raise request.error(f"expected {expected} with class folders in {path}, found {_some(_folders(path))}.")
+    return path
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+
+
+class _Tar(Source):
+    def __init__(self, path: Path, members: list[tuple[str, int, int]], classes: list[str]) -> None:
+        class_names = sorted(set(classes))
+        numbers = {name: number for number, name in enumerate(class_names)}
+        super().__init__([numbers[name] for name in classes], class_names)
+        self._path = str(path)
+        self._names = np.array([os.fsencode(name) for name, _, _ in members])
+        self._places = np.array([(offset, size) for _, offset, size in members], dtype=np.int64)
+
+    def image(self, i: int) -> bytes:
+        offset, size = self._places[i].tolist()
+        with open(self._path, "rb") as file:  # threads and forked workers would share an open file's position
+            file.seek(offset)
+            return file.read(size)
+
+    def name(self, i: int) -> str:
+        return f"{self._path}:{os.fsdecode(self._names[i])}"
+
+    def size(self, i: int) -> int:
+        return int(self._places[i, 1])
+
+
+def _open_tar(path: Path, request: _Request) -> Source:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            files = sorted((file.name, file.offset_data, file.size) for file in tar if file.isreg())
+    except tarfile.TarError as error:
+        raise request.error(f"{path} is not a complete, uncompressed tar file ({error}).") from error
+    images = [file for file in files if file[0].lower().endswith(IMG_EXTENSIONS)]
+    folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
+    tops = {parts[0] for parts in folders if len(parts) > 1}
+    split = next((name for name in _SPLIT_FOLDERS[request.split] if name in tops), None)
+    if split is None and tops & {name for names in _SPLIT_FOLDERS.values() for name in names}:
+        expected = " or ".join(_SPLIT_FOLDERS[request.split])
+        raise request.error(f"expected {expected} with class folders in {path}, found {_some(sorted(tops))}.")
+    kept = [i for i, parts in enumerate(folders) if parts and split in (None, parts[0])]
+    if not kept:
+        raise request.error(f"expected class folders with images in {path}, found {len(images)} loose images.")
+    return _Tar(path, [images[i] for i in kept], [folders[i][-1] for i in kept])
+
+
+class _Digits(Source):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, what: str) -> None:
+        super().__init__(labels, [str(digit) for digit in range(10)])
+        self._images, self._what = images, what
+
+    def image(self, i: int) -> Image.Image:
+        return Image.fromarray(self._images[i]).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+
+    def name(self, i: int) -> str:
+        return f"{self._what}[{i}]"
+
+
+def _open_digits(request: _Request) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8×8 pixels, 17 greys; 360 of them, stratified, are for validation."""
+    digits = request.require("sklearn.datasets", "scikit-learn").load_digits()
+    split = request.require("sklearn.model_selection", "scikit-learn").train_test_split
+    train, val = split(range(len(digits.target)), test_size=360, random_state=0, stratify=digits.target)
+    rows = train if request.split == "train" else val
+    images = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    return _Digits(images, digits.target[rows], f"digits {request.split}")
+
+
+class _Torchvision(Source):
+    def __init__(self, spec: str, dataset: Any) -> None:
+        # INaturalist alone has no targets; QMNIST's have further columns; ImageNet's classes are tuples of synonyms.
+        labels = dataset.targets if hasattr(dataset, "targets") else [label for label, _ in dataset.index]
+        names = dataset.classes if hasattr(dataset, "classes") else dataset.all_categories
+        names = [name if isinstance(name, str) else ", ".join(name) for name in names]
+        super().__init__(np.asarray(labels).reshape(len(dataset), -1)[:, 0], names)
+        self._spec, self._dataset, self._files = spec, dataset, getattr(dataset, "samples", None)
+
+    def image(self, i: int) -> bytes | Image.Image:
+        return Path(self._files[i][0]).read_bytes() if self._files else self._dataset[i][0]
+
+    def name(self, i: int) -> str:
+        return self._files[i][0] if self._files else f"{self._spec}[{i}]"
+
+
+def _open_torchvision(request: _Request) -> Source:
+    from timm.data import create_dataset  # imports much
+
+    try:
+        dataset = create_dataset(request.spec, root=request.root or ".", split=request.split_name)
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        raise request.error(
+            f"expected a data set that timm knows as {request.spec}, downloaded to data.root ({request.root or '.'}); "
+            f"its split {request.split_name} cannot be opened ({error})."
+        ) from error
+    return _Torchvision(request.spec, dataset)
+
+
+class _HuggingFace(Source):
+    def __init__(self, spec: str, dataset: Any, column: str, labels: np.ndarray, names: list[str] | None) -> None:
+        super().__init__(labels, names)
+        self._spec, self._dataset, self._column = spec, dataset, column
+
+    def image(self, i: int) -> bytes:
+        cell = self._dataset[i][self._column]
+        return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+    def name(self, i: int) -> str:
+        return f"{self._spec}[{i}] {self._dataset[i][self._column]['path'] or ''}".rstrip()
+
+
+def _open_huggingface(request: _Request) -> Source:
+    # Not timm's reader: that of 1.0.9 puts paths into lower case and dies of labels without class names.
+    datasets = request.require("datasets", "datasets")
+    name = request.spec.split("/", 1)[1]
+    try:
+        dataset = datasets.load_dataset(name, split=request.split_name, cache_dir=request.root or None)
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise request.error(f"cannot open split {request.split_name} of {request.spec} ({error}).") from error
+    columns = dataset.features
+    image = _column(columns, "image", datasets.Image)
+    label = _column(columns, "label", datasets.ClassLabel)
+    if image is None or label is None:
+        raise request.error(f"expected an image and a label column in {request.spec}, found {_some(list(columns))}.")
+    labels = np.asarray(dataset[label][:])
+    if not len(labels) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise request.error(f"expected labels from 0 on in {request.spec}, found {_some(np.unique(labels))}.")
+    names = list(columns[label].names) if isinstance(columns[label], datasets.ClassLabel) else None
+    return _HuggingFace(request.spec, dataset.cast_column(image, datasets.Image(decode=False)), image, labels, names)
+
+
+def _column(columns: dict[str, Any], name: str, kind: type) -> str | None:
+    """`name` if there is such a column, else the first column of that kind."""
+    return name if name in columns else next((key for key, value in columns.items() if isinstance(value, kind)), None)
+
+
+def _open_stream(request: _Request) -> StreamSource:
+    kind, name = request.spec.split("/", 1)
+    request.require(*_STREAM_PACKAGES[kind])
+    # Not timm's create_reader: that of 1.0.9 puts names, and so paths, into lower case.
+    reader_class = getattr(importlib.import_module(f"timm.data.readers.reader_{kind}"), f"Reader{kind.capitalize()}")
+    place = os.path.expanduser(name) if kind == "wds" else request.root or None
+    make_reader = partial(reader_class, name=name, root=place, split=request.split_name)
+    try:
+        reader = make_reader()
+    except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise request.error(
+            f"cannot open split {request.split_name} of {request.spec} ({error}). A wds/ folder needs _info.json, or a "
+            "split that names its files and the number of samples, such as 'part-{000..099}.tar|50000'."
+        ) from error
+    if kind == "wds":
+        if not isinstance(reader.info.get("num_classes"), int):
+            raise request.error(f'expected the number of classes as "num_classes" in {place}/_info.json, found none.')
+        shards = len(reader.split_info.filenames)
+        return StreamSource(request.spec, make_reader, reader.num_samples, shards, None, reader.info["num_classes"])
+    names = getattr((reader.builder.info.features or {}).get("label"), "names", None)
+    if not names:
+        raise request.error(f"expected a feature 'label' with class names in {request.spec}, found none.")
+    shards = reader.builder.as_streaming_dataset(split=request.split_name).num_shards if kind == "hfids" else None
+    return StreamSource(request.spec, make_reader, reader.num_samples, shards, list(names), len(names))
+
+
+_OPENERS: dict[str, Callable[[_Request], Source | StreamSource]] = {
+    "digits": _open_digits,
+    "torch": _open_torchvision,
+    "hfds": _open_huggingface,
+    "hfids": _open_stream,
+    "tfds": _open_stream,
+    "wds": _open_stream,
+}
+
+
+def _some(things: Sequence[Any] | np.ndarray) -> str:
+    shown = ", ".join(str(thing) for thing in things[:8])
+    return shown + (f", … ({len(things)})" if len(things) > 8 else "") if len(things) else "nothing"
+
+
+class MemorySource(Source):
+    """A source whose encoded images lie in shared memory: image i is `blob[offsets[i]:offsets[i + 1]]`, uint8."""
+
+    def __init__(self, source: Source, blob: torch.Tensor, offsets: torch.Tensor) -> None:
+        super().__init__(source.labels, source.class_names)
+        self.num_classes, self.blob, self.offsets, self._source = source.num_classes, blob, offsets, source
+
+    def image(self, i: int) -> bytes:
+        start, end = self.offsets[i : i + 2].tolist()
+        return self.blob[start:end].numpy().tobytes()
+
+    def name(self, i: int) -> str:
+        return self._source.name(i)
+
+
+def _load_into_memory(source: Source, request: _Request, *, copies: int, progress: bool) -> MemorySource:
+    """Two passes, first sizes, then bytes, so that nothing is held twice. Unreadable files become empty images."""
+
+    def measure(chunk: range) -> list[int]:
+        return [_or_if_broken(source.size, i, 0) for i in chunk]
+
+    def fill(chunk: range) -> int:
+        for i in chunk:
+            data = _or_if_broken(partial(_encoded, source), i, b"")
+            if len(data) != offsets[i + 1] - offsets[i]:
+                raise request.error(f"{source.name(i)} changed while it was read into memory.")
+            array[offsets[i] : offsets[i + 1]] = np.frombuffer(data, np.uint8)
+        return len(chunk)
+
+    chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
+    with ThreadPoolExecutor(_LOADING_THREADS) as threads:
+        sizes = [size for chunk in threads.map(measure, chunks) for size in chunk]
+        offsets = np.cumsum([0, *sizes])
+        _check_memory(int(offsets[-1]), request, copies)
+        blob = torch.empty(int(offsets[-1]), dtype=torch.uint8).share_memory_()
+        array = blob.numpy()
+        with tqdm(total=len(source), desc=request.flag, unit=" images", disable=not progress) as bar:
+            for count in threads.map(fill, chunks):
+                bar.update(count)
+    return MemorySource(source, blob, torch.from_numpy(offsets).share_memory_())
+
+
+def _encoded(source: Source, i: int) -> bytes:
+    image = source.image(i)
+    if isinstance(image, bytes):
+        return image
+    file = io.BytesIO()
+    decode(image).save(file, "PNG")  # lossless
+    return file.getvalue()
+
+
+def _or_if_broken(get: Callable[[int], T], i: int, otherwise: T) -> T:
+    try:
+        return get(i)
+    except DECODE_ERRORS:
+        return otherwise  # the loader meets an empty image there, and names it
+
+
+def _check_memory(size: int, request: _Request, copies: int) -> None:
+    available = {"memory": psutil.virtual_memory().available, "/dev/shm": shutil.disk_usage("/dev/shm").free}
+    if size * copies > min(available.values()):
+        free = ", ".join(f"{amount / 2**30:.2f} GiB of {where}" for where, amount in available.items())
+        raise request.error(
+            f"keeping {request.spec} in memory needs {size * copies / 2**30:.2f} GiB ({copies} × {size / 2**30:.2f}), "
+            f"available are {free}. Use data.in_memory=0."
+        )

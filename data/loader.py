@@ -1,0 +1,285 @@
+"""Batches for training and evaluation: order, worker processes, and images that cannot be decoded.
+
+Order is a function of (seed, epoch), a sample's augmentation of (seed, epoch, index). So neither the number of workers
+nor what ran before changes a batch, and n ranks together see what one rank sees with n times the batch size. Streams
+(`StreamSource`) are as repeatable as timm's readers: for the same numbers of ranks and workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from common.errors import UserError
+from common.seeding import derive_seed
+from data.datasets import DECODE_ERRORS, Source, StreamSource, decode
+from data.transforms import ImageTransform, eval_transform, seeded, train_transform
+
+_MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
+
+Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
+Key = tuple[int, int, int]  # epoch, index in the source, image size
+
+
+class Batch(NamedTuple):
+    """Images and labels of one rank.
+
+    `x` float32 (B, 3, size, size) in [0, 1]; `y` int64 (B,); `index` int64 (B,), places in the source, −1 in streams;
+    `failures`: each image that could not be decoded.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    failures: list[Failure]
+
+
+class TrainLoader:
+    """Micro-batches of one rank, epoch by epoch.
+
+    Step s takes the s-th global batch, `world_size * batch_size * accum` samples of the epoch's order; an incomplete
+    last one is dropped. Micro-batch a of rank r is its block `a * world_size + r` of `batch_size` samples. An image
+    that cannot be decoded is replaced by the next one of the source; `Batch.index` has the one that is shown.
+    """
+
+    def __init__(
+        self,
+        source: Source | StreamSource,
+        *,
+        augmentation: int,
+        batch_size: int,
+        accum: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        min_scale: float = 0.08,
+        flip: float = 0.5,
+        crop_pct: float = 0.875,
+        pin_memory: bool = False,
+    ) -> None:
+        """Set the loader up; worker processes start with the first epoch and stay.
+
+        Args:
+            source: the training images.
+            augmentation, min_scale, flip, crop_pct: as in `train_transform`.
+            batch_size: samples of one rank in one micro-batch.
+            accum: micro-batches in a step.
+            seed: of order and augmentation.
+            rank, world_size: of this process among those that train together.
+            num_workers: worker processes; 0 loads in this process.
+            pin_memory: put batches into page-locked memory, from where a GPU can fetch them meanwhile.
+
+        Raises:
+            UserError: the source is smaller than one global batch, or has fewer shards than there are workers.
+        """
+        global_batch = world_size * batch_size * accum
+        self.steps_per_epoch = len(source) // global_batch
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"training.batch_size: a step takes {global_batch} images ({batch_size} × {accum} micro-batches × "
+                f"{world_size} processes), expected at most the {len(source)} of the training set."
+            )
+        readers = world_size * max(num_workers, 1)
+        if isinstance(source, StreamSource) and source.shards is not None and source.shards < readers:
+            raise UserError(
+                f"data.num_workers: {source.spec} has {source.shards} shards, expected at least one for each of the "
+                f"{readers} loading processes ({max(num_workers, 1)} × {world_size} processes)."
+            )
+        self._source, self._seed, self._batch_size, self._accum = source, seed, batch_size, accum
+        self._rank, self._world_size = rank, world_size
+        self._make_transform = partial(train_transform, augmentation, min_scale=min_scale, flip=flip, crop_pct=crop_pct)
+        self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._sampler = _EpochKeys()
+        self._loader: DataLoader | None = None
+
+    def epoch(self, epoch: int, size: int, start_step: int = 0) -> Iterator[Batch]:
+        """Micro-batches of `size` pixels, `accum` for each step from `start_step` on.
+
+        Drop an epoch's iterator before the next epoch's is used. A stream has to read what lies before `start_step`.
+
+        Raises:
+            UserError: too many images in a row cannot be decoded.
+        """
+        if isinstance(self._source, StreamSource):
+            yield from self._stream(self._source, epoch, size, start_step)
+            return
+        if self._loader is None:
+            images = _Images(self._source, self._make_transform, self._seed, tries=_MAX_REPLACEMENTS)
+            keep = self._workers["num_workers"] > 0
+            self._loader = _data_loader(images, batch_sampler=self._sampler, persistent_workers=keep, **self._workers)
+        self._sampler.keys = self._keys(epoch, size, start_step)
+        for batch in self._loader:
+            if len(batch.y) < self._batch_size:
+                name, reason = batch.failures[-1]
+                count = f"{_MAX_REPLACEMENTS} images in a row"
+                raise UserError(f"data.train_dataset: {count} cannot be decoded, the last is {name} ({reason}).")
+            yield batch
+
+    def _keys(self, epoch: int, size: int, start_step: int) -> Iterator[list[Key]]:
+        bits = np.random.MT19937(derive_seed("order", self._seed, epoch))
+        order = np.random.RandomState(bits).permutation(len(self._source))  # numpy never changes RandomState's results
+        for micro_step in range(start_step * self._accum, self.steps_per_epoch * self._accum):
+            start = (micro_step * self._world_size + self._rank) * self._batch_size
+            yield [(epoch, index, size) for index in order[start : start + self._batch_size].tolist()]
+
+    def _stream(self, source: StreamSource, epoch: int, size: int, start_step: int) -> Iterator[Batch]:
+        # Workers and readers are new in each epoch, so that nothing depends on the epochs before.
+        reader = {"seed": derive_seed("stream", self._seed, epoch) % 2**31, "batch_size": self._batch_size}
+        reader |= {"training": True, "rank": self._rank, "world_size": self._world_size}
+        samples = _Stream(source, self._make_transform(size), ("sample", self._seed, epoch, self._rank), reader)
+        loader = _data_loader(
+            samples,
+            seed=derive_seed("workers", self._seed, epoch, self._rank),
+            batch_size=self._batch_size,
+            drop_last=True,
+            **self._workers,
+        )
+        came, wanted = 0, self.steps_per_epoch * self._accum
+        for batch in islice(loader, wanted):
+            came += 1
+            if came > start_step * self._accum:
+                yield batch
+        if came < wanted:  # other ranks would wait for this one for ever
+            raise RuntimeError(f"{source.spec}: the stream ended after {came} of {wanted} batches.")
+
+
+class EvalLoader:
+    """Each sample once, on one of the ranks: rank r has the positions r, r + world_size, … of `indices`.
+
+    Images that cannot be decoded are left out and named, so that a batch may be smaller than `batch_size`, even empty.
+    """
+
+    def __init__(
+        self,
+        source: Source | StreamSource,
+        *,
+        size: int,
+        batch_size: int,
+        crop_pct: float = 0.875,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        indices: Sequence[int] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        """Arguments as in `TrainLoader` and `eval_transform`; `indices`: the images to show, by default all.
+
+        Raises:
+            ValueError: `indices` of a stream.
+        """
+        options = {"batch_size": batch_size, "num_workers": num_workers, "pin_memory": pin_memory}
+        if isinstance(source, StreamSource):
+            if indices is not None:
+                raise ValueError(f"{source.spec} is a stream, it has no indices")
+            # Every rank reads the whole stream: timm's own sharding would repeat or drop samples at the end.
+            reader = {"training": False, "seed": 0, "batch_size": batch_size, "rank": 0, "world_size": 1}
+            samples = _Stream(source, eval_transform(size, crop_pct), ("eval",), reader, (rank, world_size))
+            self._loader = _data_loader(samples, **options)
+        else:
+            shown = range(len(source)) if indices is None else indices
+            keys = [(0, int(index), size) for index in shown[rank::world_size]]
+            images = _Images(source, partial(eval_transform, crop_pct=crop_pct), seed=0, tries=1)
+            self._loader = _data_loader(images, sampler=keys, **options)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+
+class _EpochKeys:
+    """A batch sampler whose epoch can change while the workers live."""
+
+    def __init__(self) -> None:
+        self.keys: Iterator[list[Key]] = iter(())
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.keys
+
+
+class _Images(Dataset):
+    """Key → batch of one image, or of none when `tries` images from its index on cannot be decoded."""
+
+    def __init__(self, source: Source, make_transform: Callable[[int], ImageTransform], seed: int, tries: int) -> None:
+        self._source, self._make_transform, self._seed, self._tries = source, make_transform, seed, tries
+        self._transforms: dict[int, ImageTransform] = {}  # by size
+
+    def __getitem__(self, key: Key) -> Batch:
+        epoch, index, size = key
+        if size not in self._transforms:
+            self._transforms[size] = self._make_transform(size)
+        failures = []
+        for i in range(index, index + self._tries):
+            i %= len(self._source)
+            try:
+                encoded, label = self._source.read(i)
+                image = decode(encoded)
+            except DECODE_ERRORS as error:
+                failures.append((self._source.name(i), f"{type(error).__name__}: {error}"))
+                continue
+            with seeded("sample", self._seed, epoch, index):
+                x = _transformed(image, self._transforms[size], self._source.name(i))
+            return _batch_of_one(x, label, i, failures)
+        return Batch(torch.empty(0, 3, size, size), *torch.empty(2, 0, dtype=torch.int64), failures)
+
+
+class _Stream(IterableDataset):
+    """Batches of one image, of the positions `part[0]`, `part[0] + part[1]`, … of what this worker reads."""
+
+    def __init__(
+        self,
+        source: StreamSource,
+        transform: ImageTransform,
+        key: tuple[int | str, ...],
+        reader: dict[str, Any],
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._source, self._transform, self._key, self._reader, self._part = source, transform, key, reader, part
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        samples = enumerate(self._source.samples(num_workers=workers, **self._reader))
+        for position, (image, label) in islice(samples, self._part[0], None, self._part[1]):
+            with seeded(*self._key, number, position):
+                name = f"{self._source.spec}, worker {number}, position {position}"
+                x = _transformed(decode(image), self._transform, name)
+            yield _batch_of_one(x, label, -1, [])
+
+
+def _transformed(image: Image.Image, transform: ImageTransform, name: str) -> Tensor:
+    try:
+        return transform(image)
+    except Exception as error:  # a defect of the transform; say which image shows it
+        raise RuntimeError(f"cannot transform {name}") from error
+
+
+def _batch_of_one(x: Tensor, label: int, index: int, failures: list[Failure]) -> Batch:
+    return Batch(x[None], torch.tensor([label]), torch.tensor([index]), failures)
+
+
+def _collate(batches: list[Batch]) -> Batch:
+    x, y, index, failures = zip(*batches, strict=True)
+    return Batch(torch.cat(x), torch.cat(y), torch.cat(index), [failure for some in failures for failure in some])
+
+
+def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoader:
+    # Its own generator, or it would draw from the global one. PyTorch itself gives each worker one thread.
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, collate_fn=_collate, worker_init_fn=_init_worker, generator=generator, **options)
+
+
+def _init_worker(_: int) -> None:
+    # Stopping is up to the main process, which may want to end its step and write a checkpoint. Ctrl-C and torchrun
+    # signal the process group, Slurm every process.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,0 +1,118 @@
+"""One trained network, some images, one or more threat models → a report."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config import EvalConfig
+from common.errors import UserError
+from common.provenance import installed_version, provenance
+from data.datasets import open_source
+from data.loader import EvalLoader
+from evaluation.autoattack import ATTACKS, Verdicts, attack_chunk, package_name
+from evaluation.report import summarise
+from zoo.runs import TrainedModel
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of an evaluation, on the host: x (N, 3, H, W) float32 in [0, 1], y (N,), and the files that could not be read."""
+
+    x: Tensor
+    y: Tensor
+    unreadable: list[str]
+
+
+def load_images(config: EvalConfig, *, num_classes: int) -> Images:
+    """The first `eval.n_ex` images of `data.val_dataset` through the evaluation transform.
+
+    Raises:
+        UserError: no such data set, no readable image, or more classes than the head has.
+    """
+    data, settings = config.data, config.eval
+    source = open_source(data.val_dataset, split="val", flag="data.val_dataset", root=data.root, split_name=data.val_split)
+    if source.num_classes is not None and source.num_classes > num_classes:
+        raise UserError(f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {source.num_classes}.")
+    count = min(settings.n_ex, len(source)) if settings.n_ex else len(source)
+    loader = EvalLoader(
+        source,
+        size=settings.img_size,
+        crop_pct=settings.crop_pct,
+        batch_size=settings.batch_size,
+        rank=0,
+        world_size=1,
+        num_workers=data.num_workers,
+        indices=list(range(count)),
+    )
+    batches = list(loader)
+    unreadable = [f"{name} ({reason})" for batch in batches for name, reason in batch.failures]
+    for name in unreadable:
+        print(f"warning: {name} cannot be decoded; it is left out of the evaluation.", file=sys.stderr)
+    x = torch.cat([batch.x for batch in batches])
+    if len(x) == 0:
+        raise UserError(f"data.val_dataset: none of the {count} images of {data.val_dataset} can be decoded.")
+    return Images(x=x, y=torch.cat([batch.y for batch in batches]), unreadable=unreadable)
+
+
+def evaluate(
+    trained: TrainedModel, images: Images, config: EvalConfig, *, device: torch.device
+) -> tuple[dict[str, Any], dict[str, list[Verdicts]]]:
+    """AutoAttack under every threat model of `eval.norms`.
+
+    Returns:
+        The report as plain values (accuracies are shares), and the verdicts of successive chunks by norm.
+    """
+    # Without this "float32" convolutions round their inputs to 10 bits on a GPU.
+    torch.backends.cudnn.allow_tf32 = False
+    settings = config.eval
+    attacks = ATTACKS if settings.fullaa else ATTACKS[:2]
+    model = trained.model.to(device).float().eval().requires_grad_(False)
+    results, all_verdicts = [], {}
+    for norm, eps in zip(settings.norms, settings.eps):
+        begin, verdicts = time.perf_counter(), []
+        with tqdm(
+            total=len(images.x), desc=f"AutoAttack {norm}", unit="img", mininterval=0.5 if sys.stderr.isatty() else 60, leave=False
+        ) as bar:
+            for x, y in zip(images.x.split(settings.batch_size), images.y.split(settings.batch_size)):
+                chunk = attack_chunk(
+                    model, x, y, norm=norm, eps=eps, seed=settings.seed, full=settings.fullaa, device=device
+                )
+                verdicts.append(chunk)
+                standing = sum(v.broken_by.count("") for v in verdicts)
+                bar.update(len(x))
+                bar.set_postfix(robust=f"{100 * standing / bar.n:.1f}%")
+        result = summarise(verdicts, images.x, norm=norm, eps=eps, attacks=attacks)
+        results.append(result | {"seconds": round(time.perf_counter() - begin, 2)})
+        all_verdicts[norm] = verdicts
+    report = {
+        "model": {"weights": str(trained.path), "sha256": sha256(trained.path), **trained.description},
+        "data": asdict(config.data) | {"n": len(images.x), "unreadable": images.unreadable},
+        "eval": asdict(settings) | {"attacks": list(attacks), "engine": engine_version()},
+        "results": results,
+        "provenance": provenance(),
+    }
+    return report, all_verdicts
+
+
+def engine_version() -> str:
+    """The AutoAttack package in use and its version."""
+    name = package_name()
+    return f"{name} {installed_version(name) or '(unknown version)'}"
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

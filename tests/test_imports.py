@@ -1,0 +1,245 @@
+"""The doors between the rooms open one way, and training needs none of the packages that only others need."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+ENTRIES = ["train", "runner_aa_eval", "demo"]
+
+# A room imports from itself and from lower floors only. Entries are scripts and may use one another.
+FLOORS = {
+    **dict.fromkeys([*ENTRIES, "benchmarks"], 5),
+    **dict.fromkeys(["training", "evaluation"], 4),
+    "zoo": 3,
+    **dict.fromkeys(["attacks", "data", "utils_architecture"], 2),
+    "common": 1,
+}
+PACKAGES = ["training", "evaluation", "zoo", "attacks", "data", "common"]
+
+# These rooms know neither flags nor ranks.
+PURE_ROOMS = ["attacks", "data", "utils_architecture"]
+FLAGS_AND_RANKS = ["common.config", "common.distributed"]
+
+# Libraries that one file alone imports.
+OWNERS = {
+    "fastargs": "common/config.py",
+    "torch.distributed": "common/distributed.py",
+    "torch.nn.parallel": "common/distributed.py",
+}
+
+# What training does without.
+NOT_FOR_TRAINING = [
+    "robustbench",
+    "pyautoattack",
+    "autoattack",
+    "GPUtil",
+    "sklearn",
+    "webdataset",
+    "datasets",
+]
+
+
+@dataclass(frozen=True)
+class Import:
+    """One module that the file at `path`, relative to the project's root, uses in line `line`."""
+
+    path: str
+    line: int
+    module: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line} uses {self.module}"
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def dotted_name(node: ast.expr) -> str | None:
+    """`a.b.c` for an expression that is such a chain of names; None for any other."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted_name(node.value)) is not None:
+        return f"{base}.{node.attr}"
+    return None
+
+
+def modules_used(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import in a file of `package` ("" at the top), inside functions too.
+
+    `from a import b` yields `a.b`, as `b` may be a module. So does an expression `a.b` where `import a` gives
+    the name, and a call of `import_module` or `__import__` with a text.
+    """
+    tree = ast.parse(source)
+    imported: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+                if alias.asname is None:
+                    imported.add(alias.name.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join(filter(None, [*parents, node.module]))
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute():
+                name = dotted_name(node)
+                if name is not None and name.split(".")[0] in imported:
+                    yield node.lineno, name
+            case ast.Call(func=function, args=[ast.Constant(value=str(module)), *_]):
+                if (dotted_name(function) or "").split(".")[-1] in ("import_module", "__import__"):
+                    yield node.lineno, module
+
+
+def project_files() -> list[Path]:
+    """Every Python file of the project but its tests."""
+    rooms = [path for name in FLOORS for path in sorted((PROJECT / name).rglob("*.py"))]
+    return [*sorted(PROJECT.glob("*.py")), *rooms]
+
+
+def imports_of(path: Path) -> list[Import]:
+    relative = path.relative_to(PROJECT)
+    found = modules_used(path.read_text(encoding="utf-8"), ".".join(relative.parent.parts))
+    return [Import(relative.as_posix(), line, module) for line, module in found]
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[Import]:
+    return [found for path in project_files() for found in imports_of(path)]
+
+
+def room_of(path: str) -> str:
+    return path.split("/")[0].removesuffix(".py")
+
+
+def wrong_doors(imports: list[Import]) -> list[str]:
+    """The imports that go up, or sideways into another room of the same floor, or into the tests."""
+    wrong = []
+    for found in imports:
+        room, target = room_of(found.path), found.module.split(".")[0]
+        if room == target or target not in [*FLOORS, "tests"]:
+            continue
+        both_entries = room in ENTRIES and target in ENTRIES
+        if target == "tests" or (FLOORS[target] >= FLOORS[room] and not both_entries):
+            wrong.append(str(found))
+    return wrong
+
+
+# The walk itself
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "modules"),
+    [
+        ("import torch.distributed as dist", "", ["torch.distributed"]),
+        ("from torch import nn, distributed", "", ["torch.nn", "torch.distributed"]),
+        ("import torch\ntorch.distributed.f()", "", ["torch", "torch.distributed.f", "torch.distributed"]),
+        ("torch = 1\ntorch.distributed", "", []),
+        ("def f():\n    from common import config", "data", ["common.config"]),
+        ("from . import loader", "data", ["data.loader"]),
+        ("from .loader import Batch", "data", ["data.loader.Batch"]),
+        ("from ..common.config import load", "data.readers", ["data.common.config.load"]),
+        ("importlib.import_module('fastargs')", "", ["fastargs"]),
+        ("__import__('fastargs')", "", ["fastargs"]),
+    ],
+)
+def test_walk_finds_every_form_of_import(source: str, package: str, modules: list[str]) -> None:
+    assert [module for _, module in modules_used(source, package)] == modules
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "is_wrong"),
+    [
+        ("attacks/apgd.py", "data.loader", True),
+        ("data/loader.py", "utils_architecture.get_new_model", True),
+        ("training/step.py", "evaluation.report", True),
+        ("zoo/runs.py", "training.state", True),
+        ("common/files.py", "attacks", True),
+        ("training/step.py", "train.main", True),
+        ("evaluation/report.py", "tests.attacks", True),
+        ("training/step.py", "training.state", False),
+        ("demo.py", "train.main", False),
+        ("demo.py", "attacks.apgd", False),
+        ("zoo/runs.py", "utils_architecture", False),
+        ("data/loader.py", "datasets.load_dataset", False),
+    ],
+)
+def test_doors_open_one_way(path: str, module: str, is_wrong: bool) -> None:
+    assert bool(wrong_doors([Import(path, 1, module)])) == is_wrong
+
+
+# The project
+
+
+def test_every_entry_and_room_exists_and_has_a_floor() -> None:
+    for entry in ENTRIES:
+        assert (PROJECT / f"{entry}.py").is_file(), f"the entry {entry}.py is missing"
+    for package in PACKAGES:
+        init = f"{package}/__init__.py"
+        assert (PROJECT / init).is_file(), f"without {init} an installed package of that name would win"
+    scripts = {path.stem for path in PROJECT.glob("*.py")}
+    packages = {path.parent.name for path in PROJECT.glob("*/__init__.py")} - {"tests"}
+    assert scripts | packages <= set(FLOORS), "a new room: give it a floor in FLOORS"
+
+
+def test_rooms_import_from_lower_floors_only(imports: list[Import]) -> None:
+    assert wrong_doors(imports) == []
+
+
+def test_attacks_data_and_models_know_neither_flags_nor_ranks(imports: list[Import]) -> None:
+    pure = [found for found in imports if room_of(found.path) in PURE_ROOMS]
+    assert pure
+    assert [
+        str(found) for found in pure if any(is_within(found.module, name) for name in FLAGS_AND_RANKS)
+    ] == []
+
+
+@pytest.mark.parametrize(("library", "owner"), OWNERS.items())
+def test_library_is_used_in_one_file(imports: list[Import], library: str, owner: str) -> None:
+    users = [found for found in imports if is_within(found.module, library)]
+    assert [str(found) for found in users if found.path != owner] == []
+    assert users, f"{owner} no longer uses {library}: take it off the list"
+
+
+@pytest.mark.parametrize("name", [*ENTRIES, *PACKAGES, "utils_architecture", "tests"])
+def test_names_lead_to_this_project(name: str) -> None:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    assert Path(spec.origin).is_relative_to(PROJECT)
+
+
+def test_training_imports_silently_and_without_the_packages_of_evaluation() -> None:
+    rooms = ["common", "attacks", "data", "zoo", "training"]
+    files = [path for room in rooms for path in sorted((PROJECT / room).glob("*.py"))]
+    names = [".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in files]
+    modules = ["train", "utils_architecture", *(name.removesuffix(".__init__") for name in names)]
+    code = f"""
+import importlib, sys
+from importlib.machinery import PathFinder
+
+class WithoutThem(PathFinder):  # as if they were not installed
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {NOT_FOR_TRAINING!r} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutThem
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "", "importing a module printed something"

@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Adversarial training of image classifiers.
+
+Every flag is `--section.name=value` (`--section.name value` works too); `--help` lists them, `--config-file FILE` reads them
+from YAML, and flags override the file. Errors of input end with exit status 2, a diverged run with 3.
+
+    python train.py --config-file configs/convnext_tiny_cvst.yaml --data.train_dataset=/data/imagenet --data.val_dataset=/data/imagenet
+    python train.py … --training.distributed=1 --dist.world_size=8      eight processes on this machine
+    torchrun --nproc_per_node=8 train.py …                              the same, started by torchrun (several machines too)
+    bash run_train.sh …                                                 sets up, checks, and takes all visible GPUs
+    python train.py --check …                                           looks at flags, files and folders, starts nothing
+
+A run: images in [0, 1] → mixup → attack on the network in eval mode → forward, loss, backward → optimiser → EMA; after every
+epoch validation on clean and attacked images; weights and log in <logging.folder>/<run name>.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from common.config import TrainConfig, load_config
+from common.distributed import Processes, check_processes, launch
+from common.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line (without the program's name); returns the exit status."""
+    arguments = [a for a in argv if a != "--check"]
+    try:
+        config = load_config(TrainConfig, arguments)
+        if len(arguments) < len(argv):
+            check(config)
+            return 0
+        return launch(train, config, world_size=config.dist.world_size, address=config.dist.address, port=config.dist.port)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(config: TrainConfig, processes: Processes) -> None:
+    """One process of the run."""
+    from training.trainer import Diverged, Trainer
+
+    try:
+        Trainer(config, processes).run()
+    except Diverged as error:
+        print(f"error: process {processes.rank}: {error}", file=sys.stderr)
+        raise SystemExit(3) from error
+
+
+def check(config: TrainConfig) -> None:
+    """Raise the UserError that starting this run would meet: data folders, classes, architecture, weights, processes."""
+    import dataclasses
+
+    from training.trainer import build_state, open_sources
+
+    check_processes(config.dist.world_size)
+    # Nothing is loaded into memory and nothing downloaded for a check.
+    quick = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, in_memory=False),
+        model=dataclasses.replace(config.model, pretrained=False),
+    )
+    open_sources(quick)
+    build_state(quick, Processes.alone("cpu"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

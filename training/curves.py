@@ -1,0 +1,41 @@
+"""A picture of a run's log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+CURVES = {
+    "loss": (("train_loss", "training"), ("loss", "validation"), ("ema_loss", "validation, EMA")),
+    "accuracy": (
+        ("top1", "clean"),
+        ("adv_top1", "quick adversarial"),
+        ("ema_top1", "clean, EMA"),
+        ("ema_adv_top1", "quick adversarial, EMA"),
+    ),
+    "learning rate": (("lr", "at the end of the epoch"),),
+}
+
+
+def draw_curves(log: Path, picture: Path) -> None:
+    """Draw loss, accuracy and learning rate by epoch from the epoch records of `log` into a PNG."""
+    records = [record for line in log.read_text().splitlines() if "top1" in (record := json.loads(line))]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, curves) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
+        for key, label in curves:
+            points = [(r["epoch"], r[key]) for r in records if isinstance(r.get(key), (int, float))]
+            if points:
+                axes.plot(*zip(*points), marker="o", markersize=3, label=label)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+        if title == "accuracy":
+            axes.set_ylim(0, 1)
+    figure.savefig(picture, dpi=110)

@@ -1,0 +1,42 @@
+"""Exponential moving average of the weights, kept on the training device."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """θ_ema ← d·θ_ema + (1 − d)·θ over the whole state dict, from the start of training.
+
+    Buffers of floating dtype are averaged too, others are copied.
+
+    Args:
+        model: the averaged network; copied.
+        decay: d.
+        warmup: use min(d, (1 + step)/(10 + step)) instead, so that short runs are not mostly initial weights.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float, warmup: bool) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.warmup = decay, warmup
+
+    def decay_at(self, step: int) -> float:
+        """d of the `step`-th update, counted from 1."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimiser step `step`, counted from 1."""
+        averages, values = [], []
+        current = model.state_dict()
+        for name, average in self.model.state_dict().items():
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(current[name])
+            else:
+                average.copy_(current[name])
+        # One kernel for many tensors; a Python loop of 500 small kernels would cost more than the optimiser.
+        torch._foreach_lerp_(averages, values, 1 - self.decay_at(step))

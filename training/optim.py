@@ -1,0 +1,38 @@
+"""Optimiser and weight-decay groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from common.config import TrainingConfig
+
+ADAMW_BETAS = (0.9, 0.95)
+
+
+def is_decayed(name: str, parameter: nn.Parameter, *, arch: str) -> bool:
+    """Whether weight decay applies to a parameter, by the published rule.
+
+    For architectures named *convnext* or *resnet*, all but parameters whose name contains `bn` or `.bias` (LayerNorm weights
+    and layer scale are decayed); for the others, all but one-dimensional parameters and those that end in `.bias`.
+    """
+    if "convnext" in arch or "resnet" in arch:
+        return "bn" not in name and ".bias" not in name
+    return parameter.dim() > 1 and not name.endswith(".bias")
+
+
+def parameter_groups(model: nn.Module, *, arch: str, weight_decay: float) -> list[dict]:
+    """Two optimiser groups of the trainable parameters: decayed, and not."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if is_decayed(name, p, arch=arch)]
+    exempt = [p for name, p in trained if not is_decayed(name, p, arch=arch)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, *, arch: str, training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD over the groups of `model`; the learning rate is set at every step."""
+    groups = parameter_groups(model, arch=arch, weight_decay=training.weight_decay)
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum)
+    return torch.optim.AdamW(groups, lr=0.0, betas=ADAMW_BETAS)

@@ -1,0 +1,124 @@
+"""One optimisation step: augment, attack, forward, backward, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attacks.apgd import apgd
+from attacks.fgsm import fgsm
+from attacks.losses import cross_entropy
+from common.config import AdvConfig, TrainConfig
+from common.distributed import Processes
+from common.seeding import derive_seed
+from data.loader import Batch
+from data.transforms import Mixup
+from training.state import TrainState
+
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """Context in which a network runs in `precision`; fp32 and fp64 need none."""
+    return torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+
+
+def to_device(x: Tensor, *, device: torch.device, precision: str, channels_last: bool) -> Tensor:
+    """Images (B, 3, H, W) on the device: float32 (float64 for precision fp64), in the memory format of the model."""
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return x.to(device, dtype, non_blocking=True, memory_format=memory_format)
+
+
+def attack_batch(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    adv: AdvConfig,
+    eps: float,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """The images to train on: `x` itself for clean training, else the attack's within `eps` of it. Shapes as in `attacks`."""
+    if adv.attack == "apgd":
+        return apgd(model, x, y, norm=adv.norm, eps=eps, n_iter=adv.n_iter, on_step=on_step).x_best
+    if adv.attack == "fgsm":
+        return fgsm(
+            model,
+            x,
+            y,
+            norm=adv.norm,
+            eps=eps,
+            alpha=adv.alpha,
+            noise_level=adv.noise_level,
+            skip_projection=adv.skip_projection,
+        )
+    return x
+
+
+def train_step(
+    state: TrainState,
+    batches: Sequence[Batch],
+    *,
+    config: TrainConfig,
+    processes: Processes,
+    mixup: Mixup | None,
+    lr: float,
+    eps: float,
+    on_attack_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """One optimiser step over the micro-batches of this process; advances `state`.
+
+    The attack runs on the bare network, so that DistributedDataParallel sees one forward and one backward pass of each
+    micro-batch and averages gradients once, at the last one. Nothing is read back from the device, except by the loss scaler.
+
+    Args:
+        state: changed in place.
+        batches: `training.grad_accum` batches of equal size.
+        config, processes: of the run.
+        mixup: mixes images and makes soft labels; None for hard labels.
+        lr: learning rate of this step.
+        eps: radius of the attack.
+        on_attack_step: passed to the attack.
+
+    Returns:
+        Mean loss of this process, a scalar on the device; it may be non-finite, which the caller must look at.
+    """
+    # Drop path and random starts draw from here: a function of the step, not of what ran before.
+    torch.manual_seed(derive_seed("step", config.data.seed, state.step, processes.rank))
+    precision, device = config.training.precision, processes.device
+    state.model.train()
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    total = torch.zeros((), device=device)
+    for i, batch in enumerate(batches):
+        x = to_device(batch.x, device=device, precision=precision, channels_last=config.misc.use_channel_last)
+        y = batch.y.to(device, non_blocking=True)
+        if mixup is not None:
+            x, y = mixup(x, y, seed=config.data.seed, step=state.step * len(batches) + i, rank=processes.rank)
+        with autocast(device, precision):
+            x = attack_batch(state.model, x, y, adv=config.adv, eps=eps, on_step=on_attack_step)
+        last = i + 1 == len(batches)
+        with nullcontext() if last or processes.world_size == 1 else state.parallel.no_sync():
+            with autocast(device, precision):
+                loss = cross_entropy(state.parallel(x), y).mean() / len(batches)
+            state.scaler.scale(loss).backward()
+        total += loss.detach()
+    _update(state, grad_clip=config.training.grad_clip)
+    return total
+
+
+def _update(state: TrainState, *, grad_clip: float) -> None:
+    if grad_clip > 0:
+        state.scaler.unscale_(state.optimizer)
+        torch.nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), grad_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    if state.ema is not None:
+        state.ema.update(state.model, state.step)
