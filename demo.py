@@ -60,7 +60,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
     summary["seconds"] = round(time.perf_counter() - begin, 1)
     write_report(FOLDER / "summary.json", summary)
-    print(f"\n{table(summary)}\n\n{summary['seconds']:.0f} seconds; summary.json, test_images.npz and adversarial.png are in {FOLDER}")
+    print(
+        f"\n{table(summary)}\n\n{summary['seconds']:.0f} seconds; summary.json, test_images.npz and adversarial.png are in {FOLDER}"
+    )
     return 0
 
 

@@ -4,7 +4,7 @@
 Every flag is `--section.name=value` (`--section.name value` works too); `--help` lists them, `--config-file FILE` reads them
 from YAML, and flags override the file. Errors of input end with exit status 2, a diverged run with 3.
 
-    python train.py --config-file configs/convnext_tiny_cvst.yaml --data.train_dataset=/data/imagenet --data.val_dataset=/data/imagenet
+    python train.py --config-file configs/convnext_tiny_cvst.yaml --data.train_dataset=/data/imagenet …
     python train.py … --training.distributed=1 --dist.world_size=8      eight processes on this machine
     torchrun --nproc_per_node=8 train.py …                              the same, started by torchrun (several machines too)
     bash run_train.sh …                                                 sets up, checks, and takes all visible GPUs
@@ -32,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
         if len(arguments) < len(argv):
             check(config)
             return 0
-        return launch(train, config, world_size=config.dist.world_size, address=config.dist.address, port=config.dist.port)
+        return launch(
+            train, config, world_size=config.dist.world_size, address=config.dist.address, port=config.dist.port
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -103,13 +103,17 @@ class DataConfig:
     num_workers: int = flag(REQUIRED, "loader processes of each training process", at_least=0, harmless=True)
     in_memory: bool = flag(REQUIRED, "1: keep all encoded images in memory, shared by the workers", harmless=True)
     seed: int = flag(0, "seed of everything random", at_least=0)
-    augmentations: int = flag(0, "0 basic (crop, flip), 1 heavy (RandAugment, erasing, mixup), 2 none", at_least=0, at_most=2)
+    augmentations: int = flag(
+        0, "0 basic (crop, flip), 1 heavy (RandAugment, erasing, mixup), 2 none", at_least=0, at_most=2
+    )
     root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)", harmless=True)
     train_split: str = flag("", "name of the training split for timm's readers; empty: train")
     val_split: str = flag("", "name of the validation split for timm's readers; empty: validation")
     min_scale: float = flag(0.08, "smallest share of the image's area in RandomResizedCrop", above=0, at_most=1)
     flip: float = flag(0.5, "probability of a horizontal flip (published code, basic: 0)", at_least=0, at_most=1)
-    max_bad_images: int = flag(100, "undecodable images met in one epoch before training stops", at_least=0, harmless=True)
+    max_bad_images: int = flag(
+        100, "undecodable images met in one epoch before training stops", at_least=0, harmless=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +132,16 @@ class LoggingConfig:
     """What is written, where and how often."""
 
     folder: str = flag("runs", "run folders are made in this folder", harmless=True)
-    log_level: int = flag(1, "per step: 0 nothing, 1 epoch, step, shape and lr, 2 also the loss", at_least=0, at_most=2, harmless=True)
-    save_freq: int = flag(2, "epochs between two saved weights; the last epoch is always saved", at_least=1, harmless=True)
+    log_level: int = flag(
+        1, "per step: 0 nothing, 1 epoch, step, shape and lr, 2 also the loss", at_least=0, at_most=2, harmless=True
+    )
+    save_freq: int = flag(
+        2, "epochs between two saved weights; the last epoch is always saved", at_least=1, harmless=True
+    )
     addendum: str = flag("", "appended to the run's name")
-    keep: int = flag(5, "saved epochs that are kept (raw and EMA each), oldest deleted first; 0: all", at_least=0, harmless=True)
+    keep: int = flag(
+        5, "saved epochs that are kept (raw and EMA each), oldest deleted first; 0: all", at_least=0, harmless=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +153,13 @@ class ValidationConfig:
     lr_tta: bool = flag(False, "1: add the logits of the mirrored image", harmless=True)
     precision: str = flag("fp16", "autocast of validation", choices=PRECISIONS, harmless=True)
     freq: int = flag(1, "epochs between two validations; the last epoch is always validated", at_least=1, harmless=True)
-    adv_n_ex: int = flag(512, "images of the quick adversarial validation, spread over the set; 0: none", at_least=0, harmless=True)
+    adv_n_ex: int = flag(
+        512, "images of the quick adversarial validation, spread over the set; 0: none", at_least=0, harmless=True
+    )
     adv_n_iter: int = flag(10, "APGD updates of the quick adversarial validation", at_least=1, harmless=True)
-    crop_pct: float = flag(0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1, harmless=True)
+    crop_pct: float = flag(
+        0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1, harmless=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +197,9 @@ class AdvConfig:
     norm: str = flag("Linf", "threat model", choices=NORMS)
     eps: float | None = flag(None, "radius, fractions allowed; unset: 4/255 (Linf), 2 (L2), 75 (L1)", above=0)
     n_iter: int = flag(2, "updates of APGD", at_least=1)
-    verbose: bool = flag(False, "1: log loss and accuracy of every attack step (synchronises with the GPU)", harmless=True)
+    verbose: bool = flag(
+        False, "1: log loss and accuracy of every attack step (synchronises with the GPU)", harmless=True
+    )
     noise_level: float = flag(1.0, "FGSM: random start in units of eps", at_least=0)
     skip_projection: bool = flag(False, "FGSM: 1 leaves the result outside ball and box")
     alpha: float = flag(1.0, "FGSM: step in units of eps", above=0)
@@ -200,7 +216,9 @@ class MiscConfig:
 
 def _check_radius(name: str, norm: str, eps: float) -> None:
     if norm == "Linf" and eps > 1:
-        raise UserError(f"{name}: pixels are in [0, 1], so a Linf radius is at most 1; got {eps:g} (did you mean {eps:g}/255?).")
+        raise UserError(
+            f"{name}: pixels are in [0, 1], so a Linf radius is at most 1; got {eps:g} (did you mean {eps:g}/255?)."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,22 +241,28 @@ class TrainConfig:
             object.__setattr__(self, "adv", dataclasses.replace(self.adv, eps=DEFAULT_EPS[self.adv.norm]))
         _check_radius("adv.eps", self.adv.norm, self.adv.eps)
         if self.adv.attack == "fgsm" and self.adv.norm != "Linf":
-            raise UserError(f"adv.norm: adv.attack=fgsm is defined for Linf only, got {self.adv.norm!r}; use adv.attack=apgd.")
+            raise UserError(
+                f"adv.norm: adv.attack=fgsm is defined for Linf only, got {self.adv.norm!r}; use adv.attack=apgd."
+            )
         if self.data.augmentations == 1 and self.training.batch_size % 2:
             raise UserError(
-                f"training.batch_size: data.augmentations=1 mixes pairs of images and needs an even batch, got {self.training.batch_size}."
+                "training.batch_size: data.augmentations=1 mixes pairs of images and needs an even batch, "
+                f"got {self.training.batch_size}."
             )
         if self.resolution.end_ramp < self.resolution.start_ramp:
             raise UserError(
-                f"resolution.end_ramp: expected at least resolution.start_ramp={self.resolution.start_ramp}, got {self.resolution.end_ramp}."
+                f"resolution.end_ramp: expected at least resolution.start_ramp={self.resolution.start_ramp}, "
+                f"got {self.resolution.end_ramp}."
             )
         if self.resolution.max_res < self.resolution.min_res:
             raise UserError(
-                f"resolution.max_res: expected at least resolution.min_res={self.resolution.min_res}, got {self.resolution.max_res}."
+                f"resolution.max_res: expected at least resolution.min_res={self.resolution.min_res}, "
+                f"got {self.resolution.max_res}."
             )
         if self.dist.world_size > 1 and not self.training.distributed:
             raise UserError(
-                f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; give --training.distributed=1."
+                f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; "
+                "give --training.distributed=1."
             )
         if not self.dist.port.isdigit() or not 0 < int(self.dist.port) < 65536:
             raise UserError(f"dist.port: expected a port number from 1 to 65535, got {self.dist.port!r}.")
@@ -299,10 +323,12 @@ class AttackConfig:
     fullaa: bool = flag(True, "1: APGD-CE, APGD-T, FAB-T, Square; 0: the first two")
     norms: tuple[str, ...] = flag(("Linf",), "threat models, separated by commas", choices=NORMS)
     eps: tuple[float, ...] | None = flag(None, "radius of each norm, fractions allowed; unset: 4/255, 2, 75", above=0)
-    n_ex: int = flag(5000, "number of images, the first of the set; 0: all", at_least=0)
+    n_ex: int = flag(5000, "number of images, spread evenly over the set; 0: all", at_least=0)
     batch_size: int = flag(100, "images attacked together; part of the result's identity", at_least=1)
     img_size: int = flag(224, "image size in pixels", at_least=8)
-    crop_pct: float = flag(0.875, "centre crop after resizing to img_size/crop_pct; 1 for small images", above=0, at_most=1)
+    crop_pct: float = flag(
+        0.875, "centre crop after resizing to img_size/crop_pct; 1 for small images", above=0, at_most=1
+    )
     seed: int = flag(0, "seed of AutoAttack", at_least=0)
     out: str = flag("", "folder of the report; empty: eval_<weights> next to the weights")
 
@@ -361,7 +387,12 @@ def _string(text: Any) -> str:
     return str(text)
 
 
-_SCALARS = {int: (_integer, "an integer"), float: (_number, "a number or a fraction such as 4/255"), bool: (_switch, "0 or 1"), str: (_string, "text")}
+_SCALARS = {
+    int: (_integer, "an integer"),
+    float: (_number, "a number or a fraction such as 4/255"),
+    bool: (_switch, "0 or 1"),
+    str: (_string, "text"),
+}
 
 
 class _FlagChecker(fastargs.validation.Checker):
@@ -417,7 +448,7 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     parser = _parser(config_class)
     arguments = vars(_parse(parser, argv))
     files = arguments.pop("config_file")
-    known = [name for name in arguments]
+    known = list(arguments)
     config = _fastargs_config(config_class)
     for path in files:
         config.collect(_read_config_file(Path(path), known))
@@ -433,7 +464,10 @@ def config_to_dict(config: Any) -> dict[str, dict[str, Any]]:
 def harmless_flags() -> frozenset[str]:
     """Dotted names of the training flags that cannot change the trained weights."""
     return frozenset(
-        f"{section}.{f.name}" for section, cls in _sections(TrainConfig) for f in dataclasses.fields(cls) if f.metadata["harmless"]
+        f"{section}.{f.name}"
+        for section, cls in _sections(TrainConfig)
+        for f in dataclasses.fields(cls)
+        if f.metadata["harmless"]
     )
 
 
@@ -471,7 +505,9 @@ def _fastargs_config(config_class: type) -> fastargs.Config:
 
 
 def _build(config_class: type[ConfigT], config: fastargs.Config) -> ConfigT:
-    missing = sorted(".".join(p) for p, param in config.entries.items() if param.required and config.content.get(p) is None)
+    missing = sorted(
+        ".".join(p) for p, param in config.entries.items() if param.required and config.content.get(p) is None
+    )
     if missing:
         raise UserError(f"{', '.join(missing)}: required, but neither given as a flag nor in a config file.")
     for path in config.validate(mode="errordict"):
@@ -497,17 +533,26 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(config_class: type) -> argparse.ArgumentParser:
     parser = _Parser(
-        usage="%(prog)s [--config-file FILE] [--section.name=value …]", description=config_class.__doc__, allow_abbrev=False
+        usage="%(prog)s [--config-file FILE] [--section.name=value …]",
+        description=config_class.__doc__,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--config-file", "-C", action="append", default=[], metavar="FILE", help="YAML or JSON file of flags; may be repeated"
+        "--config-file",
+        "-C",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML or JSON file of flags; may be repeated",
     )
     for name, cls in _sections(config_class):
         group = parser.add_argument_group(name, cls.__doc__)
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             default = "required" if f.default is REQUIRED else f"default {_shown(f.default)}"
-            text = f"{f.metadata['help']} ({_FlagChecker(hints[f.name], f.metadata).help()}; {default})".replace("%", "%%")
+            text = f"{f.metadata['help']} ({_FlagChecker(hints[f.name], f.metadata).help()}; {default})".replace(
+                "%", "%%"
+            )
             group.add_argument(f"--{name}.{f.name}", metavar="V", help=text)
     return parser
 
@@ -517,7 +562,9 @@ def _shown(default: Any) -> str:
         return str(int(default))
     if isinstance(default, tuple):
         return ",".join(map(str, default))
-    return {None: "unset", "": "empty"}.get(default, default) if isinstance(default, (str, type(None))) else str(default)
+    return (
+        {None: "unset", "": "empty"}.get(default, default) if isinstance(default, (str, type(None))) else str(default)
+    )
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -548,7 +595,9 @@ def _read_config_file(path: Path, known: Sequence[str]) -> dict[str, Any]:
     content.pop(PROVENANCE_KEY, None)
     values: dict[str, Any] = {}
     for section, flags in content.items():
-        values.update({f"{section}.{k}": v for k, v in flags.items()} if isinstance(flags, dict) else {str(section): flags})
+        values.update(
+            {f"{section}.{k}": v for k, v in flags.items()} if isinstance(flags, dict) else {str(section): flags}
+        )
     for name in values:
         if name not in known:
             raise UserError(f"--config-file {path}: unknown key {name!r}{_did_you_mean(name, known)}.")

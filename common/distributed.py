@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,11 @@ class Processes:
     def alone(cls, device: torch.device | str | None = None) -> Processes:
         """The only process, on `device` or else the first GPU, or the CPU where there is none."""
         return cls(rank=0, world_size=1, device=_device(0) if device is None else torch.device(device))
+
+    @property
+    def on_this_machine(self) -> int:
+        """Number of the run's processes on this machine."""
+        return int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else self.world_size
 
     @property
     def is_first(self) -> bool:
@@ -80,7 +86,9 @@ def check_processes(world_size: int) -> None:
     if under_torchrun():
         started = int(os.environ["WORLD_SIZE"])
         if world_size not in (1, started):
-            raise UserError(f"dist.world_size: {world_size} was asked for, but the launcher started {started} processes; leave it out.")
+            raise UserError(
+                f"dist.world_size: {world_size} was asked for, but the launcher started {started} processes; leave it out."
+            )
         world_size = int(os.environ.get("LOCAL_WORLD_SIZE", started))
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and world_size > gpus:
@@ -107,14 +115,29 @@ def launch(main: Callable[[Any, Processes], None], config: Any, *, world_size: i
     if world_size == 1:
         main(config, Processes.alone())
         return 0
+    _check_rendezvous(address, int(port))
     return _spawn(main, config, world_size, f"tcp://{address}:{port}")
+
+
+def _check_rendezvous(address: str, port: int) -> None:
+    """Refuse an address the first process cannot listen on, which would otherwise show as a time-out of all."""
+    try:
+        with socket.socket(socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        raise UserError(
+            f"dist.address, dist.port: the first process cannot listen on {address}:{port} ({error.strerror or error}); "
+            "expected an address of this machine and a free port."
+        ) from error
 
 
 def _spawn(main: Callable, config: Any, world_size: int, rendezvous: str) -> int:
     context = mp.get_context("spawn")
     reported = context.Value("b", False)
     children = [
-        context.Process(target=_spawned, args=(main, config, rank, world_size, rendezvous, reported)) for rank in range(world_size)
+        context.Process(target=_spawned, args=(main, config, rank, world_size, rendezvous, reported))
+        for rank in range(world_size)
     ]
     for child in children:
         child.start()
@@ -148,13 +171,7 @@ def _joined(rank: int, world_size: int, rendezvous: str) -> Iterator[Processes]:
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = _device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        raise UserError(
-            f"dist.address, dist.port: process {rank} of {world_size} cannot meet the others at {rendezvous} "
-            f"({str(error).splitlines()[0]}); is the port in use, or the address another machine's?"
-        ) from error
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
         yield Processes(rank=rank, world_size=world_size, device=device)
     finally:

@@ -31,6 +31,12 @@ Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
 Key = tuple[int, int, int]  # epoch, index in the source, image size
 
 
+def spread_indices(length: int, count: int) -> list[int]:
+    """`count` indices spread evenly over 0 … length − 1 (all of them where count ≥ length): a fixed subset of every class."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
 class Batch(NamedTuple):
     """Images and labels of one rank.
 

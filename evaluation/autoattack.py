@@ -60,15 +60,21 @@ def attack_chunk(
     with torch.no_grad():
         logits = model(x)
     if not torch.isfinite(logits).all():
-        raise UserError("eval.model_in: the network's logits are not finite on clean images; its accuracy means nothing.")
+        raise UserError(
+            "eval.model_in: the network's logits are not finite on clean images; its accuracy means nothing."
+        )
     if logits.shape[1] < FEWEST_CLASSES:
-        raise UserError(f"eval.model_in: AutoAttack needs at least {FEWEST_CLASSES} classes, the network has {logits.shape[1]}.")
+        raise UserError(
+            f"eval.model_in: AutoAttack needs at least {FEWEST_CLASSES} classes, the network has {logits.shape[1]}."
+        )
     clean_pred = logits.argmax(dim=1)
     broken_by = ["" if right else "clean" for right in (clean_pred == y).tolist()]
     x_adv = x.clone()
     engine = standard_autoattack(model, norm=norm, eps=eps, seed=seed, device=device, num_classes=logits.shape[1])
     for name in ATTACKS if full else ATTACKS[:2]:
-        standing = torch.tensor([i for i, broken in enumerate(broken_by) if not broken], dtype=torch.int64, device=device)
+        standing = torch.tensor(
+            [i for i, broken in enumerate(broken_by) if not broken], dtype=torch.int64, device=device
+        )
         if len(standing) == 0:
             break
         found = perturb(engine, name, x[standing], y[standing], seed=seed)
@@ -98,7 +104,9 @@ def perturb(engine: Any, name: str, x: Tensor, y: Tensor, *, seed: int) -> Tenso
     if name == "fab-t":
         engine.fab.targeted, engine.fab.n_restarts = True, 1
     engine.apgd.loss = "ce"
-    attack = {"apgd-ce": engine.apgd, "apgd-t": engine.apgd_targeted, "fab-t": engine.fab, "square": engine.square}[name]
+    attack = {"apgd-ce": engine.apgd, "apgd-t": engine.apgd_targeted, "fab-t": engine.fab, "square": engine.square}[
+        name
+    ]
     attack.seed = seed
     with torch.no_grad():
         return attack.perturb(x, y).detach()
@@ -109,5 +117,6 @@ def package_name() -> str:
     for name in ("pyautoattack", "autoattack"):
         if importlib.util.find_spec(name) is not None:
             return name
-    raise UserError("AutoAttack is not installed: expected the package pyautoattack (pip install pyautoattack) or autoattack.")
-
+    raise UserError(
+        "AutoAttack is not installed: expected the package pyautoattack (pip install pyautoattack) or autoattack."
+    )

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from common.config import EvalConfig
 from common.errors import UserError
 from common.provenance import installed_version, provenance
-from data.datasets import open_source
-from data.loader import EvalLoader
+from data.datasets import StreamSource, open_source
+from data.loader import EvalLoader, spread_indices
 from evaluation.autoattack import ATTACKS, Verdicts, attack_chunk, package_name
 from evaluation.report import summarise
 from zoo.runs import TrainedModel
@@ -33,16 +33,26 @@ class Images:
 
 
 def load_images(config: EvalConfig, *, num_classes: int) -> Images:
-    """The first `eval.n_ex` images of `data.val_dataset` through the evaluation transform.
+    """`eval.n_ex` images, spread evenly over `data.val_dataset`, through the evaluation transform.
+
+    Spread, because the first images of a folder are all of the first class.
 
     Raises:
         UserError: no such data set, no readable image, or more classes than the head has.
     """
     data, settings = config.data, config.eval
-    source = open_source(data.val_dataset, split="val", flag="data.val_dataset", root=data.root, split_name=data.val_split)
+    source = open_source(
+        data.val_dataset, split="val", flag="data.val_dataset", root=data.root, split_name=data.val_split
+    )
     if source.num_classes is not None and source.num_classes > num_classes:
-        raise UserError(f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {source.num_classes}.")
-    count = min(settings.n_ex, len(source)) if settings.n_ex else len(source)
+        raise UserError(
+            f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {source.num_classes}."
+        )
+    if isinstance(source, StreamSource):
+        raise UserError(
+            f"data.val_dataset: {data.val_dataset} can only be read in order; expected a folder, tar, digits or hfds/…."
+        )
+    indices = spread_indices(len(source), settings.n_ex or len(source))
     loader = EvalLoader(
         source,
         size=settings.img_size,
@@ -51,7 +61,7 @@ def load_images(config: EvalConfig, *, num_classes: int) -> Images:
         rank=0,
         world_size=1,
         num_workers=data.num_workers,
-        indices=list(range(count)),
+        indices=indices,
     )
     batches = list(loader)
     unreadable = [f"{name} ({reason})" for batch in batches for name, reason in batch.failures]
@@ -59,7 +69,7 @@ def load_images(config: EvalConfig, *, num_classes: int) -> Images:
         print(f"warning: {name} cannot be decoded; it is left out of the evaluation.", file=sys.stderr)
     x = torch.cat([batch.x for batch in batches])
     if len(x) == 0:
-        raise UserError(f"data.val_dataset: none of the {count} images of {data.val_dataset} can be decoded.")
+        raise UserError(f"data.val_dataset: none of the {len(indices)} images of {data.val_dataset} can be decoded.")
     return Images(x=x, y=torch.cat([batch.y for batch in batches]), unreadable=unreadable)
 
 
@@ -80,7 +90,11 @@ def evaluate(
     for norm, eps in zip(settings.norms, settings.eps):
         begin, verdicts = time.perf_counter(), []
         with tqdm(
-            total=len(images.x), desc=f"AutoAttack {norm}", unit="img", mininterval=0.5 if sys.stderr.isatty() else 60, leave=False
+            total=len(images.x),
+            desc=f"AutoAttack {norm}",
+            unit="img",
+            mininterval=0.5 if sys.stderr.isatty() else 60,
+            leave=False,
         ) as bar:
             for x, y in zip(images.x.split(settings.batch_size), images.y.split(settings.batch_size)):
                 chunk = attack_chunk(
@@ -95,12 +109,19 @@ def evaluate(
         all_verdicts[norm] = verdicts
     report = {
         "model": {"weights": str(trained.path), "sha256": sha256(trained.path), **trained.description},
-        "data": asdict(config.data) | {"n": len(images.x), "unreadable": images.unreadable},
+        "data": asdict(config.data)
+        | {"n": len(images.x), "labels": label_counts(images.y), "unreadable": images.unreadable},
         "eval": asdict(settings) | {"attacks": list(attacks), "engine": engine_version()},
         "results": results,
         "provenance": provenance(),
     }
     return report, all_verdicts
+
+
+def label_counts(y: Tensor) -> dict[str, int]:
+    """How many images of each class."""
+    labels, counts = y.unique(return_counts=True)
+    return {str(label): count for label, count in zip(labels.tolist(), counts.tolist())}
 
 
 def engine_version() -> str:

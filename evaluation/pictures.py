@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 
-def draw_examples(path: Path, x: Tensor, attacked: Mapping[str, tuple[Tensor, Sequence[str]]], labels: Sequence[str], eps: float) -> None:
+def draw_examples(
+    path: Path, x: Tensor, attacked: Mapping[str, tuple[Tensor, Sequence[str]]], labels: Sequence[str], eps: float
+) -> None:
     """A grid: images; then for each model its adversarial images, titled with its prediction, and their difference.
 
     Args:

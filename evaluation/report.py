@@ -15,7 +15,9 @@ from common.files import write_atomically
 from evaluation.autoattack import Verdicts
 
 
-def summarise(verdicts: Sequence[Verdicts], x: Tensor, *, norm: str, eps: float, attacks: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    verdicts: Sequence[Verdicts], x: Tensor, *, norm: str, eps: float, attacks: Sequence[str]
+) -> dict[str, Any]:
     """Accuracies of one evaluation, and what the adversarial images really are.
 
     Args:

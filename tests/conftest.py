@@ -6,7 +6,7 @@ import os
 
 # Two busy test processes on one machine slow each other down tenfold if OpenMP's threads spin while they wait. This has to be
 # set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 

@@ -201,9 +201,7 @@ def test_rooms_import_from_lower_floors_only(imports: list[Import]) -> None:
 def test_attacks_data_and_models_know_neither_flags_nor_ranks(imports: list[Import]) -> None:
     pure = [found for found in imports if room_of(found.path) in PURE_ROOMS]
     assert pure
-    assert [
-        str(found) for found in pure if any(is_within(found.module, name) for name in FLAGS_AND_RANKS)
-    ] == []
+    assert [str(found) for found in pure if any(is_within(found.module, name) for name in FLAGS_AND_RANKS)] == []
 
 
 @pytest.mark.parametrize(("library", "owner"), OWNERS.items())
@@ -238,8 +236,6 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutThem
 for name in {modules!r}:
     importlib.import_module(name)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "", "importing a module printed something"

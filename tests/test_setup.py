@@ -134,9 +134,7 @@ def install(folder: Path, name: str, metadata: str | None) -> None:
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distributions with made-up names: 1.5, a vendor's pre-release of 2.7, and an incomplete one."""
     install(tmp_path, "fake_lib-1.5", "Metadata-Version: 2.1\nName: Fake.Lib\nVersion: 1.5\n")
-    install(
-        tmp_path, "fakevendor-2.7.0a0+x1", "Metadata-Version: 2.1\nName: fakevendor\nVersion: 2.7.0a0+x1\n"
-    )
+    install(tmp_path, "fakevendor-2.7.0a0+x1", "Metadata-Version: 2.1\nName: fakevendor\nVersion: 2.7.0a0+x1\n")
     install(tmp_path, "fakebroken-1.0", None)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -206,9 +204,7 @@ from common.check_requirements import main
 main(Path("requirements.txt"))
 print(sorted({"torch", "numpy", "timm", "PIL"} & set(sys.modules)))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
@@ -231,9 +227,7 @@ def test_every_requirement_has_one_tested_version(python: str) -> None:
     for constraint in applying("constraints.txt"):
         (specifier,) = constraint.specifier
         assert specifier.operator == "==", constraint
-        assert canonicalize_name(constraint.name) not in pins, (
-            f"{constraint.name} is pinned twice for {python}"
-        )
+        assert canonicalize_name(constraint.name) not in pins, f"{constraint.name} is pinned twice for {python}"
         pins[canonicalize_name(constraint.name)] = specifier.version
     for requirement in applying("requirements.txt"):
         pin = pins.get(canonicalize_name(requirement.name))
@@ -451,9 +445,7 @@ def test_pytorch_is_not_asked_without_a_driver(project: Project) -> None:
         (["--dist.world_size", "8", "--dist.world_size", "1"], 4),
     ],
 )
-def test_train_starts_the_processes_that_its_flags_ask_for(
-    project: Project, flags: list[str], n: int
-) -> None:
+def test_train_starts_the_processes_that_its_flags_ask_for(project: Project, flags: list[str], n: int) -> None:
     project.command("nvidia-smi", "#!/bin/sh\n")
     expected = ["train.py", *flags] if n == 1 else torchrun(n, *flags)
     assert launched(project, "run_train.sh", *flags, STUB_GPUS="4")[-1] == expected

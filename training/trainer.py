@@ -15,8 +15,8 @@ from common.distributed import Processes
 from common.errors import UserError
 from common.provenance import provenance
 from common.seeding import derive_seed
-from data.datasets import Source, open_source
-from data.loader import Batch, EvalLoader, TrainLoader
+from data.datasets import Source, StreamSource, open_source
+from data.loader import Batch, EvalLoader, TrainLoader, spread_indices
 from data.transforms import Mixup
 from training.ema import EMA
 from training.log import RunFolder
@@ -24,11 +24,12 @@ from training.optim import build_optimizer
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.state import TrainState
 from training.step import train_step
-from training.validation import adversarial_accuracy, clean_accuracy, spread_indices
+from training.validation import adversarial_accuracy, clean_accuracy
 from utils_architecture import freeze_parameters
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
 
+AnySource = Source | StreamSource
 FLUSH_STEPS = 20  # steps whose losses are read from the device together, so that the device never waits for the log
 
 
@@ -50,7 +51,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
         torch.backends.cudnn.allow_tf32 = False  # otherwise "fp32" convolutions are not float32
-        train_source, val_source = open_sources(config, progress=processes.is_first)
+        train_source, val_source = open_sources(config, copies=processes.on_this_machine, progress=processes.is_first)
         self.state = build_state(config, processes)
         data, training, validation = config.data, config.training, config.validation
         pin_memory = processes.device.type == "cuda"
@@ -77,8 +78,10 @@ class Trainer:
             "num_workers": data.num_workers,
         }
         self.val_loader = EvalLoader(val_source, **eval_loader)
-        subset = spread_indices(len(val_source), validation.adv_n_ex)
-        self.adv_loader = EvalLoader(val_source, **eval_loader, indices=subset) if subset else None
+        self.adv_loader = None
+        if validation.adv_n_ex:
+            subset = spread_indices(len(val_source), validation.adv_n_ex)
+            self.adv_loader = EvalLoader(val_source, **eval_loader, indices=subset)
         self.mixup = None
         if data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
@@ -111,10 +114,10 @@ class Trainer:
         size = resolution_at_epoch(epoch, resolution=config.resolution)
         steps = self.loader.steps_per_epoch
         losses = LossLog(self, epoch=epoch, size=size)
-        begin, bad_images = time.perf_counter(), 0
+        begin, bad_images = time.perf_counter(), set()
         with self._bar(steps, epoch) as bar:
             for step, batches in enumerate(grouped(self.loader.epoch(epoch, size), config.training.grad_accum)):
-                bad_images += self._count_failures(batches, bad_images)
+                self._note_failures(batches, bad_images)
                 lr = lr_at(epoch + step / steps, lr=config.lr, epochs=config.training.epochs)
                 # eps grows to the step's end, so that the very first step has a ball to search.
                 eps = eps_at(epoch + (step + 1) / steps, eps=config.adv.eps, warmup_epochs=config.adv.eps_warmup_epochs)
@@ -141,7 +144,7 @@ class Trainer:
             "resolution": size,
             "seconds": round(seconds, 3),
             "images_per_second": round(steps * self._images_per_step / seconds, 2),
-            "bad_images": bad_images,
+            "bad_images": len(bad_images),
         }
 
     def _validate(self, *, epoch: int, summary: dict[str, Any] | None = None) -> None:
@@ -150,7 +153,9 @@ class Trainer:
         begin = time.perf_counter()
         for kind, network in self.state.networks().items():
             prefix = "" if kind == "raw" else f"{kind}_"
-            clean = clean_accuracy(network, self._checked(self.val_loader), config=self.config, processes=self.processes)
+            clean = clean_accuracy(
+                network, self._checked(self.val_loader), config=self.config, processes=self.processes
+            )
             record.update({prefix + key: value for key, value in clean.items()})
             if self.adv_loader is not None:
                 record[f"{prefix}adv_top1"] = adversarial_accuracy(
@@ -160,7 +165,9 @@ class Trainer:
         if self.folder is not None:
             self.folder.write(record)
         shown = {k: v for k, v in record.items() if k.endswith(("loss", "top1", "per_second"))}
-        self._say(f"epoch {epoch}/{self.config.training.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        self._say(
+            f"epoch {epoch}/{self.config.training.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+        )
 
     def _save(self, epoch: int) -> None:
         if self.folder is not None:
@@ -171,24 +178,25 @@ class Trainer:
         """Global batch: images of all processes in one optimiser step."""
         return self.config.training.batch_size * self.config.training.grad_accum * self.processes.world_size
 
-    def _count_failures(self, batches: list[Batch], so_far: int) -> int:
-        """Name the images of these batches that could not be decoded; stop past the limit."""
-        failures = [failure for batch in batches for failure in batch.failures]
-        for name, reason in failures:
-            self._warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
+    def _note_failures(self, batches: list[Batch], bad_images: set[str]) -> None:
+        """Name the images of these batches that could not be decoded, add them to the epoch's, stop past the limit."""
+        for name, reason in (failure for batch in batches for failure in batch.failures):
+            if name not in bad_images:
+                self._warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
+            bad_images.add(name)
         limit = self.config.data.max_bad_images
-        if so_far + len(failures) > limit:
+        if len(bad_images) > limit:
             raise UserError(
-                f"data.max_bad_images: more than {limit} images of data.train_dataset could not be decoded in one epoch, "
-                f"the last one {failures[-1][0]}; repair the data set or raise the limit."
+                f"data.max_bad_images: more than {limit} images of data.train_dataset could not be decoded in one epoch "
+                f"({', '.join(sorted(bad_images)[:3])} …); repair the data set or raise the limit."
             )
-        return len(failures)
 
     def _checked(self, loader: EvalLoader) -> Iterator[Batch]:
         for batch in loader:
             for name, reason in batch.failures:
                 self._warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
-            yield batch
+            if len(batch.y):
+                yield batch
 
     def _bar(self, steps: int, epoch: int) -> tqdm:
         """Progress in images, with the rate and the remaining time; on a log file one line a minute at most."""
@@ -198,6 +206,7 @@ class Trainer:
             unit="img",
             disable=not self.processes.is_first,
             mininterval=0.5 if sys.stderr.isatty() else 60.0,
+            delay=0.0 if sys.stderr.isatty() else 60.0,
             dynamic_ncols=True,
             leave=False,
         )
@@ -215,7 +224,11 @@ class Trainer:
 
     def _headline(self) -> str:
         c = self.config
-        aside = f"; the earlier run of this name is now {self.folder.set_aside}" if self.folder and self.folder.set_aside else ""
+        aside = (
+            f"; the earlier run of this name is now {self.folder.set_aside}"
+            if self.folder and self.folder.set_aside
+            else ""
+        )
         attack = "clean" if c.adv.attack == "none" else f"{c.adv.attack} {c.adv.norm} eps {c.adv.eps:.4g}"
         return (
             f"{c.run_name}: {c.model.arch}{' with ConvStem' if c.model.not_original else ''}, {attack}, "
@@ -287,8 +300,11 @@ class AttackLog:
         return [{"update": u, "loss": loss.item(), "acc": acc.item()} for u, loss, acc in self._rows]
 
 
-def open_sources(config: TrainConfig, *, progress: bool = False) -> tuple[Source, Source]:
-    """Training and validation images; their classes are checked against each other and against the head."""
+def open_sources(config: TrainConfig, *, copies: int = 1, progress: bool = False) -> tuple[AnySource, AnySource]:
+    """Training and validation images; their classes are checked against each other and against the head.
+
+    `copies`: processes of this machine that open them, each with its own copy in memory (`data.in_memory`).
+    """
     data = config.data
     train = open_source(
         data.train_dataset,
@@ -297,6 +313,7 @@ def open_sources(config: TrainConfig, *, progress: bool = False) -> tuple[Source
         root=data.root,
         split_name=data.train_split,
         in_memory=data.in_memory,
+        copies=copies,
         progress=progress,
     )
     val = open_source(
@@ -307,8 +324,14 @@ def open_sources(config: TrainConfig, *, progress: bool = False) -> tuple[Source
         split_name=data.val_split,
         class_names=train.class_names,
         in_memory=data.in_memory,
+        copies=copies,
         progress=progress,
     )
+    if isinstance(val, StreamSource) and config.validation.adv_n_ex:
+        raise UserError(
+            f"validation.adv_n_ex: the quick adversarial validation picks images by index, and {data.val_dataset} can only be "
+            "read in order; give --validation.adv_n_ex=0, or validation images of another kind."
+        )
     for flag, source in (("data.train_dataset", train), ("data.val_dataset", val)):
         if source.num_classes is not None and source.num_classes != config.model.num_classes:
             raise UserError(
@@ -334,7 +357,9 @@ def build_state(config: TrainConfig, processes: Processes) -> TrainState:
         add_normalization=m.add_normalization,
     )
     if m.ckpt_path:
-        load_weights(model, read_weights(m.ckpt_path, flag="model.ckpt_path"), flag="model.ckpt_path", source=m.ckpt_path)
+        load_weights(
+            model, read_weights(m.ckpt_path, flag="model.ckpt_path"), flag="model.ckpt_path", source=m.ckpt_path
+        )
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
     dtype = torch.float64 if training.precision == "fp64" else torch.float32

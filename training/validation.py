@@ -14,13 +14,9 @@ from data.loader import Batch
 from training.step import autocast, to_device
 
 
-def spread_indices(length: int, count: int) -> list[int]:
-    """`count` indices spread evenly over 0 … length − 1 (all of them where count ≥ length): a fixed subset of every class."""
-    count = min(count, length)
-    return [i * length // count for i in range(count)]
-
-
-def clean_accuracy(model: nn.Module, batches: Iterable[Batch], *, config: TrainConfig, processes: Processes) -> dict[str, float]:
+def clean_accuracy(
+    model: nn.Module, batches: Iterable[Batch], *, config: TrainConfig, processes: Processes
+) -> dict[str, float]:
     """Top-1 and top-5 accuracy and mean cross-entropy in eval mode; `validation.lr_tta` adds the mirrored image's logits.
 
     Returns:
@@ -41,7 +37,9 @@ def clean_accuracy(model: nn.Module, batches: Iterable[Batch], *, config: TrainC
     return {"top1": top1, "top5": top5, "loss": loss}
 
 
-def adversarial_accuracy(model: nn.Module, batches: Iterable[Batch], *, config: TrainConfig, processes: Processes) -> float:
+def adversarial_accuracy(
+    model: nn.Module, batches: Iterable[Batch], *, config: TrainConfig, processes: Processes
+) -> float:
     """Share of images classified correctly on every iterate of APGD with `validation.adv_n_iter` updates at `adv.norm`, `adv.eps`.
 
     A few-step, single-loss attack: an upper bound of robust accuracy to watch training by, not a number to report.

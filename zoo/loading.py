@@ -52,7 +52,15 @@ def read_weights(path: str | Path, *, flag: str) -> Weights:
             content: Any = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{flag}: {path} cannot be read as weights (torch.save with tensors and plain values only, or safetensors): {reason}"
@@ -114,8 +122,14 @@ def _state_dict(content: Any, flag: str, path: Path) -> dict[str, Tensor]:
         if not inner:
             break
         content = inner[0]
-    shown = f"a mapping with keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
-    raise UserError(f"{flag}: {path} holds no state dict (names and tensors, maybe under {', '.join(CONTAINERS)}); got {shown}.")
+    shown = (
+        f"a mapping with keys {', '.join(map(str, list(content)[:5]))}"
+        if isinstance(content, Mapping)
+        else type(content).__name__
+    )
+    raise UserError(
+        f"{flag}: {path} holds no state dict (names and tensors, maybe under {', '.join(CONTAINERS)}); got {shown}."
+    )
 
 
 def _bare(state: dict[str, Tensor]) -> Weights:

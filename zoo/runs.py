@@ -66,10 +66,14 @@ def find_weights(path: Path, *, flag: str) -> Path:
     if not path.is_dir():
         return path
     for name in ("weights_ema", "weights"):
-        found = [(int(m.group(1)), file) for file in path.iterdir() if (m := re.fullmatch(rf"{name}_(\d+)\.pt", file.name))]
+        found = [
+            (int(m.group(1)), file) for file in path.iterdir() if (m := re.fullmatch(rf"{name}_(\d+)\.pt", file.name))
+        ]
         if found:
             return max(found)[1]
-    raise UserError(f"{flag}: expected a weights file or a run folder, got the folder {path} without weights_<epoch>.pt in it.")
+    raise UserError(
+        f"{flag}: expected a weights file or a run folder, got the folder {path} without weights_<epoch>.pt in it."
+    )
 
 
 def _run_params(folder: Path) -> Mapping[str, Any]:

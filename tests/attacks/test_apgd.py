@@ -76,7 +76,7 @@ def check_promises(result: APGDResult, model, x, y, norm, eps):
     for x_adv in (result.x_best, result.x_best_adv):
         assert x_adv.dtype == torch.float32
         assert x_adv.min() >= 0 and x_adv.max() <= 1
-        assert THREAT_MODELS[norm].norm((x_adv.double() - x.double())).max() <= eps * (1 + 2e-5)
+        assert THREAT_MODELS[norm].norm(x_adv.double() - x.double()).max() <= eps * (1 + 2e-5)
     assert torch.isfinite(result.loss_best).all()
 
 
@@ -134,7 +134,9 @@ def test_model_is_given_back_as_it_was():
     modes = [m.training for m in model.modules()]
     needs = [p.requires_grad for p in model.parameters()]
     seen = []
-    model.register_forward_pre_hook(lambda m, _: seen.append((m.training, any(p.requires_grad for p in m.parameters()))))
+    model.register_forward_pre_hook(
+        lambda m, _: seen.append((m.training, any(p.requires_grad for p in m.parameters())))
+    )
     apgd(model, x, y, norm="Linf", eps=0.1, n_iter=2)
     assert seen == [(False, False)] * 3
     assert [m.training for m in model.modules()] == modes
@@ -270,8 +272,12 @@ class NoReads(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__
-        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal.default")), name
-        assert not (name.startswith("index") and any(getattr(i, "dtype", None) == torch.bool for i in args[1] or [])), name
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal.default")), (
+            name
+        )
+        assert not (name.startswith("index") and any(getattr(i, "dtype", None) == torch.bool for i in args[1] or [])), (
+            name
+        )
         return func(*args, **(kwargs or {}))
 
 

@@ -48,9 +48,7 @@ def test_ball_and_box(case):
 
 def test_random_start_follows_the_generator(case):
     model, x, y = case
-    first, again, other = (
-        fgsm(model, x, y, eps=EPS, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
-    )
+    first, again, other = (fgsm(model, x, y, eps=EPS, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

@@ -9,7 +9,6 @@ from dataclasses import fields
 import pytest
 import torch
 
-import data.loader
 import training.trainer
 import training.validation
 from common.config import TrainConfig, _sections
@@ -180,7 +179,7 @@ def test_ckpt_path_starts_from_the_weights(images, tmp_path):
 
 
 def test_freeze_some_and_early(images, tmp_path):
-    flags = base_flags(images, tmp_path) | {"model.not_original": 1}
+    flags = base_flags(images, tmp_path) | {"model.not_original": 1, "lr.lr_schedule_type": "step"}
     start = run(flags | {"lr.lr": 1e-30, "training.weight_decay": 0}).weights
     changed = {}
     for freeze, early in ((0, 1), (1, 1), (1, 0)):
@@ -252,7 +251,9 @@ def test_validation_batch_size_and_resolution(images, tmp_path, monkeypatch):
 
 def test_use_channel_last(images, tmp_path, during_steps):
     seen = during_steps(
-        lambda state, batches: state.model.stages[1].downsample[1].weight.is_contiguous(memory_format=torch.channels_last)
+        lambda state, batches: (
+            state.model.stages[1].downsample[1].weight.is_contiguous(memory_format=torch.channels_last)
+        )
     )
     flags = base_flags(images, tmp_path)
     run(flags)

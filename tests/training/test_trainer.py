@@ -1,0 +1,250 @@
+"""Runs of train.py: what training does, what it leaves behind, and several processes against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import training.step
+import training.trainer
+from attacks.apgd import apgd
+from common.config import PROVENANCE_KEY, TrainConfig, load_config
+from data.datasets import open_source
+from data.loader import EvalLoader, spread_indices
+from tests.training.helpers import base_flags, largest_difference, read_outcome, run, write_images
+from tests.training.test_flags import free_port
+from utils_architecture import get_new_model
+from zoo.runs import find_weights
+
+PROJECT = Path(training.__file__).resolve().parent.parent
+APGD = {"adv.attack": "apgd", "adv.eps": "8/255"}
+
+
+def test_run_folder(images, tmp_path):
+    outcome = run(base_flags(images, tmp_path) | APGD | {"model.model_ema": 1, "training.epochs": 2})
+    assert {"params.json", "log", "curves.png", "weights_2.pt", "weights_ema_2.pt"} <= outcome.files
+    assert any(f.startswith("events.out.tfevents") for f in outcome.files)
+    facts = outcome.params[PROVENANCE_KEY]
+    assert facts["global_batch"] == 8 and facts["steps_per_epoch"] == 3 and "torch" in facts["versions"]
+    assert facts["commit"] and facts["devices"] and facts["command"]
+    assert [r["epoch"] for r in outcome.epochs] == [1, 2] and len(outcome.steps) == 6
+    assert {"top1", "loss", "ema_top1", "train_loss", "images_per_second", "lr", "eps"} <= set(outcome.epochs[0])
+
+
+def test_params_json_is_a_config_file(images, tmp_path):
+    outcome = run(base_flags(images, tmp_path) | APGD)
+    again = load_config(TrainConfig, ["--config-file", str(outcome.folder / "params.json")])
+    assert again.run_name == outcome.folder.name and again.adv.eps == 8 / 255
+
+
+def test_same_command_twice_gives_the_same_weights_and_loses_nothing(images, tmp_path):
+    flags = base_flags(images, tmp_path) | APGD | {"data.augmentations": 1, "model.drop_path": 0.3}
+    first = run(flags)
+    second = run(flags | {"data.num_workers": 2})
+    assert first.folder == second.folder
+    assert largest_difference(first.weights, second.weights) == 0
+    earlier = read_outcome(first.folder.with_name(first.folder.name + ".1"))
+    assert largest_difference(first.weights, earlier.weights) == 0
+
+
+def test_training_learns(images, tmp_path):
+    outcome = run(base_flags(images, tmp_path) | {"training.epochs": 15, "lr.lr": 3e-3})
+    assert outcome.epochs[-1]["top1"] >= 0.75
+    assert outcome.epochs[-1]["train_loss"] < 0.5 * outcome.epochs[0]["train_loss"]
+
+
+def test_logged_accuracy_is_the_weights_accuracy(images, tmp_path):
+    """An independent computation from the saved weights, each validation image once."""
+    flags = base_flags(images, tmp_path) | APGD | {"validation.adv_n_ex": 8, "validation.adv_n_iter": 4}
+    outcome = run(flags | {"training.epochs": 2, "validation.batch_size": 3})
+    model = get_new_model("convnext_micro", num_classes=4).eval()
+    model.load_state_dict(outcome.weights)
+    source = open_source(str(images), split="val", flag="data.val_dataset")
+    (batch,) = EvalLoader(source, size=32, crop_pct=1.0, batch_size=8)
+    with torch.no_grad():
+        logits = model(batch.x)
+    record = outcome.epochs[-1]
+    assert record["top1"] == (logits.argmax(1) == batch.y).double().mean().item()
+    assert record["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.y).item(), rel=1e-5)
+    acc = apgd(model, batch.x, batch.y, norm="Linf", eps=8 / 255, n_iter=4).acc
+    assert record["adv_top1"] == acc.double().mean().item()
+
+
+def test_trains_on_the_attacked_images(images, tmp_path, monkeypatch):
+    """The network is trained on what the attack returns, in train mode, at the scheduled eps."""
+    seen, radii = [], []
+
+    def attack(model, x, y, *, eps, **kwargs):
+        radii.append(eps)
+        return torch.full_like(x, 0.25)
+
+    monkeypatch.setattr(training.step, "apgd", lambda *a, **k: type("R", (), {"x_best": attack(*a, **k)}))
+    original = training.step.cross_entropy
+    monkeypatch.setattr(
+        training.step, "cross_entropy", lambda logits, y: (seen.append(logits.detach()), original(logits, y))[1]
+    )
+    run(base_flags(images, tmp_path) | APGD | {"adv.eps_warmup_epochs": 1, "adv.eps": 0.3})
+    assert len(seen) == 3 and all(torch.allclose(logits, logits[:1].expand_as(logits), atol=1e-5) for logits in seen)
+    assert radii == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_precisions_train(images, tmp_path, precision):
+    flags = base_flags(images, tmp_path) | APGD | {"training.precision": precision, "validation.precision": precision}
+    outcome = run(flags | {"training.epochs": 4, "lr.lr": 3e-3, "data.augmentations": 2})
+    assert outcome.epochs[-1]["train_loss"] < outcome.epochs[0]["train_loss"]
+    assert {v.dtype for v in outcome.weights.values()} == {torch.float32}
+
+
+def test_grad_accumulation_equals_the_large_batch(images, tmp_path):
+    flags = base_flags(images, tmp_path) | APGD | {"training.precision": "fp64", "validation.precision": "fp64"}
+    whole = run(flags | {"training.batch_size": 8})
+    parts = run(flags | {"training.batch_size": 4, "training.grad_accum": 2})
+    assert largest_difference(whole.weights, parts.weights) < 1e-9
+
+
+def test_grad_clip(images, tmp_path):
+    flags = base_flags(images, tmp_path) | {"training.optimizer": "sgd", "training.momentum": 0, "lr.lr": 1.0}
+    flags |= {"training.weight_decay": 0, "lr.lr_schedule_type": "step", "training.epochs": 1}
+    start = run(flags | {"lr.lr": 1e-30}).weights
+    moved = run(flags | {"training.grad_clip": 1e-3}).weights
+    distance = sum((moved[n] - start[n]).double().square().sum() for n in start).sqrt().item()
+    assert 1e-4 < distance <= 3e-3 * 1.01  # three steps of at most lr · 1e-3
+
+
+def test_ema_and_its_warmup(images, tmp_path):
+    flags = base_flags(images, tmp_path) | {"model.model_ema": 1}
+    slow, fast = run(flags), run(flags | {"model.ema_warmup": 1})
+    assert largest_difference(slow.weights, fast.weights) == 0
+    averages = [torch.load(o.folder / "weights_ema_1.pt", weights_only=True) for o in (slow, fast)]
+    raw = slow.weights
+    assert largest_difference(averages[1], raw) < 0.9 * largest_difference(averages[0], raw)
+
+
+def test_keep_deletes_the_oldest(images, tmp_path):
+    flags = base_flags(images, tmp_path) | {"training.epochs": 4, "logging.save_freq": 1, "model.model_ema": 1}
+    files = run(flags | {"logging.keep": 2}).files
+    assert {f for f in files if f.startswith("weights")} == {
+        f"weights{ema}_{e}.pt" for ema in ("", "_ema") for e in (3, 4)
+    }
+    assert "weights_1.pt" in run(flags | {"logging.keep": 0}).files
+
+
+def test_validation_freq(images, tmp_path):
+    outcome = run(base_flags(images, tmp_path) | {"training.epochs": 5, "validation.freq": 2})
+    assert [r["epoch"] for r in outcome.epochs] == [2, 4, 5]
+
+
+def test_heavy_augmentation_gives_soft_labels_and_pixels_in_the_box(images, tmp_path, monkeypatch):
+    seen = []
+    original = training.step.attack_batch
+    monkeypatch.setattr(
+        training.step, "attack_batch", lambda m, x, y, **k: (seen.append((x, y)), original(m, x, y, **k))[1]
+    )
+    run(base_flags(images, tmp_path) | {"data.augmentations": 1, "training.epochs": 3})
+    assert len(seen) == 9
+    for x, y in seen:
+        assert y.shape == (8, 4) and torch.allclose(y.sum(1), torch.ones(8), atol=1e-5) and (y < 1).all()
+        assert x.min() >= 0 and x.max() <= 1
+
+
+def test_diverged_run_ends_with_status_3(images, tmp_path, capsys):
+    flags = base_flags(images, tmp_path) | {"training.optimizer": "sgd", "lr.lr": 1e20, "training.epochs": 3}
+    with pytest.raises(SystemExit) as stop:
+        run(flags)
+    assert stop.value.code == 3 and "the loss is" in capsys.readouterr().err
+    (folder,) = Path(tmp_path).iterdir()
+    for line in (folder / "log").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_undecodable_images_are_named_and_counted(tmp_path, capsys):
+    images = write_images(tmp_path / "images")
+    for name in ("0.png", "3.png"):
+        (images / "train" / "red" / name).write_bytes(b"not an image")
+    outcome = run(base_flags(images, tmp_path / "runs") | {"data.max_bad_images": 2})
+    assert outcome.status == 0 and outcome.epochs[0]["bad_images"] == 2
+    assert "red/0.png" in capsys.readouterr().err.replace(os.sep, "/")
+    assert run(base_flags(images, tmp_path / "runs2") | {"data.max_bad_images": 1}).status == 2
+    assert "data.max_bad_images" in capsys.readouterr().err
+
+
+def test_spread_indices():
+    assert spread_indices(10, 5) == [0, 2, 4, 6, 8]
+    assert spread_indices(3, 10) == [0, 1, 2]
+    assert spread_indices(50_000, 512)[-1] == 49_902 and spread_indices(5, 0) == []
+
+
+# --- several processes --------------------------------------------------------------------------------------------------
+
+FIVE_STEPS = APGD | {
+    "lr.lr_schedule_type": "step",
+    "training.epochs": 1,
+    "validation.adv_n_ex": 8,
+    "model.model_ema": 1,
+    "data.augmentations": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def forty_images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("forty"), train_images=10, val_images=3)
+
+
+def processes(count):
+    return {"training.distributed": 1, "dist.world_size": count, "dist.port": free_port()}
+
+
+@pytest.mark.parametrize(
+    "arch,optimizer,precision,tolerance",
+    [
+        ("convnext_micro", "adamw", "fp64", 1e-9),
+        ("vit_micro", "adamw", "fp64", 1e-9),
+        ("convnext_micro", "sgd", "fp32", 1e-5),
+    ],
+)
+def test_two_processes_equal_one(forty_images, tmp_path, arch, optimizer, precision, tolerance):
+    flags = base_flags(forty_images, tmp_path) | FIVE_STEPS
+    flags |= {"model.arch": arch, "training.optimizer": optimizer, "training.precision": precision}
+    flags |= {"validation.precision": precision, "lr.lr": 1e-3 if optimizer == "adamw" else 1e-2}
+    one = run(flags | {"training.batch_size": 8})
+    two = run(flags | processes(2) | {"training.batch_size": 4})
+    assert len(one.steps) == len(two.steps) == 5
+    start = run(flags | {"lr.lr": 1e-30}).weights
+    assert largest_difference(one.weights, start) > 1e-3
+    assert largest_difference(one.weights, two.weights) < tolerance
+    # 12 validation images over two processes, batches of unequal size: still each counted once.
+    for key in ("top1", "loss", "adv_top1", "ema_top1", "train_loss"):
+        assert one.epochs[0][key] == pytest.approx(two.epochs[0][key], rel=1e-4), key
+
+
+def test_torchrun(forty_images, tmp_path):
+    flags = base_flags(forty_images, tmp_path) | FIVE_STEPS | {"training.batch_size": 4}
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = Path(tmp_path).iterdir()
+    assert read_outcome(folder).params[PROVENANCE_KEY]["processes"] == 2
+    one = run(flags | {"training.batch_size": 8, "logging.folder": tmp_path / "one"})
+    assert np.isclose(read_outcome(folder).epochs[0]["train_loss"], one.epochs[0]["train_loss"], rtol=1e-4)
+
+
+def test_error_in_one_of_two_processes_is_said_once(images, tmp_path, capfd):
+    flags = base_flags(images, tmp_path) | processes(2)
+    assert run(flags | {"training.batch_size": 64}).status == 2
+    errors = capfd.readouterr().err
+    assert errors.count("error: ") == 1 and "training.batch_size" in errors
+
+
+def test_find_weights_takes_the_newest_average(images, tmp_path):
+    flags = base_flags(images, tmp_path) | {"training.epochs": 2, "logging.save_freq": 1, "model.model_ema": 1}
+    folder = run(flags).folder
+    assert find_weights(folder, flag="eval.model_in").name == "weights_ema_2.pt"
