@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+import evaluation.autoattack
 import runner_aa_eval
 from common.config import DEFAULT_EPS
 from common.errors import UserError
-from evaluation.autoattack import ATTACKS, attack_chunk, package_name
+from evaluation.autoattack import ATTACKS, attack_chunk, package_name, standard_autoattack
 from evaluation.report import markdown_table, show_eps, summarise
 from tests.training.helpers import base_flags, run
 
@@ -44,13 +45,35 @@ def case(n=12, num_classes=10):
     return model, x, y
 
 
+def shorten(engine):
+    """The same attacks with fewer iterations, to save time."""
+    for attack in (engine.apgd, engine.apgd_targeted, engine.fab):
+        attack.n_iter = 10
+    engine.square.n_queries = 200
+    return engine
+
+
+@pytest.fixture
+def short(monkeypatch):
+    original = evaluation.autoattack.standard_autoattack
+    monkeypatch.setattr(evaluation.autoattack, "standard_autoattack", lambda *a, **k: shorten(original(*a, **k)))
+
+
+def test_engine_is_the_standard_version():
+    model, x, y = case(2)
+    engine = standard_autoattack(model, norm="Linf", eps=0.01, seed=0, device=CPU, num_classes=10)
+    assert engine.attacks_to_run == list(ATTACKS) and engine.apgd.n_iter == engine.fab.n_iter == 100
+    assert engine.apgd_targeted.n_target_classes == 9 and engine.square.n_queries == 5000
+    assert engine.apgd.n_restarts == engine.apgd_targeted.n_restarts == engine.fab.n_restarts == 1
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 @pytest.mark.parametrize("full", [False, True])
-def test_equals_the_package_image_by_image(norm, full):
+def test_equals_the_package_image_by_image(norm, full, short):
     model, x, y = case()
     verdicts = attack_chunk(model, x, y, norm=norm, eps=EPS[norm], seed=3, full=full, device=CPU)
     package = importlib.import_module(package_name())
-    reference = package.AutoAttack(model, norm=norm, eps=EPS[norm], seed=3, device="cpu", version="standard")
+    reference = shorten(package.AutoAttack(model, norm=norm, eps=EPS[norm], seed=3, device="cpu", version="standard"))
     reference.attacks_to_run = list(ATTACKS if full else ATTACKS[:2])
     x_adv, y_adv = reference.run_standard_evaluation(x, y, batch_size=len(x))
     assert torch.equal(verdicts.x_adv, x_adv)
@@ -60,7 +83,7 @@ def test_equals_the_package_image_by_image(norm, full):
     assert 0 < robust.sum() < len(x) - 1  # neither all nor none: the comparison means something
 
 
-def test_summary_counts():
+def test_summary_counts(short):
     model, x, y = case()
     chunks = [
         attack_chunk(model, a, b, norm="Linf", eps=0.02, seed=0, full=True, device=CPU)
@@ -78,7 +101,7 @@ def test_summary_counts():
     assert 0 <= summary["pixel_range"][0] <= summary["pixel_range"][1] <= 1
 
 
-def test_few_classes():
+def test_few_classes(short):
     model, x, y = case(4, num_classes=5)
     assert len(attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU).broken_by) == 4
     model, x, y = case(4, num_classes=3)
@@ -97,7 +120,7 @@ class Nan(nn.Module):
         return x * float("nan")
 
 
-def test_the_repositorys_package_serves_too(monkeypatch):
+def test_the_repositorys_package_serves_too(monkeypatch, short):
     """`autoattack` has the same attacks; its constructor takes `verbose` and prints unless told not to."""
     real = importlib.import_module("pyautoattack").AutoAttack
     quiet = []
@@ -108,10 +131,10 @@ def test_the_repositorys_package_serves_too(monkeypatch):
             super().__init__(model, norm=norm, eps=eps, seed=seed, device=device, version=version)
 
     monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=AutoAttack, __spec__=object()))
-    monkeypatch.setattr("evaluation.autoattack.package_name", lambda: "autoattack")
     model, x, y = case(4)
-    ours = attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.autoattack.package_name", lambda: "autoattack")
+        ours = attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU)
     same = attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU)
     assert quiet == [True] and torch.equal(ours.x_adv, same.x_adv)
 
@@ -137,7 +160,7 @@ def evaluate(trained, images, *flags):
     return runner_aa_eval.main([*argv, "--eval.img_size=32", "--eval.crop_pct=1", "--eval.batch_size=3", *flags])
 
 
-def test_runner_writes_a_report_and_a_table(trained, images, tmp_path, capsys):
+def test_runner_writes_a_report_and_a_table(trained, images, tmp_path, capsys, short):
     out = tmp_path / "report"
     assert evaluate(trained, images, "--eval.norms=Linf,L2", f"--eval.out={out}", "--eval.n_ex=4") == 0
     report = json.loads((out / "report.json").read_text())
@@ -153,7 +176,7 @@ def test_runner_writes_a_report_and_a_table(trained, images, tmp_path, capsys):
     assert json.loads((out / "report.json.1").read_text()) == report  # nothing is lost
 
 
-def test_runner_takes_all_classes_and_default_folder(trained, images):
+def test_runner_takes_all_classes_and_default_folder(trained, images, short):
     assert evaluate(trained, images, "--eval.n_ex=4") == 0
     report = json.loads((trained.folder / "eval_weights_2" / "report.json").read_text())
     assert report["data"]["n"] == 4 and report["data"]["labels"] == {"0": 1, "1": 1, "2": 1, "3": 1}

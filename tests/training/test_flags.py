@@ -184,7 +184,7 @@ def test_freeze_some_and_early(images, tmp_path):
     changed = {}
     for freeze, early in ((0, 1), (1, 1), (1, 0)):
         outcome = run(flags | {"model.freeze_some": freeze, "model.early": early}).weights
-        changed[freeze, early] = {name for name in start if not torch.equal(start[name], outcome[name])}
+        changed[freeze, early] = {name for name in start if (start[name] - outcome[name]).abs().max() > 1e-20}
     stem = {name for name in start if "stem" in name}
     assert changed[0, 1] == set(start)
     assert changed[1, 1] == stem
