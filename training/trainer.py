@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class Trainer:
             "rank": processes.rank,
             "world_size": processes.world_size,
             "num_workers": data.num_workers,
+            "pin_memory": pin_memory,
         }
         self.val_loader = EvalLoader(val_source, **eval_loader)
         self.adv_loader = None
@@ -306,26 +308,14 @@ def open_sources(config: TrainConfig, *, copies: int = 1, progress: bool = False
     `copies`: processes of this machine that open them, each with its own copy in memory (`data.in_memory`).
     """
     data = config.data
-    train = open_source(
-        data.train_dataset,
-        split="train",
-        flag="data.train_dataset",
-        root=data.root,
-        split_name=data.train_split,
-        in_memory=data.in_memory,
-        copies=copies,
-        progress=progress,
-    )
-    val = open_source(
+    opened = partial(open_source, root=data.root, in_memory=data.in_memory, copies=copies, progress=progress)
+    train = opened(data.train_dataset, split="train", flag="data.train_dataset", split_name=data.train_split)
+    val = opened(
         data.val_dataset,
         split="val",
         flag="data.val_dataset",
-        root=data.root,
         split_name=data.val_split,
         class_names=train.class_names,
-        in_memory=data.in_memory,
-        copies=copies,
-        progress=progress,
     )
     if isinstance(val, StreamSource) and config.validation.adv_n_ex:
         raise UserError(
