@@ -85,7 +85,7 @@ def compare(weights: dict[str, Path]) -> dict[str, Any]:
             EvalConfig, ["--config-file", str(PROJECT / "configs" / "demo_eval.yaml"), f"--eval.model_in={path}"]
         )
         networks[name] = trained = load_trained(path, config.model, flag="eval.model_in")
-        images = load_images(config, num_classes=trained.description["num_classes"])
+        images = load_images(config, trained)
         report, _ = evaluate(trained, images, config, device=device)
         (result,) = report["results"]
         summary[name] = {

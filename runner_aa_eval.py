@@ -40,7 +40,7 @@ def run(config: EvalConfig) -> Path:
 
     trained = load_trained(config.eval.model_in, config.model, flag="eval.model_in")
     out = Path(config.eval.out) if config.eval.out else trained.path.parent / f"eval_{trained.path.stem}"
-    images = load_images(config, num_classes=trained.description["num_classes"])
+    images = load_images(config, trained)
     with writable("eval.out", out):
         out.mkdir(parents=True, exist_ok=True)
     report, _ = evaluate(trained, images, config, device=Processes.alone().device)

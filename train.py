@@ -16,11 +16,13 @@ epoch validation on clean and attacked images; weights and log in <logging.folde
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.config import TrainConfig, load_config
-from common.distributed import Processes, check_processes, launch
+from common.distributed import Processes, check_processes, check_rendezvous, launch, under_torchrun
 from common.errors import UserError
 
 
@@ -53,19 +55,28 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 def check(config: TrainConfig) -> None:
     """Raise the UserError that starting this run would meet: data folders, classes, architecture, weights, processes."""
-    import dataclasses
+    import torch
 
-    from training.trainer import build_state, open_sources
+    from common.files import writable
+    from training.trainer import build_state, build_train_loader, check_image_sizes, open_sources
+    from utils_architecture import check_pretrained
 
-    check_processes(config.dist.world_size)
+    world_size = check_processes(config.dist.world_size)
+    if config.dist.world_size > 1 and not under_torchrun():
+        check_rendezvous(config.dist.address, config.dist.port)
+    if config.model.pretrained and not config.model.ckpt_path:
+        check_pretrained(config.model.arch)
+    with writable("logging.folder", folder := Path(config.logging.folder)):
+        folder.mkdir(parents=True, exist_ok=True)
     # Nothing is loaded into memory and nothing downloaded for a check.
     quick = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, in_memory=False),
         model=dataclasses.replace(config.model, pretrained=False),
     )
-    open_sources(quick)
-    build_state(quick, Processes.alone("cpu"))
+    train_source, _ = open_sources(quick)
+    build_train_loader(quick, train_source, Processes(rank=0, world_size=world_size, device=torch.device("cpu")))
+    check_image_sizes(build_state(quick, Processes.alone("cpu")).model, quick)
 
 
 if __name__ == "__main__":

@@ -288,11 +288,8 @@ def get_new_model(
     if not_original and stem is None:
         with_stem = ", ".join(key for key, entry in ARCHITECTURES.items() if entry.conv_stem)
         raise UserError(f"model.not_original: {name!r} has no ConvStem; those that have one: {with_stem}.")
-    if pretrained and not architecture.pretrained:
-        raise UserError(
-            f"model.pretrained: no published weights exist for {name!r}; give --model.pretrained=0, and a "
-            "checkpoint with --model.ckpt_path if there is one."
-        )
+    if pretrained:
+        check_pretrained(name)
     arguments = dict(architecture.options, num_classes=num_classes)
     if drop_path is not None:
         arguments["drop_path_rate"] = drop_path
@@ -306,6 +303,19 @@ def get_new_model(
     if not_original:
         model.set_submodule(stem.at, ConvStem(stem.channels, stem.strides, out_channels=stem.out_channels))
     return model
+
+
+def check_pretrained(name: str) -> None:
+    """Refuse an architecture that no published weights exist for; downloads nothing.
+
+    Raises:
+        UserError: unknown name, or no weights.
+    """
+    if not _find(name).pretrained:
+        raise UserError(
+            f"model.pretrained: no published weights exist for {name!r}; give --model.pretrained=0, and a "
+            "checkpoint with --model.ckpt_path if there is one."
+        )
 
 
 def _find(name: str) -> Architecture:

@@ -63,6 +63,8 @@ def flag(
 
 
 REQUIRED: Any = dataclasses.MISSING
+# Flags that a config file may leave empty: unset has a meaning of its own.
+OPTIONAL = ("model.drop_path", "adv.eps", "eval.eps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +159,7 @@ class ValidationConfig:
         512, "images of the quick adversarial validation, spread over the set; 0: none", at_least=0, harmless=True
     )
     adv_n_iter: int = flag(10, "APGD updates of the quick adversarial validation", at_least=1, harmless=True)
-    crop_pct: float = flag(
-        0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1, harmless=True
-    )
+    crop_pct: float = flag(0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class DistConfig:
 
     world_size: int = flag(1, "number of processes", at_least=1)
     address: str = flag("localhost", "address of the first process", harmless=True)
-    port: str = flag("12355", "port of the first process", harmless=True)
+    port: int = flag(12355, "port of the first process", at_least=1, at_most=65535, harmless=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +264,6 @@ class TrainConfig:
                 f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; "
                 "give --training.distributed=1."
             )
-        if not self.dist.port.isdigit() or not 0 < int(self.dist.port) < 65536:
-            raise UserError(f"dist.port: expected a port number from 1 to 65535, got {self.dist.port!r}.")
 
     @property
     def label_smoothing(self) -> float:
@@ -580,10 +578,21 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; the nearest known one is {near[0]!r}" if near else ""
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep=deep)
+
+
 def _read_config_file(path: Path, known: Sequence[str]) -> dict[str, Any]:
     """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
         raise UserError(f"--config-file {path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -595,10 +604,14 @@ def _read_config_file(path: Path, known: Sequence[str]) -> dict[str, Any]:
     content.pop(PROVENANCE_KEY, None)
     values: dict[str, Any] = {}
     for section, flags in content.items():
+        if flags is None and any(name.startswith(f"{section}.") for name in known):
+            continue  # a section whose flags are all commented out
         values.update(
             {f"{section}.{k}": v for k, v in flags.items()} if isinstance(flags, dict) else {str(section): flags}
         )
     for name in values:
         if name not in known:
             raise UserError(f"--config-file {path}: unknown key {name!r}{_did_you_mean(name, known)}.")
+        if values[name] is None and name not in OPTIONAL or isinstance(values[name], dict):
+            raise UserError(f"--config-file {path}: {name} has no value; expected one, or no such line.")
     return values

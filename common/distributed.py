@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -81,21 +82,23 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def check_processes(world_size: int) -> None:
-    """Refuse more processes than GPUs on one machine with GPUs, and a number other than torchrun's."""
+def check_processes(world_size: int) -> int:
+    """Number of processes of the run; refuses more than GPUs on a machine with GPUs, and a number other than torchrun's."""
+    total = world_size
     if under_torchrun():
         started = int(os.environ["WORLD_SIZE"])
         if world_size not in (1, started):
             raise UserError(
                 f"dist.world_size: {world_size} was asked for, but the launcher started {started} processes; leave it out."
             )
-        world_size = int(os.environ.get("LOCAL_WORLD_SIZE", started))
+        total, world_size = started, int(os.environ.get("LOCAL_WORLD_SIZE", started))
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and world_size > gpus:
         raise UserError(f"dist.world_size: {world_size} processes need as many GPUs on this machine, {gpus} visible.")
+    return total
 
 
-def launch(main: Callable[[Any, Processes], None], config: Any, *, world_size: int, address: str, port: str) -> int:
+def launch(main: Callable[[Any, Processes], None], config: Any, *, world_size: int, address: str, port: int) -> int:
     """Run `main(config, processes)` in as many processes as asked for, and wait for all.
 
     Args:
@@ -115,11 +118,11 @@ def launch(main: Callable[[Any, Processes], None], config: Any, *, world_size: i
     if world_size == 1:
         main(config, Processes.alone())
         return 0
-    _check_rendezvous(address, int(port))
+    check_rendezvous(address, port)
     return _spawn(main, config, world_size, f"tcp://{address}:{port}")
 
 
-def _check_rendezvous(address: str, port: int) -> None:
+def check_rendezvous(address: str, port: int) -> None:
     """Refuse an address the first process cannot listen on, which would otherwise show as a time-out of all."""
     try:
         with socket.socket(socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]) as probe:
@@ -141,6 +144,8 @@ def _spawn(main: Callable, config: Any, world_size: int, rendezvous: str) -> int
     ]
     for child in children:
         child.start()
+    # A supervisor that signals only this process means all of them: leave by way of `finally`.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         while running := [child for child in children if child.is_alive()]:
             multiprocessing.connection.wait([child.sentinel for child in running])
@@ -150,7 +155,9 @@ def _spawn(main: Callable, config: Any, world_size: int, rendezvous: str) -> int
     finally:
         for child in children:
             child.terminate()
+        for child in children:
             child.join()
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

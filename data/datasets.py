@@ -204,7 +204,7 @@ def open_source(
             the training set; not enough memory.
     """
     request = _Request(spec, split, flag, root, split_name or _SPLIT_NAMES[split])
-    source = _OPENERS.get(spec.split("/", 1)[0], _open_path)(request)
+    source = _opener(request)(request)
     if class_names is not None and source.class_names is not None and class_names != source.class_names:
         unknown = sorted(set(source.class_names) - set(class_names))
         if unknown:
@@ -317,15 +317,22 @@ def _open_tar(path: Path, request: _Request) -> Source:
         raise request.error(f"{path} is not a complete, uncompressed tar file ({error}).") from error
     images = [file for file in files if file[0].lower().endswith(IMG_EXTENSIONS)]
     folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
+    # A tar made from outside a data set's folder has that folder's name in front of everything.
+    splits = {name for names in _SPLIT_FOLDERS.values() for name in names}
+    while folders and all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
+        if folders[0][0] in splits:
+            break
+        folders = [parts[1:] for parts in folders]
     tops = {parts[0] for parts in folders if len(parts) > 1}
     split = next((name for name in _SPLIT_FOLDERS[request.split] if name in tops), None)
-    if split is None and tops & {name for names in _SPLIT_FOLDERS.values() for name in names}:
+    if split is None and tops & splits:
         expected = " or ".join(_SPLIT_FOLDERS[request.split])
         raise request.error(f"expected {expected} with class folders in {path}, found {_some(sorted(tops))}.")
-    kept = [i for i, parts in enumerate(folders) if parts and split in (None, parts[0])]
+    kept = [i for i, parts in enumerate(folders) if (parts if split is None else parts[:1] == (split,) and parts[1:])]
     if not kept:
         raise request.error(f"expected class folders with images in {path}, found {len(images)} loose images.")
-    return _Tar(path, [images[i] for i in kept], [folders[i][-1] for i in kept])
+    depth = 0 if split is None else 1  # deeper folders belong to the class, as in a folder of class folders
+    return _Tar(path, [images[i] for i in kept], [folders[i][depth] for i in kept])
 
 
 class _Digits(Source):
@@ -451,6 +458,17 @@ _OPENERS: dict[str, Callable[[_Request], Source | StreamSource]] = {
     "tfds": _open_stream,
     "wds": _open_stream,
 }
+
+
+def _opener(request: _Request) -> Callable[[_Request], Source | StreamSource]:
+    kind, _, name = request.spec.partition("/")
+    if not request.spec.strip():
+        raise request.error("expected a folder or the name of a data set, got nothing (an unset shell variable?).")
+    if kind == "digits" or kind not in _OPENERS:
+        return _OPENERS.get(request.spec, _open_path)
+    if not name:
+        raise request.error(f"expected a name after {kind}/, got {request.spec!r}; a folder of that name is ./{kind}.")
+    return _OPENERS[kind]
 
 
 def _some(things: Sequence[Any] | np.ndarray) -> str:

@@ -32,21 +32,30 @@ class Images:
     unreadable: list[str]
 
 
-def load_images(config: EvalConfig, *, num_classes: int) -> Images:
+def load_images(config: EvalConfig, trained: TrainedModel) -> Images:
     """`eval.n_ex` images, spread evenly over `data.val_dataset`, through the evaluation transform.
 
-    Spread, because the first images of a folder are all of the first class.
+    Spread, because the first images of a folder are all of the first class. Labels are those of the network: matched by
+    class name where the run recorded its classes; else the data set must have as many classes as the head, because class
+    folders are numbered by their sorted names and a missing one would shift all that follow.
 
     Raises:
         UserError: no such data set, no readable image, or more classes than the head has.
     """
     data, settings = config.data, config.eval
     source = open_source(
-        data.val_dataset, split="val", flag="data.val_dataset", root=data.root, split_name=data.val_split
+        data.val_dataset,
+        split="val",
+        flag="data.val_dataset",
+        root=data.root,
+        split_name=data.val_split,
+        class_names=trained.class_names,
     )
-    if source.num_classes is not None and source.num_classes > num_classes:
+    head, found = trained.description["num_classes"], source.num_classes
+    if found > head or (source.class_names is not None and found != head):
         raise UserError(
-            f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {source.num_classes}."
+            f"model.num_classes: the head has {head} classes, data.val_dataset has {found}; class folders are numbered by "
+            "their names, so every class needs one (an empty folder will do)."
         )
     if isinstance(source, StreamSource):
         raise UserError(

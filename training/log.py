@@ -42,10 +42,10 @@ class RunFolder:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line to the log, and its numbers to the TensorBoard events."""
         self._log.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
-        step = record.get("step", 0)
+        step, group = record.get("step", 0), "epoch" if "top1" in record else "step"
         for key, value in record.items():
             if isinstance(value, (int, float)) and key not in ("step", "epoch"):
-                self._events.add_scalar(key, value, step)
+                self._events.add_scalar(f"{group}/{key}", value, step)
 
     def save_weights(self, networks: Mapping[str, nn.Module], epoch: int) -> None:
         """Write weights_<epoch>.pt and weights_ema_<epoch>.pt; delete the oldest beyond `logging.keep`."""

@@ -54,22 +54,9 @@ class Trainer:
         torch.backends.cudnn.allow_tf32 = False  # otherwise "fp32" convolutions are not float32
         train_source, val_source = open_sources(config, copies=processes.on_this_machine, progress=processes.is_first)
         self.state = build_state(config, processes)
-        data, training, validation = config.data, config.training, config.validation
-        pin_memory = processes.device.type == "cuda"
-        self.loader = TrainLoader(
-            train_source,
-            augmentation=data.augmentations,
-            batch_size=training.batch_size,
-            accum=training.grad_accum,
-            seed=data.seed,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            num_workers=data.num_workers,
-            min_scale=data.min_scale,
-            flip=data.flip,
-            crop_pct=validation.crop_pct,
-            pin_memory=pin_memory,
-        )
+        check_image_sizes(self.state.model, config)
+        data, validation = config.data, config.validation
+        self.loader = build_train_loader(config, train_source, processes)
         eval_loader = {
             "size": validation.resolution,
             "crop_pct": validation.crop_pct,
@@ -77,8 +64,9 @@ class Trainer:
             "rank": processes.rank,
             "world_size": processes.world_size,
             "num_workers": data.num_workers,
-            "pin_memory": pin_memory,
+            "pin_memory": processes.device.type == "cuda",
         }
+        self.class_names = train_source.class_names
         self.val_loader = EvalLoader(val_source, **eval_loader)
         self.adv_loader = None
         if validation.adv_n_ex:
@@ -87,8 +75,19 @@ class Trainer:
         self.mixup = None
         if data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
-        self.folder = RunFolder(config, self._provenance()) if processes.is_first else None
-        processes.wait()
+        self.folder = self._open_folder()
+
+    def _open_folder(self) -> RunFolder | None:
+        """The run folder, on the first process; if it cannot be made, every process ends with the same error."""
+        folder, problem = None, None
+        if self.processes.is_first:
+            try:
+                folder = RunFolder(self.config, self._provenance())
+            except UserError as error:
+                problem = str(error)
+        if (problem := self.processes.gather(problem)[0]) is not None:
+            raise UserError(problem)
+        return folder
 
     def run(self) -> None:
         """Train from the first epoch to the last (or only validate, with `training.eval_only`)."""
@@ -137,6 +136,7 @@ class Trainer:
                 losses.add(loss, lr=lr, attack=attack_log)
                 if (step + 1) % FLUSH_STEPS == 0 or step + 1 == steps:
                     bar.set_postfix(loss=f"{losses.flush():.3f}", lr=f"{lr:.2g}", refresh=False)
+                    bad_count = self._count_bad(bad_images)
                 bar.update(self._images_per_step)
         seconds = time.perf_counter() - begin
         return {
@@ -146,7 +146,7 @@ class Trainer:
             "resolution": size,
             "seconds": round(seconds, 3),
             "images_per_second": round(steps * self._images_per_step / seconds, 2),
-            "bad_images": len(bad_images),
+            "bad_images": bad_count,
         }
 
     def _validate(self, *, epoch: int, summary: dict[str, Any] | None = None) -> None:
@@ -181,17 +181,22 @@ class Trainer:
         return self.config.training.batch_size * self.config.training.grad_accum * self.processes.world_size
 
     def _note_failures(self, batches: list[Batch], bad_images: set[str]) -> None:
-        """Name the images of these batches that could not be decoded, add them to the epoch's, stop past the limit."""
+        """Name the images of these batches that could not be decoded, and add them to the epoch's."""
         for name, reason in (failure for batch in batches for failure in batch.failures):
             if name not in bad_images:
                 self._warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
             bad_images.add(name)
+
+    def _count_bad(self, bad_images: set[str]) -> int:
+        """Undecodable images of this epoch over all processes; past the limit all of them stop."""
+        count = int(self.processes.sum(torch.tensor(len(bad_images), device=self.processes.device)).item())
         limit = self.config.data.max_bad_images
-        if len(bad_images) > limit:
+        if count > limit:
             raise UserError(
-                f"data.max_bad_images: more than {limit} images of data.train_dataset could not be decoded in one epoch "
-                f"({', '.join(sorted(bad_images)[:3])} …); repair the data set or raise the limit."
+                f"data.max_bad_images: {count} images of data.train_dataset could not be decoded in one epoch, {limit} are "
+                "allowed; they are named above. Repair the data set or raise the limit."
             )
+        return count
 
     def _checked(self, loader: EvalLoader) -> Iterator[Batch]:
         for batch in loader:
@@ -216,6 +221,7 @@ class Trainer:
     def _provenance(self) -> dict[str, Any]:
         rendezvous = f"{self.config.dist.address}:{self.config.dist.port}" if self.processes.world_size > 1 else None
         return provenance() | {
+            "classes": self.class_names,
             "processes": self.processes.world_size,
             "rendezvous": rendezvous,
             "global_batch": self._images_per_step,
@@ -331,6 +337,25 @@ def open_sources(config: TrainConfig, *, copies: int = 1, progress: bool = False
     return train, val
 
 
+def build_train_loader(config: TrainConfig, source: AnySource, processes: Processes) -> TrainLoader:
+    """Training batches of this process."""
+    return TrainLoader(
+        source,
+        augmentation=config.data.augmentations,
+        # Nothing is trained on with eval_only, which may come with any batch size.
+        batch_size=1 if config.training.eval_only else config.training.batch_size,
+        accum=config.training.grad_accum,
+        seed=config.data.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        num_workers=config.data.num_workers,
+        min_scale=config.data.min_scale,
+        flip=config.data.flip,
+        crop_pct=config.validation.crop_pct,
+        pin_memory=processes.device.type == "cuda",
+    )
+
+
 def build_state(config: TrainConfig, processes: Processes) -> TrainState:
     """Network (initial weights a function of `data.seed`), its average, optimiser and loss scaler on the device."""
     torch.manual_seed(derive_seed("init", config.data.seed))
@@ -362,6 +387,26 @@ def build_state(config: TrainConfig, processes: Processes) -> TrainState:
         scaler=torch.amp.GradScaler(processes.device.type, enabled=training.precision == "fp16"),
         ema=EMA(model, decay=m.ema_decay, warmup=m.ema_warmup) if m.model_ema else None,
     )
+
+
+def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
+    """One forward of a black image at every size the run will use, so that a size the network refuses shows at the start."""
+    sizes = {"validation.resolution": {config.validation.resolution}}
+    if not config.training.eval_only:
+        epochs = range(config.training.epochs)
+        sizes["resolution.min_res, resolution.max_res"] = {
+            resolution_at_epoch(epoch, resolution=config.resolution) for epoch in epochs
+        }
+    parameter = next(model.parameters())
+    model.eval()
+    for flag, values in sizes.items():
+        for size in sorted(values):
+            try:
+                with torch.no_grad():
+                    model(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+            except (RuntimeError, AssertionError, ValueError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise UserError(f"{flag}: {config.model.arch} cannot take images of {size} pixels: {reason}") from error
 
 
 def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

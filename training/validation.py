@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attacks.apgd import apgd
 from common.config import TrainConfig
 from common.distributed import Processes
+from common.errors import UserError
 from data.loader import Batch
 from training.step import autocast, to_device
 
@@ -72,4 +73,6 @@ def _mean_over_images(model, batches, measure, width: int, *, config: TrainConfi
         sums[:width] += values.double()
         sums[width] += len(y)
     *totals, count = processes.sum(sums).tolist()
-    return [total / count if count else float("nan") for total in totals]
+    if not count:
+        raise UserError("data.val_dataset: none of its images can be decoded; there is nothing to validate on.")
+    return [total / count for total in totals]

@@ -6,13 +6,11 @@ wrappers, `_orig_mod.` of torch.compile), and a model with its input normaliser 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -52,20 +50,16 @@ def read_weights(path: str | Path, *, flag: str) -> Weights:
             content: Any = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-        pickle.UnpicklingError,
-        safetensors.SafetensorError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a damaged file makes the readers raise nearly anything: struct.error, IndexError, …
+        reason = type(error).__name__
         raise UserError(
             f"{flag}: {path} cannot be read as weights (torch.save with tensors and plain values only, or safetensors): {reason}"
         ) from error
-    return _bare(_state_dict(content, flag, path))
+    weights = _bare(_state_dict(content, flag, path))
+    for name, value in (weights.normalizer or {}).items():
+        if value.shape != (1, 3, 1, 1):
+            raise UserError(f"{flag}: {path}: normalize.{name} is {list(value.shape)}, expected [1, 3, 1, 1].")
+    return weights
 
 
 def load_weights(model: nn.Module, weights: Weights, *, flag: str, source: str | Path) -> None:
@@ -116,7 +110,7 @@ def _what_is(path: Path) -> str:
 
 def _state_dict(content: Any, flag: str, path: Path) -> dict[str, Tensor]:
     while isinstance(content, Mapping):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
+        if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
             return dict(content)
         inner = [content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -139,7 +133,7 @@ def _bare(state: dict[str, Tensor]) -> Weights:
         if prefix is not None:
             state = {name.removeprefix(prefix): value for name, value in state.items()}
         elif normalizer is None and all(name in state for name in NORMALIZER):
-            normalizer = {name.removeprefix("normalize."): state[name].reshape(1, 3, 1, 1) for name in NORMALIZER}
+            normalizer = {name.removeprefix("normalize."): state[name] for name in NORMALIZER}
             state = {name: value for name, value in state.items() if name not in NORMALIZER}
         else:
             return Weights(network=state, normalizer=normalizer)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from common.config import EvalModelConfig
+from common.config import PROVENANCE_KEY, EvalModelConfig
 from common.errors import UserError
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
@@ -29,11 +29,18 @@ DESCRIPTION = {
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network in eval mode on the CPU with its origin: the file, and the values of `DESCRIPTION` it was built with."""
+    """A network in eval mode on the CPU, and where it comes from.
+
+    Attributes:
+        path: the weights file.
+        description: the values of `DESCRIPTION` it was built with.
+        class_names: of its outputs, in order; None where the run does not say.
+    """
 
     model: nn.Module
     path: Path
     description: dict[str, Any]
+    class_names: list[str] | None
 
 
 def load_trained(model_in: str | Path, asked: EvalModelConfig, *, flag: str) -> TrainedModel:
@@ -58,7 +65,8 @@ def load_trained(model_in: str | Path, asked: EvalModelConfig, *, flag: str) -> 
         description["add_normalization"] = weights.normalizer is not None
     model = build_model(**description)
     load_weights(model, weights, flag=flag, source=path)
-    return TrainedModel(model=model.eval(), path=path, description=description)
+    class_names = run.get(PROVENANCE_KEY, {}).get("classes")
+    return TrainedModel(model=model.eval(), path=path, description=description, class_names=class_names)
 
 
 def find_weights(path: Path, *, flag: str) -> Path:
@@ -84,6 +92,11 @@ def _run_params(folder: Path) -> Mapping[str, Any]:
         params = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: expected the flags of a run as JSON; {error}.") from error
-    if not isinstance(params, dict):
-        raise UserError(f"{file}: expected the flags of a run, got {type(params).__name__}.")
+    sections = {section for section, _ in DESCRIPTION.values()} | {PROVENANCE_KEY}
+    if not isinstance(params, dict) or not all(isinstance(params.get(section, {}), dict) for section in sections):
+        raise UserError(f"{file}: expected the sections and flags of a run.")
+    for name, (section, default) in DESCRIPTION.items():
+        kinds = {"add_normalization": bool}.get(name, type(default))
+        if name in params.get(section, {}) and type(params[section][name]) is not kinds:
+            raise UserError(f"{file}: {section}.{name}: expected {kinds.__name__}, got {params[section][name]!r}.")
     return params

@@ -146,6 +146,10 @@ def test_config_file(tmp_path):
         ("training: {epochs: 1.5}", ["training.epochs", "1.5"]),
         ("- 1", ["list"]),
         ("a: [", ["YAML"]),
+        ("data: {augmentations: }", ["data.augmentations has no value"]),
+        ("lr: {lr: {}}", ["lr.lr has no value"]),
+        ("lr: {lr: 1, lr: 2}", ["'lr' is given twice"]),
+        ("dist: {port: 70000}", ["dist.port", "65535"]),
         ("lr: !!python/object/apply:os.system ['true']", ["YAML"]),
     ],
 )
@@ -154,6 +158,11 @@ def test_bad_config_file(tmp_path, text, words):
     file.write_text(text)
     message = refused("--config-file", str(file))
     assert all(word in message for word in words), message
+
+
+def test_empty_section_and_unset_value(tmp_path):
+    (tmp_path / "a.yaml").write_text("lr:\nmodel: {drop_path: null}\n")
+    assert load("--config-file", str(tmp_path / "a.yaml")) == load()
 
 
 def test_missing_config_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 import types
 
@@ -13,11 +14,13 @@ from torch import nn
 
 import evaluation.autoattack
 import runner_aa_eval
-from common.config import DEFAULT_EPS
+from common.config import DEFAULT_EPS, EvalConfig, EvalModelConfig, load_config
 from common.errors import UserError
 from evaluation.autoattack import ATTACKS, attack_chunk, package_name, standard_autoattack
+from evaluation.evaluate import load_images
 from evaluation.report import markdown_table, show_eps, summarise
 from tests.training.helpers import base_flags, run
+from zoo.runs import load_trained
 
 CPU = torch.device("cpu")
 EPS = {"Linf": 0.01, "L2": 0.1, "L1": 0.4}
@@ -201,3 +204,23 @@ def test_table_and_eps():
     table = markdown_table([{"a": 1, "bb": "x"}, {"a": 22, "bb": "y"}])
     assert table.splitlines() == ["| a  | bb |", "|----|----|", "| 1  | x  |", "| 22 | y  |"]
     assert [show_eps(e) for e in (4 / 255, 0.1, 2.0, 75)] == ["4/255", "0.1", "2", "75"]
+
+
+def test_labels_are_matched_by_class_name(trained, images, tmp_path, short):
+    """A validation folder that lacks a class must not shift the labels of those after it."""
+    shutil.copytree(images / "val", tmp_path / "val")
+    shutil.rmtree(tmp_path / "val" / "blue")
+    config = load_config(
+        EvalConfig,
+        [f"--eval.model_in={trained.folder}", f"--data.val_dataset={tmp_path / 'val'}", "--eval.img_size=32"],
+    )
+    network = load_trained(trained.folder, config.model, flag="eval.model_in")
+    assert load_images(config, network).y.unique().tolist() == [1, 2, 3]
+    shutil.copy(trained.folder / "weights_2.pt", tmp_path / "bare.pt")
+    bare = load_trained(
+        tmp_path / "bare.pt",
+        EvalModelConfig(arch="convnext_micro", not_original=True, num_classes=4),
+        flag="eval.model_in",
+    )
+    with pytest.raises(UserError, match="head has 4 classes, data.val_dataset has 3"):
+        load_images(config, bare)

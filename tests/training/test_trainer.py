@@ -6,16 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+import train
 import training.step
 import training.trainer
 from attacks.apgd import apgd
 from common.config import PROVENANCE_KEY, TrainConfig, load_config
+from common.distributed import check_processes
+from common.errors import UserError
 from data.datasets import open_source
 from data.loader import EvalLoader, spread_indices
 from tests.training.helpers import base_flags, largest_difference, read_outcome, run, write_images
@@ -248,3 +253,114 @@ def test_find_weights_takes_the_newest_average(images, tmp_path):
     flags = base_flags(images, tmp_path) | {"training.epochs": 2, "logging.save_freq": 1, "model.model_ema": 1}
     folder = run(flags).folder
     assert find_weights(folder, flag="eval.model_in").name == "weights_ema_2.pt"
+
+
+# --- what only shows when it goes wrong -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "precision,dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_precision_covers_the_attack_and_scales_fp16_only(images, tmp_path, monkeypatch, precision, dtype):
+    seen, original = [], training.step.attack_batch
+
+    def look(model, x, y, **kwargs):
+        seen.append(model(x).dtype)
+        return original(model, x, y, **kwargs)
+
+    scaled = []
+    monkeypatch.setattr(training.step, "attack_batch", look)
+    step = training.trainer.train_step
+    monkeypatch.setattr(
+        training.trainer,
+        "train_step",
+        lambda state, *a, **k: (scaled.append(state.scaler.is_enabled()), step(state, *a, **k))[1],
+    )
+    run(base_flags(images, tmp_path) | APGD | {"training.precision": precision})
+    assert seen == [dtype] * 3 and scaled == [precision == "fp16"] * 3
+
+
+def test_grad_clip_under_loss_scaling(images, tmp_path):
+    """Clipping sees the true gradient, not the scaled one: fp16 moves as far as fp32."""
+    flags = base_flags(images, tmp_path) | {"training.optimizer": "sgd", "training.momentum": 0, "lr.lr": 1e-2}
+    flags |= {"training.weight_decay": 0, "lr.lr_schedule_type": "step", "training.grad_clip": 100}
+    start = run(flags | {"lr.lr": 1e-30}).weights
+    moves = []
+    for precision in ("fp32", "fp16"):
+        end = run(flags | {"training.precision": precision}).weights
+        moves.append(sum((end[n] - start[n]).double().square().sum().item() for n in start) ** 0.5)
+    assert moves[1] == pytest.approx(moves[0], rel=0.1)
+
+
+def test_sizes_the_network_refuses(images, tmp_path, capsys):
+    for change, flag in (
+        ({"model.arch": "vit_micro", "resolution.min_res": 30, "resolution.max_res": 30}, "resolution.min_res"),
+        ({"validation.resolution": 8}, "validation.resolution"),
+    ):
+        assert run(base_flags(images, tmp_path) | change).status == 2
+        assert flag in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        ({}, None),
+        ({"training.batch_size": 64}, "training.batch_size"),
+        ({"model.pretrained": 1}, "model.pretrained"),
+        ({"validation.resolution": 8}, "validation.resolution"),
+        ({"model.num_classes": 10}, "model.num_classes"),
+        ({"data.train_dataset": "nowhere"}, "data.train_dataset"),
+        ({"data.train_dataset": ""}, "data.train_dataset"),
+        ({"model.ckpt_path": "nowhere.pt"}, "model.ckpt_path"),
+        ({"logging.folder": "/dev/null"}, "logging.folder"),
+    ],
+)
+def test_check_finds_what_would_stop_the_run(images, tmp_path, capsys, change, word):
+    flags = base_flags(images, tmp_path / "runs") | change
+    status = train.main(["--check", *(f"--{name}={value}" for name, value in flags.items())])
+    assert status == (2 if word else 0)
+    assert not word or word in capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check_processes(2) == 2
+    with pytest.raises(UserError, match="dist.world_size: 3.*2 visible"):
+        check_processes(3)
+
+
+def test_nothing_to_validate_on(tmp_path, capsys):
+    images = write_images(tmp_path / "images")
+    for file in (images / "val").rglob("*.png"):
+        file.write_bytes(b"")
+    assert run(base_flags(images, tmp_path / "runs")).status == 2
+    assert "data.val_dataset" in capsys.readouterr().err
+
+
+def test_bad_images_are_counted_over_processes_and_stop_all(tmp_path, capfd):
+    images = write_images(tmp_path / "images", train_images=8)
+    for name in ("0.png", "3.png"):
+        for colour in ("red", "blue"):
+            (images / "train" / colour / name).write_bytes(b"not an image")
+    flags = base_flags(images, tmp_path / "runs") | processes(2) | {"training.batch_size": 4}
+    assert run(flags).epochs[0]["bad_images"] == 4
+    capfd.readouterr()
+    assert run(flags | {"data.max_bad_images": 3, "dist.port": free_port()}).status == 2
+    assert capfd.readouterr().err.count("error: data.max_bad_images: 4 images") == 1
+
+
+def test_terminating_the_parent_ends_all_processes(images, tmp_path):
+    flags = base_flags(images, tmp_path / "runs") | processes(2) | {"training.epochs": 5000, "training.batch_size": 4}
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    parent = subprocess.Popen([sys.executable, "train.py", *argv], cwd=PROJECT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("*/log")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) >= 2
+    parent.terminate()
+    assert parent.wait(timeout=60) == 128 + 15
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
