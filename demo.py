@@ -7,12 +7,13 @@
 2. Train it further against APGD with 2 steps at Linf eps 0.1 (`model.ckpt_path`, eps growing over the first epochs).
 3. Attack both with APGD-CE and APGD-T on the held-out digits, and compare.
 
-Leaves in runs/demo: the two run folders, summary.json, test_images.npz (x float32 [N, 3, 32, 32] in [0, 1], y), and
-adversarial.png. An earlier runs/demo is renamed, not overwritten. The commands it stands for:
+Leaves in runs/demo: the two run folders, networks.yaml that names them, eval/ with the reports of the attacks, summary.json,
+test_images.npz (x float32 [N, 3, 32, 32] in [0, 1], y), and adversarial.png. An earlier runs/demo is renamed, not
+overwritten. The commands it stands for:
 
     python train.py --config-file configs/demo_clean.yaml
     python train.py --config-file configs/demo_robust.yaml --model.ckpt_path=<weights of the first>
-    python runner_aa_eval.py --config-file configs/demo_eval.yaml --eval.model_in=<run folder>
+    python runner_aa_eval.py --config-file configs/demo_eval.yaml --eval.models=runs/demo/networks.yaml
 """
 
 from __future__ import annotations
@@ -20,27 +21,28 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import yaml
 
 import train
-from attacks.apgd import apgd
 from common.config import EvalConfig, TrainConfig, load_config
 from common.distributed import Processes
 from common.errors import UserError
 from common.files import set_aside, writable, write_atomically
-from evaluation.evaluate import Images, evaluate, load_images
+from evaluation.evaluate import run_evaluations
 from evaluation.pictures import draw_examples
-from evaluation.report import markdown_table, percent, write_report
-from zoo.runs import TrainedModel, find_weights, load_trained
+from evaluation.plan import open_network_images
+from evaluation.report import markdown_table, percent, write_json, write_text
+from zoo.runs import find_weights
 
 PROJECT = Path(__file__).resolve().parent
 FOLDER = PROJECT / "runs" / "demo"
-SHOWN = 8  # images in the picture
+NAMES = {"clean_model": "clean training", "robust_model": "adversarial training (APGD-2)"}
+CLASSES = 10
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     summary["seconds"] = round(time.perf_counter() - begin, 1)
-    write_report(FOLDER / "summary.json", summary)
+    write_json(FOLDER / "summary.json", summary)
     print(
         f"\n{table(summary)}\n\n{summary['seconds']:.0f} seconds; summary.json, test_images.npz and adversarial.png are in {FOLDER}"
     )
@@ -75,58 +77,53 @@ def train_model(name: str, *flags: str) -> Path:
     return find_weights(FOLDER / load_config(TrainConfig, flags).run_name, flag="logging.folder")
 
 
-def compare(weights: dict[str, Path]) -> dict[str, Any]:
-    """Attack the networks on the same held-out images; writes test_images.npz and adversarial.png."""
-    device = Processes.alone().device
+def compare(weights: Mapping[str, Path]) -> dict[str, Any]:
+    """Attack the networks on the same held-out images; writes networks.yaml, test_images.npz and adversarial.png."""
+    networks = [{"name": NAMES[name], "model_in": str(path)} for name, path in weights.items()]
+    write_text(FOLDER / "networks.yaml", yaml.safe_dump(networks, sort_keys=False))
+    flags = ("--config-file", str(PROJECT / "configs" / "demo_eval.yaml"), f"--eval.models={FOLDER / 'networks.yaml'}")
+    config = load_config(EvalConfig, [*flags, f"--eval.out={FOLDER / 'eval'}"])
+    outcome = run_evaluations(config, Processes.alone())
+    save_images(config)
+    draw({e.network: e.folder for e in outcome.evaluations})
     summary: dict[str, Any] = {}
-    networks: dict[str, TrainedModel] = {}
-    for name, path in weights.items():
-        config = load_config(
-            EvalConfig, ["--config-file", str(PROJECT / "configs" / "demo_eval.yaml"), f"--eval.model_in={path}"]
-        )
-        networks[name] = trained = load_trained(path, config.model, flag="eval.model_in")
-        images = load_images(config, trained)
-        report, _ = evaluate(trained, images, config, device=device)
-        (result,) = report["results"]
+    for name, report in zip(weights, outcome.reports):
         summary[name] = {
-            "weights": str(path),
-            "arch": trained.description["arch"],
-            "not_original": int(trained.description["not_original"]),
-            "clean_acc": result["clean_acc"],
-            "robust_acc": result["robust_acc"],
+            "weights": str(weights[name]),
+            "arch": report["network"]["arch"],
+            "not_original": int(report["network"]["not_original"]),
+            "clean_acc": report["clean_acc"],
+            "robust_acc": report["robust_acc"],
         }
-    save_images(images)
-    draw(networks, images, eps=config.eval.eps[0], device=device)
-    return summary | {"eps": config.eval.eps[0], "norm": config.eval.norms[0], "n_images": len(images.x)}
+    return summary | {"eps": config.eval.eps[0], "norm": config.eval.norms[0], "n_images": outcome.reports[0]["n"]}
 
 
-def save_images(images: Images) -> None:
+def save_images(config: EvalConfig) -> None:
     """test_images.npz: what both networks were attacked on."""
+    (size,) = config.eval.img_size
+    images = open_network_images(config, CLASSES, None)
+    chunk = images.read(list(range(len(images))), size=size, crop_pct=config.eval.crop_pct)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, x=images.x.numpy(), y=images.y.numpy())
+    np.savez_compressed(buffer, x=chunk.x.numpy(), y=chunk.y.numpy())
     write_atomically(FOLDER / "test_images.npz", lambda file: file.write(buffer.getvalue()))
 
 
-def draw(networks: dict[str, TrainedModel], images: Images, *, eps: float, device: torch.device) -> None:
-    """adversarial.png: the first images, and what 50 steps of APGD make of them against each network."""
-    x, y = images.x[:SHOWN].to(device), images.y[:SHOWN].to(device)
+def draw(folders: Mapping[str, Path]) -> None:
+    """adversarial.png: the first images, and what the attacks made of them against each network."""
     attacked = {}
-    for name, trained in networks.items():
-        x_adv = apgd(trained.model, x, y, norm="Linf", eps=eps, n_iter=50).x_best
-        with torch.no_grad():
-            predictions = trained.model(x_adv).argmax(dim=1)
-        attacked[name.replace("_", " ")] = (x_adv.cpu(), [str(p) for p in predictions.tolist()])
-    draw_examples(FOLDER / "adversarial.png", x.cpu(), attacked, [str(label) for label in y.tolist()], eps)
+    for name, folder in folders.items():
+        with np.load(folder / "chunks" / "00000.npz") as arrays:
+            x, y, attacked[name] = arrays["x"], arrays["y"], (arrays["x_adv"], arrays["broken_by"].tolist())
+    draw_examples(FOLDER / "adversarial.png", x, attacked, labels=[str(label) for label in y])
 
 
 def table(summary: dict[str, Any]) -> str:
     """Clean and robust accuracy of both networks, in Markdown."""
     robust = f"APGD-CE + APGD-T, {summary['norm']} eps {summary['eps']:g}"
-    names = {"clean_model": "clean training", "robust_model": "adversarial training (APGD-2)"}
     return markdown_table(
         [
             {"model": label, "clean": percent(summary[name]["clean_acc"]), robust: percent(summary[name]["robust_acc"])}
-            for name, label in names.items()
+            for name, label in NAMES.items()
         ]
     )
 

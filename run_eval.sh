@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Evaluate checkpoints with AutoAttack. Sets the project up first if need be (see setup_env.sh).
 #
-#     bash run_eval.sh                       how to call it
-#     bash run_eval.sh --FLAG VALUE ...      runner_aa_eval.py with these flags
+#     bash run_eval.sh                       the demo's two networks under Linf, L2 and L1 (trains them first, if need be)
+#     bash run_eval.sh --FLAG VALUE ...      runner_aa_eval.py with these flags; --help lists them
 #
 # Relative paths in flags start at the project's root.
 set -euo pipefail
@@ -12,8 +12,14 @@ PY=$(bash "$root/setup_env.sh")
 cd "$root"
 # OpenMP's threads spin while they wait, which slows two busy programs on one machine down tenfold; spin only briefly.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
+# timm 1.0.9 uses what newer versions of PyTorch call deprecated: nothing a user can act on.
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script}"
 
 if [ $# -eq 0 ]; then
-    exec "$PY" runner_aa_eval.py --help
+    if [ ! -e runs/demo/networks.yaml ]; then
+        echo "run_eval.sh: no demo networks yet: training them first (a few minutes)." >&2
+        "$PY" demo.py
+    fi
+    set -- --config-file configs/demo_norms.yaml
 fi
 exec "$PY" runner_aa_eval.py "$@"

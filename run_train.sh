@@ -23,6 +23,8 @@ PY=$(bash "$root/setup_env.sh")
 cd "$root"
 # OpenMP's threads spin while they wait, which slows two busy programs on one machine down tenfold; spin only briefly.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
+# timm 1.0.9 uses what newer versions of PyTorch call deprecated: nothing a user can act on.
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script}"
 
 if [ $# -eq 0 ]; then
     exec "$PY" demo.py

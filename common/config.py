@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ DEFAULT_EPS = {"Linf": 4 / 255, "L2": 2.0, "L1": 75.0}
 NORMS = tuple(DEFAULT_EPS)
 # fp64 is for comparing runs to the last digits, not for training.
 PRECISIONS = ("fp32", "fp16", "bf16", "fp64")
+IMAGE_IDS = ("auto", "robustbench", "all")
 # Top-level key of a run's params.json that is not a section, so that the file itself serves as a config file.
 PROVENANCE_KEY = "provenance"
 
@@ -64,7 +66,7 @@ def flag(
 
 REQUIRED: Any = dataclasses.MISSING
 # Flags that a config file may leave empty: unset has a meaning of its own.
-OPTIONAL = ("model.drop_path", "adv.eps", "eval.eps")
+OPTIONAL = ("model.drop_path", "adv.eps", "eval.eps", "eval.channels_last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,10 +216,14 @@ class MiscConfig:
     use_channel_last: bool = flag(True, "1: channels_last memory format")
 
 
-def _check_radius(name: str, norm: str, eps: float) -> None:
-    if norm == "Linf" and eps > 1:
+def _check_radius(name: str, norm: str, eps: float, *, size: int) -> None:
+    """Refuse a ball that holds every image; `size` in pixels."""
+    numbers = 3 * size**2
+    largest = {"Linf": 1.0, "L2": numbers**0.5, "L1": float(numbers)}[norm]
+    if eps > largest:
+        hint = f" (did you mean {eps:g}/255?)" if norm == "Linf" else ""
         raise UserError(
-            f"{name}: pixels are in [0, 1], so a Linf radius is at most 1; got {eps:g} (did you mean {eps:g}/255?)."
+            f"{name}: pixels are in [0, 1], so at {size} px an {norm} radius is at most {largest:g}; got {eps:g}{hint}."
         )
 
 
@@ -239,7 +245,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.adv.eps is None:
             object.__setattr__(self, "adv", dataclasses.replace(self.adv, eps=DEFAULT_EPS[self.adv.norm]))
-        _check_radius("adv.eps", self.adv.norm, self.adv.eps)
+        _check_radius("adv.eps", self.adv.norm, self.adv.eps, size=self.resolution.min_res)
         if self.adv.attack == "fgsm" and self.adv.norm != "Linf":
             raise UserError(
                 f"adv.norm: adv.attack=fgsm is defined for Linf only, got {self.adv.norm!r}; use adv.attack=apgd."
@@ -310,25 +316,48 @@ class EvalDataConfig:
     val_dataset: str = flag(REQUIRED, "validation images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…")
     root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)")
     val_split: str = flag("", "name of the split for timm's readers; empty: validation")
-    num_workers: int = flag(2, "loader processes", at_least=0)
+    num_workers: int = flag(0, "decoding processes of each worker; 0: the worker decodes itself", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig:
-    """AutoAttack and its threat models."""
+    """AutoAttack, its threat models, and the devices it runs on."""
 
-    model_in: str = flag(REQUIRED, "weights file, or a run folder (its newest weights, EMA where kept)")
+    model_in: tuple[str, ...] = flag((), "weights files or run folders (newest weights, EMA where kept), by commas")
+    models: str = flag("", "YAML file: a list of weights files, run folders, or {model_in: …, name: …, arch: …}")
     fullaa: bool = flag(True, "1: APGD-CE, APGD-T, FAB-T, Square; 0: the first two")
     norms: tuple[str, ...] = flag(("Linf",), "threat models, separated by commas", choices=NORMS)
     eps: tuple[float, ...] | None = flag(None, "radius of each norm, fractions allowed; unset: 4/255, 2, 75", above=0)
-    n_ex: int = flag(5000, "number of images, spread evenly over the set; 0: all", at_least=0)
-    batch_size: int = flag(100, "images attacked together; part of the result's identity", at_least=1)
-    img_size: int = flag(224, "image size in pixels", at_least=8)
+    ids: str = flag("auto", "robustbench: its 5,000 images; auto: those if val_dataset is ImageNet", choices=IMAGE_IDS)
+    n_ex: int = flag(5000, "number of images, the first ones; 0: all", at_least=0)
+    batch_size: int = flag(100, "images attacked together: a chunk; part of the result's identity", at_least=1)
+    img_size: tuple[int, ...] = flag((224,), "image sizes in pixels, separated by commas", at_least=8)
     crop_pct: float = flag(
         0.875, "centre crop after resizing to img_size/crop_pct; 1 for small images", above=0, at_most=1
     )
     seed: int = flag(0, "seed of AutoAttack", at_least=0)
-    out: str = flag("", "folder of the report; empty: eval_<weights> next to the weights")
+    out: str = flag("", "folder of state and reports; empty: eval/ beside the weights")
+    save_adv: bool = flag(False, "1: keep the adversarial images (float32, npz), one file a chunk")
+    precision: str = flag(
+        "fp32", "tf32: faster on a GPU; what it breaks is confirmed in fp32", choices=("fp32", "tf32")
+    )
+    compile: bool = flag(False, "1: torch.compile the attacked model; what it breaks is confirmed uncompiled")
+    channels_last: bool | None = flag(None, "1: channels_last memory format; unset: 1 on a GPU, 0 on a CPU")
+    gpus: str = flag("auto", "auto: every free GPU; 0,1: these; none: the CPU. Under torchrun each process has its own")
+    gpu_max_load: float = flag(0.5, "auto: a GPU with a larger load (share of time) is not free", at_least=0, at_most=1)
+    gpu_max_memory: float = flag(0.5, "auto: a GPU with more of its memory in use is not free", at_least=0, at_most=1)
+    gpu_wait: float = flag(0.0, "auto: minutes to wait for a free GPU; 0: do not wait", at_least=0)
+    workers: int = flag(0, "processes on a CPU; 0: as many as eval.threads leaves cores for", at_least=0)
+    threads: int = flag(1, "threads of one process on a CPU; part of the result's identity", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """One network to evaluate: weights file or run folder, its name in tables ("": made of the path), and what flags say of it."""
+
+    model_in: str
+    name: str
+    model: EvalModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,18 +369,33 @@ class EvalConfig:
     eval: AttackConfig
 
     def __post_init__(self) -> None:
-        norms, eps = self.eval.norms, self.eval.eps
-        if len(set(norms)) != len(norms):
-            raise UserError(f"eval.norms: expected each norm once, got {','.join(norms)}.")
+        settings = self.eval
+        norms, eps = settings.norms, settings.eps
+        for name, values in (("norms", norms), ("img_size", settings.img_size), ("model_in", settings.model_in)):
+            if len(set(values)) != len(values):
+                raise UserError(f"eval.{name}: expected each value once, got {','.join(map(str, values))}.")
+        if not settings.model_in and not settings.models:
+            raise UserError("eval.model_in: required, but neither it nor eval.models is given.")
         if eps is None:
             eps = tuple(DEFAULT_EPS[n] for n in norms)
-            object.__setattr__(self, "eval", dataclasses.replace(self.eval, eps=eps))
+            object.__setattr__(self, "eval", dataclasses.replace(settings, eps=eps))
         elif len(eps) != len(norms):
             raise UserError(
                 f"eval.eps: expected one radius for each of eval.norms={','.join(norms)}, separated by commas, got {len(eps)}."
             )
         for norm, radius in zip(norms, eps):
-            _check_radius("eval.eps", norm, radius)
+            _check_radius("eval.eps", norm, radius, size=min(settings.img_size))
+        if settings.gpus not in ("auto", "none") and not re.fullmatch(r"\d+(,\d+)*", settings.gpus):
+            raise UserError(f"eval.gpus: expected auto, none, or GPU numbers such as 0,1; got {settings.gpus!r}.")
+
+    def networks(self) -> list[ModelEntry]:
+        """The networks of `eval.model_in`, then those of the file `eval.models`; `model.*` flags hold where an entry says nothing.
+
+        Raises:
+            UserError: the file is missing, not YAML, or has unknown keys or values.
+        """
+        entries = [ModelEntry(model_in=path, name="", model=self.model) for path in self.eval.model_in]
+        return entries + (_read_models_file(Path(self.eval.models), self.model) if self.eval.models else [])
 
 
 ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
@@ -559,7 +603,7 @@ def _shown(default: Any) -> str:
     if isinstance(default, bool):
         return str(int(default))
     if isinstance(default, tuple):
-        return ",".join(map(str, default))
+        return ",".join(map(str, default)) or "empty"
     return (
         {None: "unset", "": "empty"}.get(default, default) if isinstance(default, (str, type(None))) else str(default)
     )
@@ -589,14 +633,18 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _read_yaml(path: Path, flag: str) -> Any:
+    try:
+        return yaml.load(path.read_text(), _UniqueKeys)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: expected YAML or JSON; {' '.join(str(error).split())}.") from error
+
+
 def _read_config_file(path: Path, known: Sequence[str]) -> dict[str, Any]:
     """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed."""
-    try:
-        content = yaml.load(path.read_text(), _UniqueKeys)
-    except OSError as error:
-        raise UserError(f"--config-file {path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config-file {path}: expected YAML or JSON; {' '.join(str(error).split())}.") from error
+    content = _read_yaml(path, "--config-file")
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -615,3 +663,31 @@ def _read_config_file(path: Path, known: Sequence[str]) -> dict[str, Any]:
         if values[name] is None and name not in OPTIONAL or isinstance(values[name], dict):
             raise UserError(f"--config-file {path}: {name} has no value; expected one, or no such line.")
     return values
+
+
+def _read_models_file(path: Path, flags: EvalModelConfig) -> list[ModelEntry]:
+    """A list of paths, or of mappings with `model_in`, perhaps `name`, and fields of `EvalModelConfig`."""
+    content = _read_yaml(path, "eval.models:")
+    if not isinstance(content, list) or not content:
+        raise UserError(f"eval.models: expected a list of networks in {path}, got {type(content).__name__}.")
+    hints = typing.get_type_hints(EvalModelConfig)
+    checks = {f.name: _FlagChecker(hints[f.name], f.metadata) for f in dataclasses.fields(EvalModelConfig)}
+    entries = []
+    for number, item in enumerate(content, 1):
+        where = f"eval.models: {path}, network {number}"
+        item = {"model_in": item} if isinstance(item, str) else item
+        if not isinstance(item, dict) or not isinstance(item.get("model_in"), str):
+            raise UserError(f"{where}: expected a path, or a mapping with model_in, got {item!r}.")
+        given = dict(item)
+        model_in, name, values = given.pop("model_in"), given.pop("name", ""), {}
+        if not isinstance(name, str):
+            raise UserError(f"{where}: name: expected text, got {name!r}.")
+        for key, value in given.items():
+            if key not in checks:
+                raise UserError(f"{where}: unknown key {key!r}{_did_you_mean(str(key), list(checks))}.")
+            try:
+                values[key] = checks[key].check(value)
+            except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+                raise UserError(f"{where}: {key}: expected {checks[key].help()}, got {value!r}.") from error
+        entries.append(ModelEntry(model_in=model_in, name=name, model=dataclasses.replace(flags, **values)))
+    return entries

@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +35,7 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    store: dist.Store = field(default_factory=dist.HashStore, repr=False)
 
     @classmethod
     def alone(cls, device: torch.device | str | None = None) -> Processes:
@@ -75,6 +76,44 @@ class Processes:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+class Board:
+    """Numbers handed out once, and messages to the first process: what a work queue needs, without any process waiting for another.
+
+    The processes may be far apart in time, on several machines; only the first one must live as long as the others.
+    """
+
+    def __init__(self, processes: Processes, name: str) -> None:
+        """The board called `name`, the same for every process that asks for it."""
+        self._store = dist.PrefixStore(name, processes.store)
+        self._read = 0
+
+    def take(self) -> int:
+        """The next of the numbers 0, 1, 2, …; no other process gets the same."""
+        return self._store.add("taken", 1) - 1
+
+    def post(self, message: bytes) -> None:
+        """Leave a message (at most a few MB) for the first process."""
+        self._store.set(f"message/{self._store.add('posted', 1)}", message)
+
+    def messages(self) -> list[bytes]:
+        """What has been posted since the last call; for the first process only."""
+        found = []
+        while self._read < self._store.add("posted", 0):
+            self._read += 1
+            found.append(self._store.get(f"message/{self._read}"))  # waits the moment between counting and writing
+            self._store.delete_key(f"message/{self._read}")
+        return found
+
+    def close(self, reason: str = "") -> None:
+        """Tell every process that the work is over, and why if it failed. The first reason stays."""
+        if self._store.add("closed", 1) == 1:
+            self._store.set("reason", reason)
+
+    def closed(self) -> str | None:
+        """None while the work goes on, then the reason it ended."""
+        return self._store.get("reason").decode() if self._store.add("closed", 0) else None
 
 
 def under_torchrun() -> bool:
@@ -174,15 +213,30 @@ def _spawned(main: Callable, config: Any, rank: int, world_size: int, rendezvous
 
 
 @contextmanager
-def _joined(rank: int, world_size: int, rendezvous: str) -> Iterator[Processes]:
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    device = _device(local_rank)
+def joined() -> Iterator[Processes]:
+    """This process among those of torchrun, without opening its GPU (gloo); alone where no launcher started it."""
+    if not under_torchrun():
+        yield Processes(rank=0, world_size=1, device=torch.device("cpu"))
+        return
+    with _joined(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", torch.device("cpu")) as processes:
+        yield processes
+
+
+@contextmanager
+def _joined(rank: int, world_size: int, rendezvous: str, device: torch.device | None = None) -> Iterator[Processes]:
+    device = _device(int(os.environ.get("LOCAL_RANK", rank))) if device is None else device
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    store, rank, world_size = next(dist.rendezvous(rendezvous, rank, world_size, timeout=TIMEOUT))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
-        yield Processes(rank=rank, world_size=world_size, device=device)
+        yield Processes(rank=rank, world_size=world_size, device=device, store=store)
     finally:
         dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number among those that the launcher started on this machine; 0 where none did."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def _device(local_rank: int) -> torch.device:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, TypeVar
@@ -99,6 +100,10 @@ class Source:
         """Image i's path, or what else tells a person which image it is."""
         raise NotImplementedError
 
+    def key(self, i: int) -> str:
+        """Image i's name without the place where the data set lies on this machine."""
+        return self.name(i)
+
     def size(self, i: int) -> int:
         """Bytes of image i in memory."""
         return len(_encoded(self, i))
@@ -150,6 +155,28 @@ class StreamSource:
                     f"{self.spec}: expected labels below {len(self._numbers)}, found {label} at position {position}."
                 )
             yield image, self._numbers[label]
+
+
+class Collected(Source):
+    """The first `count` samples of a stream, read once and kept in memory, encoded without loss."""
+
+    def __init__(self, stream: StreamSource, count: int) -> None:
+        reader = {"training": False, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 1}
+        samples = list(islice(stream.samples(**reader), count))
+        if not samples:
+            raise UserError(f"{stream.spec}: expected at least one image, found none.")
+        super().__init__([label for _, label in samples], stream.class_names)
+        self.num_classes, self._spec = stream.num_classes, stream.spec
+        self._images = [_png(image) for image, _ in samples]
+
+    def image(self, i: int) -> bytes:
+        return self._images[i]
+
+    def name(self, i: int) -> str:
+        return f"{self._spec}[{i}]"
+
+    def key(self, i: int) -> str:
+        return f"{self._spec.split('/')[0]}[{i}]"  # what follows may be a folder
 
 
 @dataclass(frozen=True)
@@ -231,7 +258,10 @@ class _Folder(Source):
         return Path(self.name(i)).read_bytes()
 
     def name(self, i: int) -> str:
-        return os.path.join(self._root, os.fsdecode(self._paths[i]))
+        return os.path.join(self._root, self.key(i))
+
+    def key(self, i: int) -> str:
+        return os.fsdecode(self._paths[i])
 
     def size(self, i: int) -> int:
         return os.stat(self.name(i)).st_size
@@ -255,8 +285,7 @@ def _open_folder(path: Path, request: _Request) -> Source:
     root = _split_folder(path, request)
     names = _folders(root)
     if not names:
-        loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root))
-        raise request.error(f"expected a sub-folder for each class in {root}, found none, and {loose} loose images.")
+        raise request.error(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
     numbers = {name: number for number, name in enumerate(names)}
     samples = make_dataset(root, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
     empty = sorted(set(names) - {names[label] for _, label in samples})
@@ -269,6 +298,24 @@ def _open_folder(path: Path, request: _Request) -> Source:
     return _Folder(root, samples, names)
 
 
+def _loose_images(folder: Path) -> str:
+    """What a folder without class folders holds, and what to do about it."""
+    loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(folder))
+    return _unsorted_imagenet(folder) or f"and {loose} loose images."
+
+
+def _unsorted_imagenet(folder: Path) -> str:
+    """What to do with ImageNet's validation set as it comes out of its archive; empty where the folder holds no such images."""
+    loose = sum(entry.name.startswith("ILSVRC2012_val_") for entry in os.scandir(folder) if entry.is_file())
+    if not loose:
+        return ""
+    return (
+        f"but {loose} loose images of ImageNet's validation set. To sort them into folders by class, put "
+        "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into a folder and run, in it: "
+        """python -c "import torchvision; torchvision.datasets.ImageNet('.', split='val')"; then give that folder."""
+    )
+
+
 def _split_folder(path: Path, request: _Request) -> Path:
     # A class may be called "train", too: only a folder of folders is a split.
     splits = {
@@ -277,6 +324,9 @@ def _split_folder(path: Path, request: _Request) -> Path:
     }
     if splits[request.split]:
         return splits[request.split][0]
+    for name in _SPLIT_FOLDERS[request.split]:
+        if (path / name).is_dir() and (hint := _unsorted_imagenet(path / name)):
+            raise request.error(f"expected a sub-folder for each class in {path / name}, found none, {hint}")
     if any(splits.values()):
         expected = " or ".join(_SPLIT_FOLDERS[request.split])
         raise request.error(f"expected {expected} with class folders in {path}, found {_some(_folders(path))}.")
@@ -303,7 +353,10 @@ class _Tar(Source):
             return file.read(size)
 
     def name(self, i: int) -> str:
-        return f"{self._path}:{os.fsdecode(self._names[i])}"
+        return f"{self._path}:{self.key(i)}"
+
+    def key(self, i: int) -> str:
+        return os.fsdecode(self._names[i])
 
     def size(self, i: int) -> int:
         return int(self._places[i, 1])
@@ -333,6 +386,56 @@ def _open_tar(path: Path, request: _Request) -> Source:
         raise request.error(f"expected class folders with images in {path}, found {len(images)} loose images.")
     depth = 0 if split is None else 1  # deeper folders belong to the class, as in a folder of class folders
     return _Tar(path, [images[i] for i in kept], [folders[i][depth] for i in kept])
+
+
+def open_listed(spec: str, keys: Sequence[str], class_names: list[str], *, flag: str) -> Source:
+    """The images `keys` (`<class>/<file>`) of a validation folder, in their order; labels are places among `class_names`.
+
+    Args:
+        spec: folder of class folders, or one that holds such a folder as `val/` or `validation/`.
+        keys: paths below it.
+        class_names: the class folders.
+        flag: the flag `spec` came from, for error messages.
+
+    Raises:
+        UserError: no such folder, or class folders or files of the list are missing from it.
+    """
+    request = _Request(spec, "val", flag, "", "")
+    path = Path(spec).expanduser()
+    try:
+        if not path.is_dir():
+            raise request.error(
+                f"expected a folder of class folders, found {'a file' if path.is_file() else 'nothing'} at {path}."
+            )
+        root = _split_folder(path, request)
+        present = set(_folders(root))
+        if not present:
+            raise request.error(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
+        absent = sorted({key.split("/")[0] for key in keys} - present)
+        if absent:
+            raise request.error(
+                f"expected the folders of all {len(class_names)} classes in {root}, missing: {_some(absent)}."
+            )
+        with ThreadPoolExecutor(_LOADING_THREADS) as threads:
+            exist = list(threads.map(lambda key: (root / key).is_file(), keys))
+    except OSError as error:
+        raise request.error(f"cannot read {path} ({error.strerror or error}).") from error
+    missing = [key for key, exists in zip(keys, exist) if not exists]
+    if missing:
+        raise request.error(
+            f"expected the {len(keys)} listed images in {root}, {len(missing)} are missing: {_some(missing)}."
+        )
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return _Folder(root, [(str(root / key), numbers[key.split("/")[0]]) for key in keys], class_names)
+
+
+def class_folders(spec: str) -> list[str]:
+    """Names of the class folders of a validation folder; none where `spec` is no folder, or not of that shape."""
+    path = Path(spec).expanduser()
+    try:
+        return _folders(_split_folder(path, _Request(spec, "val", "", "", ""))) if path.is_dir() else []
+    except (OSError, UserError):
+        return []
 
 
 class _Digits(Source):
@@ -372,6 +475,9 @@ class _Torchvision(Source):
     def name(self, i: int) -> str:
         return self._files[i][0] if self._files else f"{self._spec}[{i}]"
 
+    def key(self, i: int) -> str:
+        return os.path.relpath(self._files[i][0], self._dataset.root) if self._files else self.name(i)
+
 
 def _open_torchvision(request: _Request) -> Source:
     from timm.data import create_dataset  # imports much
@@ -397,6 +503,9 @@ class _HuggingFace(Source):
 
     def name(self, i: int) -> str:
         return f"{self._spec}[{i}] {self._dataset[i][self._column]['path'] or ''}".rstrip()
+
+    def key(self, i: int) -> str:
+        return f"hfds[{i}]"  # the data set's name and the image's path may be places; to look at the latter reads the image
 
 
 def _open_huggingface(request: _Request) -> Source:
@@ -490,6 +599,9 @@ class MemorySource(Source):
     def name(self, i: int) -> str:
         return self._source.name(i)
 
+    def key(self, i: int) -> str:
+        return self._source.key(i)
+
 
 def _load_into_memory(source: Source, request: _Request, *, copies: int, progress: bool) -> MemorySource:
     """Two passes, first sizes, then bytes, so that nothing is held twice. Unreadable files become empty images."""
@@ -520,8 +632,10 @@ def _load_into_memory(source: Source, request: _Request, *, copies: int, progres
 
 def _encoded(source: Source, i: int) -> bytes:
     image = source.image(i)
-    if isinstance(image, bytes):
-        return image
+    return image if isinstance(image, bytes) else _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     decode(image).save(file, "PNG")  # lossless
     return file.getvalue()

@@ -7,15 +7,19 @@ equal those of `AutoAttack(version="standard").run_standard_evaluation` on that 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attacks.threat_models import get_threat_model
 from common.errors import UserError
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -31,34 +35,77 @@ class Verdicts:
         clean_pred: (B,) int64 prediction without attack.
         broken_by: per image the attack that broke it, "clean" where misclassified without attack, "" where it withstood all.
         x_adv: (B, C, H, W) float32 on the CPU: the adversarial image, the image itself where none was found.
+        attack_seconds: time inside each attack.
+        rejoined: number of images that the fast copy took for broken and the network did not: they were attacked again.
     """
 
     clean_pred: Tensor
     broken_by: list[str]
     x_adv: Tensor
+    attack_seconds: dict[str, float] = field(default_factory=dict)
+    rejoined: int = 0
+
+
+@dataclass(frozen=True)
+class FastCopy:
+    """The network as it is attacked where speed is bought with exactness: compiled, in TensorFloat-32, or both."""
+
+    model: nn.Module
+    tf32: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """What adversarial images really are.
+
+    Attributes:
+        max_perturbation: largest distance from the clean image in the norm.
+        pixel_range: smallest and largest value.
+        outside_ball, outside_box, not_misclassified, not_finite (the logits): places in the chunk of the images that fail.
+    """
+
+    max_perturbation: float
+    pixel_range: tuple[float, float]
+    outside_ball: list[int]
+    outside_box: list[int]
+    not_misclassified: list[int]
+    not_finite: list[int]
 
 
 def attack_chunk(
-    model: nn.Module, x: Tensor, y: Tensor, *, norm: str, eps: float, seed: int, full: bool, device: torch.device
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str,
+    eps: float,
+    seed: int,
+    attacks: Sequence[str] = ATTACKS,
+    device: torch.device,
+    fast: FastCopy | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Verdicts:
     """Run AutoAttack on one chunk; each attack sees the images that withstood those before it.
 
+    With a fast copy, the attacks run on it and the network judges what they find. An image that the copy takes for broken and
+    the network does not is attacked again on the network itself, by all attacks: robustness is never overstated.
+
     Args:
-        model: in eval mode on `device`; (B, C, H, W) in [0, 1] → logits (B, K).
-        x: (B, C, H, W) float32 in [0, 1].
+        model: the network, in eval mode on `device`; (B, C, H, W) in [0, 1] → logits (B, K).
+        x: (B, C, H, W) float32 in [0, 1], on the host; only the images under attack are copied to the device.
         y: (B,) int64.
         norm: "Linf", "L2" or "L1".
         eps: radius in units of pixels in [0, 1].
         seed: of every attack.
-        full: all four attacks, or APGD-CE and APGD-T alone.
+        attacks: names out of `ATTACKS`, in order.
         device: where the attacks run.
+        fast: attacked in the network's place.
+        progress: called with the name of each attack that begins.
 
     Raises:
         UserError: neither package is installed, logits that are not finite, or too few classes for the targeted attacks.
     """
-    x, y = x.to(device), y.to(device)
-    with torch.no_grad():
-        logits = model(x)
+    logits = _logits(model, x.to(device))
     if not torch.isfinite(logits).all():
         raise UserError(
             "eval.model_in: the network's logits are not finite on clean images; its accuracy means nothing."
@@ -67,23 +114,96 @@ def attack_chunk(
         raise UserError(
             f"eval.model_in: AutoAttack needs at least {FEWEST_CLASSES} classes, the network has {logits.shape[1]}."
         )
-    clean_pred = logits.argmax(dim=1)
-    broken_by = ["" if right else "clean" for right in (clean_pred == y).tolist()]
-    x_adv = x.clone()
-    engine = standard_autoattack(model, norm=norm, eps=eps, seed=seed, device=device, num_classes=logits.shape[1])
-    for name in ATTACKS if full else ATTACKS[:2]:
-        standing = torch.tensor(
-            [i for i, broken in enumerate(broken_by) if not broken], dtype=torch.int64, device=device
-        )
-        if len(standing) == 0:
-            break
-        found = perturb(engine, name, x[standing], y[standing], seed=seed)
-        with torch.no_grad():
-            wrong = model(found).argmax(dim=1) != y[standing]
-        x_adv[standing[wrong]] = found[wrong]
-        for i in standing[wrong].tolist():
-            broken_by[i] = name
-    return Verdicts(clean_pred=clean_pred.cpu(), broken_by=broken_by, x_adv=x_adv.cpu())
+    clean_pred = logits.argmax(dim=1).cpu()
+    standing = clean_pred == y
+    broken_by = ["" if right else "clean" for right in standing.tolist()]
+    x_adv, seconds = x.clone(), dict.fromkeys(attacks, 0.0)
+    suspects = torch.zeros_like(standing)
+    settings: dict[str, Any] = {
+        "norm": norm,
+        "eps": eps,
+        "seed": seed,
+        "device": device,
+        "num_classes": logits.shape[1],
+    }
+
+    def run(attacked: nn.Module, among: Tensor, *, tf32: bool, is_copy: bool) -> None:
+        engine = standard_autoattack(attacked, **settings)
+        for name in attacks:
+            places = (standing & among).nonzero().flatten()
+            if len(places) == 0:
+                return
+            if progress is not None:
+                progress(name)
+            begin = time.perf_counter()
+            with float32_matmul(tf32=tf32):
+                found = perturb(engine, name, x[places].to(device), y[places].to(device), seed=seed)
+                fooled = is_copy and _logits(attacked, found).argmax(dim=1).cpu() != y[places]
+            wrong = _logits(model, found).argmax(dim=1).cpu() != y[places]  # waits for the GPU
+            seconds[name] += time.perf_counter() - begin
+            suspects[places] |= fooled & ~wrong
+            x_adv[places[wrong]] = found.cpu()[wrong]
+            standing[places[wrong]] = False
+            for i in places[wrong].tolist():
+                broken_by[i] = name
+
+    with float32_matmul(tf32=False):
+        if fast is None:
+            run(model, standing.clone(), tf32=False, is_copy=False)
+        else:
+            run(fast.model, standing.clone(), tf32=fast.tf32, is_copy=True)
+            suspects &= standing
+            run(model, suspects, tf32=False, is_copy=False)
+    return Verdicts(clean_pred, broken_by, x_adv, seconds, int(suspects.sum()))
+
+
+def check_adversarial(
+    model: nn.Module, x: Tensor, verdicts: Verdicts, y: Tensor, *, norm: str, eps: float, device: torch.device
+) -> Check:
+    """Look at the adversarial images again: in float32, all at once, with nothing that the attacks computed.
+
+    The ball is held up to the rounding of float32 pixels. Attacks that look for the smallest perturbation end so close to the
+    decision boundary that another batch's rounding can carry an image back over it: `not_misclassified` counts those.
+
+    Args:
+        model, x, y, norm, eps, device: as in `attack_chunk`.
+        verdicts: its result.
+    """
+    x_adv = verdicts.x_adv
+    size = get_threat_model(norm).norm((x_adv - x).double()).flatten()
+    with float32_matmul(tf32=False):
+        logits = _logits(model, x_adv.to(device)).cpu()
+    broken = torch.tensor([bool(attack) for attack in verdicts.broken_by])
+    pixels = x_adv.flatten(1)
+    outside = (pixels.amin(1) < 0) | (pixels.amax(1) > 1) | ~torch.isfinite(pixels).all(1)
+    return Check(
+        max_perturbation=size.max().item(),
+        pixel_range=(pixels.min().item(), pixels.max().item()),
+        outside_ball=_places(~(size <= eps + rounding(norm, eps, x[0].numel()))),
+        outside_box=_places(outside),
+        not_misclassified=_places(broken & (logits.argmax(dim=1) == y)),
+        not_finite=_places(~torch.isfinite(logits).all(1)),
+    )
+
+
+def rounding(norm: str, eps: float, pixels: int) -> float:
+    """How far beyond `eps` the norm of a perturbation may be for no other reason than float32 pixels in [0, 1]."""
+    half_step = 2.0**-24  # of numbers in [0.5, 1), twice: in the sum, and in what was added
+    return 1e-5 * eps + 2 * half_step * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[norm]
+
+
+@contextlib.contextmanager
+def float32_matmul(*, tf32: bool) -> Iterator[None]:
+    """Let matrix products and convolutions of float32 on a GPU use TensorFloat-32, or not; as before afterwards.
+
+    PyTorch's own default rounds the inputs of "float32" convolutions to 10 bits.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def standard_autoattack(
@@ -120,3 +240,12 @@ def package_name() -> str:
     raise UserError(
         "AutoAttack is not installed: expected the package pyautoattack (pip install pyautoattack) or autoattack."
     )
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def _places(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()

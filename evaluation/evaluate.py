@@ -1,148 +1,338 @@
-"""One trained network, some images, one or more threat models → a report."""
+"""All evaluations of a call: plan → open chunks → work queue → records → reports."""
 
 from __future__ import annotations
 
-import hashlib
+import io
+import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from common.config import EvalConfig
+from common.distributed import Board, Processes
 from common.errors import UserError
-from common.provenance import installed_version, provenance
-from data.datasets import StreamSource, open_source
-from data.loader import EvalLoader, spread_indices
-from evaluation.autoattack import ATTACKS, Verdicts, attack_chunk, package_name
-from evaluation.report import summarise
-from zoo.runs import TrainedModel
+from common.files import writable
+from evaluation import worker
+from evaluation.gpus import find_slots
+from evaluation.images import ImageList
+from evaluation.plan import Evaluation, Plan, make_plan, open_planned_images
+from evaluation.records import StateFolder
+from evaluation.worker import Task
+from evaluation.workqueue import POLL_SECONDS, TaskFailed, prepare_workers, run_tasks
+
+SAVE_AGAIN_SECONDS = 10  # between two tries to write records that could not be written
+GIVE_UP_SECONDS = 600  # after the last chunk
+LINE_SECONDS = 60  # between two lines of progress where the output is no terminal
 
 
 @dataclass(frozen=True)
-class Images:
-    """The images of an evaluation, on the host: x (N, 3, H, W) float32 in [0, 1], y (N,), and the files that could not be read."""
+class Outcome:
+    """All evaluations of a call and their reports, in the plan's order; `root` holds table.md, summary.json, accuracy.png."""
 
-    x: Tensor
-    y: Tensor
-    unreadable: list[str]
+    evaluations: list[Evaluation]
+    reports: list[dict[str, Any]]
+    root: Path
 
 
-def load_images(config: EvalConfig, trained: TrainedModel) -> Images:
-    """`eval.n_ex` images, spread evenly over `data.val_dataset`, through the evaluation transform.
+def run_evaluations(config: EvalConfig, processes: Processes) -> Outcome:
+    """Evaluate every network of `config` at every size under every norm; goes on where an earlier call ended.
 
-    Spread, because the first images of a folder are all of the first class. Labels are those of the network: matched by
-    class name where the run recorded its classes; else the data set must have as many classes as the head, because class
-    folders are numbered by their sorted names and a missing one would shift all that follow.
+    Under torchrun, every process calls this: the first plans and writes, each works with its own GPU.
 
     Raises:
-        UserError: no such data set, no readable image, or more classes than the head has.
+        UserError: wrong input, or a state folder of another evaluation or in use by another run.
+        TaskFailed: one chunk failed three times.
     """
-    data, settings = config.data, config.eval
-    source = open_source(
-        data.val_dataset,
-        split="val",
-        flag="data.val_dataset",
-        root=data.root,
-        split_name=data.val_split,
-        class_names=trained.class_names,
-    )
-    head, found = trained.description["num_classes"], source.num_classes
-    if found > head or (source.class_names is not None and found != head):
-        raise UserError(
-            f"model.num_classes: the head has {head} classes, data.val_dataset has {found}; class folders are numbered by "
-            "their names, so every class needs one (an empty folder will do)."
+    prepare_workers("evaluation.worker")
+    board = Board(processes, "evaluation")
+    first = _Coordinator(config, board) if processes.is_first else None
+    try:  # what goes wrong before the work begins must reach every process
+        evaluations, tasks, problem = processes.gather(first.prepare() if first else None)[0]
+        if problem is not None:
+            raise UserError(problem)
+        _work(config, board, evaluations, tasks, first)
+        return processes.gather(first.finish() if first else None)[0]
+    finally:
+        if first:
+            first.close()
+
+
+def _work(
+    config: EvalConfig, board: Board, evaluations: list[Evaluation], tasks: Sequence[Task], first: _Coordinator | None
+) -> None:
+    """Do open chunks until none is left anywhere."""
+
+    def on_result(task: Task, record: dict[str, Any]) -> None:
+        if first:
+            first.receive(task, record)
+        else:
+            board.post(json.dumps([task, record]).encode())
+
+    def on_note(task: Task, attack: str) -> None:
+        if first:
+            first.progress.now(task.chunk, attack)
+
+    def on_failure(task: Task, reason: str) -> None:
+        tqdm.write(
+            f"warning: chunk {task.chunk} of {evaluations[task.evaluation]}: {reason} It runs again.", file=sys.stderr
         )
-    if isinstance(source, StreamSource):
-        raise UserError(
-            f"data.val_dataset: {data.val_dataset} can only be read in order; expected a folder, tar, digits or hfds/…."
-        )
-    indices = spread_indices(len(source), settings.n_ex or len(source))
-    loader = EvalLoader(
-        source,
-        size=settings.img_size,
-        crop_pct=settings.crop_pct,
-        batch_size=settings.batch_size,
-        rank=0,
-        world_size=1,
-        num_workers=data.num_workers,
-        indices=indices,
-    )
-    batches = list(loader)
-    unreadable = [f"{name} ({reason})" for batch in batches for name, reason in batch.failures]
-    for name in unreadable:
-        print(f"warning: {name} cannot be decoded; it is left out of the evaluation.", file=sys.stderr)
-    x = torch.cat([batch.x for batch in batches])
-    if len(x) == 0:
-        raise UserError(f"data.val_dataset: none of the {len(indices)} images of {data.val_dataset} can be decoded.")
-    return Images(x=x, y=torch.cat([batch.y for batch in batches]), unreadable=unreadable)
+
+    def tick() -> bool:
+        if first:
+            first.collect()
+        return board.closed() is None
+
+    def take() -> Task | None:
+        number = board.take()
+        return tasks[number] if number < len(tasks) else None
+
+    try:
+        if tasks:
+            images = first.images if first else open_planned_images(config, evaluations)
+            run_tasks(
+                take,
+                slots=find_slots(config.eval, chunks=len(tasks)),
+                setup=worker.setup,
+                arguments=(config, evaluations, images),
+                on_result=on_result,
+                on_note=on_note,
+                on_failure=on_failure,
+                tick=tick,
+            )
+        while board.closed() is None:
+            if first and first.is_done():
+                board.close()
+            elif tick():
+                time.sleep(POLL_SECONDS)
+    except (UserError, TaskFailed) as error:
+        board.close(str(error))
+        raise
+    if board.closed():
+        raise TaskFailed(board.closed())
 
 
-def evaluate(
-    trained: TrainedModel, images: Images, config: EvalConfig, *, device: torch.device
-) -> tuple[dict[str, Any], dict[str, list[Verdicts]]]:
-    """AutoAttack under every threat model of `eval.norms`.
+class _Coordinator:
+    """What the first process does alone: plan, keep records, show progress, write reports."""
 
-    Returns:
-        The report as plain values (accuracies are shares), and the verdicts of successive chunks by norm.
-    """
-    # Without this "float32" convolutions round their inputs to 10 bits on a GPU.
-    torch.backends.cudnn.allow_tf32 = False
-    settings = config.eval
-    attacks = ATTACKS if settings.fullaa else ATTACKS[:2]
-    model = trained.model.to(device).float().eval().requires_grad_(False)
-    results, all_verdicts = [], {}
-    for norm, eps in zip(settings.norms, settings.eps):
-        begin, verdicts = time.perf_counter(), []
-        with tqdm(
-            total=len(images.x),
-            desc=f"AutoAttack {norm}",
-            unit="img",
-            mininterval=0.5 if sys.stderr.isatty() else 60,
-            leave=False,
-        ) as bar:
-            for x, y in zip(images.x.split(settings.batch_size), images.y.split(settings.batch_size)):
-                chunk = attack_chunk(
-                    model, x, y, norm=norm, eps=eps, seed=settings.seed, full=settings.fullaa, device=device
+    def __init__(self, config: EvalConfig, board: Board) -> None:
+        self._config, self._board = config, board
+        self._plan: Plan | None = None
+        self._states: dict[int, StateFolder] = {}  # of the evaluations without a report
+        self._records: dict[int, dict[int, dict[str, Any]]] = {}
+        self._reports: dict[int, dict[str, Any]] = {}
+        self._unsaved: list[tuple[int, dict[str, Any]]] = []  # records that could not be written
+        self._tries = _Tries()
+        self._open_chunks = 0
+        self.progress = _Progress()
+
+    @property
+    def images(self) -> Mapping[str, ImageList]:
+        return self._plan.images
+
+    def prepare(self) -> tuple[list[Evaluation], list[Task], str | None]:
+        """The evaluations, their open chunks, and what is wrong with them, if anything."""
+        try:
+            slots = find_slots(self._config.eval, chunks=1)
+            self._plan = make_plan(self._config, on_gpu=slots[0].device != "cpu")
+            evaluations = self._plan.evaluations
+            tasks = [task for number in range(len(evaluations)) for task in self._open(number)]
+        except UserError as error:
+            return [], [], str(error)
+        self._open_chunks = len(tasks)
+        still = sum(len(evaluations[task.evaluation].positions(task.chunk)) for task in tasks)
+        total = sum(evaluation.n for evaluation in evaluations)
+        self.progress.start(images=(total - still, total), chunks=len(tasks))
+        return evaluations, tasks, None
+
+    def _open(self, number: int) -> list[Task]:
+        """The open chunks of one evaluation; its report, if it is finished."""
+        evaluation = self._plan.evaluations[number]
+        state = self._states[number] = StateFolder(evaluation.folder)
+        state.open(evaluation.identity)
+        self._records[number] = state.read()
+        tasks = [Task(number, chunk) for chunk in range(evaluation.chunks) if chunk not in self._records[number]]
+        report = None if tasks else _read_report(evaluation.folder / "report.json")
+        if report is not None:
+            print(f"{evaluation}: finished before, skipped.", file=sys.stderr)
+            self._reports[number] = report
+            self._states.pop(number).close()
+        return tasks
+
+    def receive(self, task: Task, record: dict[str, Any]) -> None:
+        """Keep what a worker has finished."""
+        self._open_chunks -= 1
+        self._unsaved.append((task.evaluation, record))
+        self._save()
+
+    def collect(self) -> None:
+        """Take in what other processes have finished, and write what could not be written before."""
+        import evaluation.report  # noqa: F401  takes a second or two, while the workers are at work
+
+        for message in self._board.messages():
+            task, record = json.loads(message)
+            self.receive(Task(*task), record)
+        if self._tries.are_due():
+            self._save()
+
+    def is_done(self) -> bool:
+        """Whether every report is written.
+
+        Raises:
+            UserError: the last chunk is finished, but the disk has taken nothing for a long time.
+        """
+        if not self._open_chunks and not self._tries.are_failing():
+            self._save()
+        if not self._open_chunks and self._tries.are_hopeless():
+            raise UserError(
+                f"eval.out: cannot write to {self._plan.root} ({self._tries.reason}); {len(self._unsaved)} chunks are lost."
+            )
+        return len(self._reports) == len(self._plan.evaluations)
+
+    def _save(self) -> None:
+        """Write records, and the reports of evaluations that are complete; what fails is kept and tried again."""
+        try:
+            while self._unsaved:
+                number, record = self._unsaved[0]
+                self._states[number].write(record)
+                self._unsaved.pop(0)
+                self._records[number][record["chunk"]] = record
+                self.progress.chunk_done(self._plan.evaluations[number], self._records[number].values(), record)
+            for number in list(self._states):
+                if len(self._records[number]) == self._plan.evaluations[number].chunks:
+                    self._report(number)
+            self._tries.succeeded()
+        except OSError as error:
+            if self._tries.failed(error):
+                self.progress.say(
+                    f"warning: eval.out: cannot write to {self._plan.root} ({error.strerror or error}); {len(self._unsaved)} "
+                    f"finished chunks are kept in memory and tried again every {SAVE_AGAIN_SECONDS} seconds."
                 )
-                verdicts.append(chunk)
-                standing = sum(v.broken_by.count("") for v in verdicts)
-                bar.update(len(x))
-                bar.set_postfix(robust=f"{100 * standing / bar.n:.1f}%")
-        result = summarise(verdicts, images.x, norm=norm, eps=eps, attacks=attacks)
-        results.append(result | {"seconds": round(time.perf_counter() - begin, 2)})
-        all_verdicts[norm] = verdicts
-    report = {
-        "model": {"weights": str(trained.path), "sha256": sha256(trained.path), **trained.description},
-        "data": asdict(config.data)
-        | {"n": len(images.x), "labels": label_counts(images.y), "unreadable": images.unreadable},
-        "eval": asdict(settings) | {"attacks": list(attacks), "engine": engine_version()},
-        "results": results,
-        "provenance": provenance(),
-    }
-    return report, all_verdicts
+
+    def _report(self, number: int) -> None:
+        from evaluation.report import write_evaluation
+
+        evaluation = self._plan.evaluations[number]
+        records = [record for _, record in sorted(self._records[number].items())]
+        if not any(record["labels"] for record in records):
+            raise UserError(f"data.val_dataset: none of the {evaluation.n} images of {evaluation} can be decoded.")
+        images = self._plan.images[evaluation.network]
+        examples = self._states[number].images_file(0)
+        self._reports[number] = write_evaluation(evaluation, records, images, self._config, examples)
+        self._states.pop(number).close()
+
+    def finish(self) -> Outcome:
+        """Table, summary and picture over all."""
+        from evaluation.pictures import draw_accuracy
+        from evaluation.report import curve, results_table, unions, warnings_of, write_json, write_text
+
+        self.progress.close()
+        evaluations, root = self._plan.evaluations, self._plan.root
+        reports = [self._reports[number] for number in range(len(evaluations))]
+        joint = unions(evaluations, reports)
+        table = results_table(evaluations, reports, joint)
+        with writable("eval.out", root):
+            write_json(root / "summary.json", {"evaluations": reports, "unions": joint})
+            write_text(root / "table.md", table + "\n")
+            draw_accuracy(root / "accuracy.png", {str(e): curve(r) for e, r in zip(evaluations, reports)})
+        print(table)
+        for evaluation, report in zip(evaluations, reports):
+            for text in warnings_of(report):
+                print(f"warning: {evaluation}: {text}.", file=sys.stderr)
+        print(f"reports: {root}")
+        return Outcome(evaluations, reports, root)
+
+    def close(self) -> None:
+        """Leave the state folders to other runs."""
+        self.progress.close()
+        for state in self._states.values():
+            state.close()
 
 
-def label_counts(y: Tensor) -> dict[str, int]:
-    """How many images of each class."""
-    labels, counts = y.unique(return_counts=True)
-    return {str(label): count for label, count in zip(labels.tolist(), counts.tolist())}
+def _read_report(path: Path) -> dict[str, Any] | None:
+    """A finished evaluation's report; None where there is none, or a damaged one."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
-def engine_version() -> str:
-    """The AutoAttack package in use and its version."""
-    name = package_name()
-    return f"{name} {installed_version(name) or '(unknown version)'}"
+class _Tries:
+    """When to write again what could not be written."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._since: float | None = None
+        self._last = 0.0
+
+    def failed(self, error: OSError) -> bool:
+        """Note a failure; returns whether it is the first after a success."""
+        first, now = self._since is None, time.monotonic()
+        self.reason, self._last = error.strerror or str(error), now
+        self._since = now if first else self._since
+        return first
+
+    def succeeded(self) -> None:
+        self._since = None
+
+    def are_failing(self) -> bool:
+        return self._since is not None
+
+    def are_due(self) -> bool:
+        return self.are_failing() and time.monotonic() - self._last >= SAVE_AGAIN_SECONDS
+
+    def are_hopeless(self) -> bool:
+        return self.are_failing() and time.monotonic() - self._since >= GIVE_UP_SECONDS
 
 
-def sha256(path: Path) -> str:
-    """Digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+class _Progress:
+    """One bar for all workers; where the output is no terminal, a line now and then."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._is_terminal = sys.stderr.isatty()
+        self._chunks = [0, 0]
+        self._last_line = 0.0
+
+    def start(self, *, images: tuple[int, int], chunks: int) -> None:
+        """`images`: done before, and all; `chunks`: still to do."""
+        done, total = images
+        self._chunks = [0, chunks]
+        silent = None if self._is_terminal else io.StringIO()
+        self._bar = tqdm(
+            total=total, initial=done, unit="img", smoothing=0, leave=False, file=silent, dynamic_ncols=True
+        )
+
+    def chunk_done(
+        self, evaluation: Evaluation, records: Iterable[Mapping[str, Any]], record: Mapping[str, Any]
+    ) -> None:
+        """Count a chunk; `records`: all of its evaluation so far."""
+        verdicts = [broken for some in records for broken in some["broken_by"]]
+        self._chunks[0] += 1
+        self._bar.set_description_str(str(evaluation), refresh=False)
+        robust = f"{100 * verdicts.count('') / max(len(verdicts), 1):.1f}%"
+        self._bar.set_postfix_str(f"chunks {self._chunks[0]}/{self._chunks[1]}, robust {robust}", refresh=False)
+        self._bar.update(len(record["positions"]) + len(record["unreadable"]))
+        now = time.monotonic()
+        if not self._is_terminal and (now - self._last_line >= LINE_SECONDS or self._chunks[0] == self._chunks[1]):
+            self._last_line = now
+            print(self._bar, file=sys.stderr, flush=True)
+
+    def now(self, chunk: int, attack: str) -> None:
+        """Show what a worker has begun."""
+        if self._bar is not None and self._is_terminal:
+            done, total = self._chunks
+            self._bar.set_postfix_str(f"chunks {done}/{total}, chunk {chunk} at {attack}")
+
+    def say(self, text: str) -> None:
+        """Print without tearing the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,38 +1,84 @@
-"""Pictures of adversarial images."""
+"""Pictures of evaluations: accuracy attack by attack, and adversarial images beside the clean ones."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
+
+from common.files import write_atomically
+
+MOST_SHOWN = 8
 
 
-def draw_examples(
-    path: Path, x: Tensor, attacked: Mapping[str, tuple[Tensor, Sequence[str]]], labels: Sequence[str], eps: float
-) -> None:
-    """A grid: images; then for each model its adversarial images, titled with its prediction, and their difference.
+def draw_accuracy(path: Path, curves: Mapping[str, Mapping[str, float]]) -> None:
+    """A line for each evaluation: accuracy without attack, then after each attack.
 
     Args:
         path: the PNG to write.
-        x: (N, 3, H, W) images in [0, 1].
-        attacked: name of a model → its adversarial images (N, 3, H, W) and its predictions on them as text.
-        labels: the true classes as text.
-        eps: Linf radius; differences are drawn from −eps (black) to +eps (white).
+        curves: name → attack → share of the images.
     """
-    rows: list[tuple[str, Tensor, Sequence[str]]] = [("image", x, labels)]
-    for name, (x_adv, predictions) in attacked.items():
-        rows.append((f"{name}:\nadversarial", x_adv, predictions))
-        rows.append((f"{name}:\ndifference", ((x_adv - x) / (2 * eps) + 0.5).clamp(0, 1), [""] * len(x)))
-    figure = Figure(figsize=(1.15 * len(x) + 1.2, 1.32 * len(rows)), layout="constrained")
+    height = 3.4 + 0.22 * len(curves)
+    figure = Figure(figsize=(7, height), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), len(x), squeeze=False)
-    for axes_row, (name, images, titles) in zip(grid, rows):
-        for axes, image, title, label in zip(axes_row, images, titles, labels):
-            axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[])
-            axes.set_title(title, fontsize=9, color="black" if title == label else "tab:red", pad=2)
+    axes = figure.subplots()
+    for number, (name, curve) in enumerate(curves.items()):
+        marker = "os^Dv*P"[number % 7]
+        axes.plot(list(curve), [100 * share for share in curve.values()], marker=marker, label=name)
+    if len(curves) == 1:
+        for place, share in enumerate(curve.values()):
+            axes.annotate(f"{100 * share:.1f}", (place, 100 * share), (0, 6), textcoords="offset points", ha="center")
+    axes.set(ylabel="accuracy [%]", ylim=(0, 105), xlabel="after each attack")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize=8)
+    _save(figure, path)
+
+
+def draw_examples(
+    path: Path,
+    x: np.ndarray,
+    attacked: Mapping[str, tuple[np.ndarray, Sequence[str]]],
+    *,
+    labels: Sequence[str],
+    title: str = "",
+) -> None:
+    """A grid: images; then for each attack on them the adversarial images, and the difference, magnified to fill black to white.
+
+    Args:
+        path: the PNG to write.
+        x: (N, 3, H, W) float in [0, 1]; the first `MOST_SHOWN` are drawn.
+        attacked: name → adversarial images (N, 3, H, W) and what broke each: an attack, "clean", or "" for none.
+        labels: the true classes.
+        title: of the picture.
+    """
+    count = min(len(x), MOST_SHOWN)
+    rows: list[tuple[str, np.ndarray, list[str], bool]] = [("image", x[:count], list(labels), False)]
+    for name, (x_adv, broken_by) in attacked.items():
+        delta = x_adv[:count] - x[:count]
+        largest = np.abs(delta).max(axis=(1, 2, 3), keepdims=True)
+        magnified = delta / (2 * np.where(largest > 0, largest, 1)) + 0.5
+        rows.append((name, x_adv[:count], [broken or "withstood" for broken in broken_by], True))
+        rows.append(("difference", magnified, [f"±{d:.3g}" if d > 0 else "" for d in largest.flatten()], False))
+    figure = Figure(figsize=(1.3 * count + 1.2, 1.55 * len(rows) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=9)
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for axes_row, (name, images, texts, are_verdicts) in zip(grid, rows):
         axes_row[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=120)
+        for axes, image, text in zip(axes_row, images, texts):
+            axes.imshow(np.clip(image.transpose(1, 2, 0), 0, 1), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(
+                text, fontsize=8, pad=2, color="tab:red" if are_verdicts and text != "withstood" else "black"
+            )
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))

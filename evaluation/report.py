@@ -1,60 +1,227 @@
-"""From verdicts to numbers, and from numbers to files and tables."""
+"""From the records of an evaluation to its report, table, log and pictures."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from scipy.stats import binomtest
 
-from attacks.threat_models import get_threat_model
+from common.config import EvalConfig
 from common.files import write_atomically
-from evaluation.autoattack import Verdicts
+from common.provenance import provenance
+from evaluation.images import ImageList
+from evaluation.pictures import draw_accuracy, draw_examples
+from evaluation.plan import Evaluation, show_eps
+
+CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
+CSV_HEAD = ("index", "path", "label", "clean_pred", "broken_by")
+
+Record = Mapping[str, Any]
 
 
-def summarise(
-    verdicts: Sequence[Verdicts], x: Tensor, *, norm: str, eps: float, attacks: Sequence[str]
-) -> dict[str, Any]:
-    """Accuracies of one evaluation, and what the adversarial images really are.
+def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalConfig) -> dict[str, Any]:
+    """The report of a finished evaluation, as plain values. Accuracies are shares of the images that could be decoded.
 
     Args:
-        verdicts: of successive chunks.
-        x: (N, C, H, W) all clean images, in the order of the chunks.
-        norm, eps: the threat model.
-        attacks: the attacks that ran, in order.
+        evaluation: what was evaluated.
+        records: of all chunks, in order.
+        config: of this call.
 
     Returns:
-        `clean_acc`, `robust_acc` and `acc_after` each attack as shares of N, `max_perturbation` in the norm, `pixel_range`.
+        Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson);
+        `max_perturbation` and `pixel_range` found; `check`: positions of images that fail the check at the end; `seconds`: time
+        during which at least one chunk ran, restarts included; `worker_seconds`, `gpu_seconds`: summed over workers.
     """
-    broken_by = [broken for chunk in verdicts for broken in chunk.broken_by]
+    broken_by = [broken for record in records for broken in record["broken_by"]]
     n, standing = len(broken_by), sum(broken != "clean" for broken in broken_by)
     clean, acc_after = standing / n, {}
-    for attack in attacks:
+    for attack in evaluation.attacks:
         standing -= broken_by.count(attack)
         acc_after[attack] = standing / n
-    x_adv = torch.cat([chunk.x_adv for chunk in verdicts])
+    interval = binomtest(standing, n).proportion_ci(0.95, method="wilson")
+    checks = [(record, record["check"]) for record in records if record["check"]]
+    failed = {name: [r["positions"][i] for r, check in checks for i in check[name]] for name in CHECKS}
+    ranges = [check["pixel_range"] for _, check in checks]
+    worker_seconds = sum(record["seconds"] for record in records)
+    gpu_seconds = sum(record["seconds"] for record in records if record["device"] != "cpu")
     return {
-        "norm": norm,
-        "eps": eps,
+        "network": {"name": evaluation.network, "weights": str(evaluation.weights), **evaluation.identity["network"]},
+        "data": {"val_dataset": config.data.val_dataset, **evaluation.identity["data"]}
+        | {"unreadable": [name for record in records for name in record["unreadable"]]},
+        "transform": evaluation.identity["transform"],
+        **evaluation.identity["attack"],
         "n": n,
         "clean_acc": clean,
         "acc_after": acc_after,
         "robust_acc": standing / n,
-        "max_perturbation": get_threat_model(norm).norm((x_adv - x).double()).max().item(),
-        "pixel_range": [x_adv.min().item(), x_adv.max().item()],
+        "robust_ci95": [float(interval.low), float(interval.high)],
+        "max_perturbation": max(check["max_perturbation"] for _, check in checks),
+        "pixel_range": [min(low for low, _ in ranges), max(high for _, high in ranges)],
+        "check": failed,
+        "rejoined": sum(record["rejoined"] for record in records),
+        "seconds": round(_covered([(r["started"], r["started"] + r["seconds"]) for r in records]), 2),
+        "worker_seconds": round(worker_seconds, 2),
+        "gpu_seconds": round(gpu_seconds, 2),
+        "attack_seconds": {
+            attack: round(sum(record["attack_seconds"].get(attack, 0.0) for record in records), 2)
+            for attack in evaluation.attacks
+        },
+        "devices": dict(Counter(record["device"] for record in records)),
+        "arithmetic": evaluation.identity["arithmetic"],
+        "versions": evaluation.identity["versions"],
+        "provenance": provenance(),
     }
 
 
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write `report` as JSON, whole or not at all."""
-    write_atomically(path, lambda file: file.write(json.dumps(report, indent=2).encode()))
+def write_evaluation(
+    evaluation: Evaluation, records: Sequence[Record], images: ImageList, config: EvalConfig, examples: Path
+) -> dict[str, Any]:
+    """Write report.json (last), verdicts.csv, log.txt, accuracy.png and examples.png into the evaluation's folder.
+
+    Args:
+        evaluation, records, config: as in `summarise`.
+        images: the list, for names.
+        examples: file with the images of the first chunk and their adversarial images; no picture where it is missing.
+
+    Returns:
+        The report.
+    """
+    report = summarise(evaluation, records, config)
+    folder = evaluation.folder
+    write_text(folder / "verdicts.csv", verdicts_csv(records, images.keys))
+    write_text(folder / "log.txt", text_log(report, records))
+    draw_accuracy(folder / "accuracy.png", {str(evaluation): curve(report)})
+    if examples.exists():
+        _draw(folder / "examples.png", examples, records[0], evaluation)
+    else:
+        print(f"note: {examples} is not on this machine, so there is no examples.png.", file=sys.stderr)
+    write_json(folder / "report.json", report)
+    return report
+
+
+def verdicts_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
+    """One line an image: position, path, label, prediction without attack, and what broke it."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_HEAD)
+    for record in records:
+        for position, *verdict in zip(*(record[key] for key in ("positions", "labels", "clean_pred", "broken_by"))):
+            writer.writerow([position, keys[position], *verdict])
+    return text.getvalue()
+
+
+def text_log(report: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """The evaluation in the words of AutoAttack's own log."""
+    lines = [
+        f"{report['network']['name']}: standard version including {', '.join(report['attacks'])}; seed {report['seed']}",
+        f"initial accuracy: {report['clean_acc']:.2%}",
+    ]
+    total = 0.0
+    for i, attack in enumerate(report["attacks"]):
+        before = {"", *report["attacks"][i:]}
+        for number, record in enumerate(records, 1):
+            left = sum(broken in before for broken in record["broken_by"])
+            if left:
+                broken = record["broken_by"].count(attack)
+                lines.append(f"{attack} - {number}/{len(records)} - {broken} out of {left} successfully perturbed")
+        total += report["attack_seconds"][attack]
+        lines.append(
+            f"robust accuracy after {attack.upper()}: {report['acc_after'][attack]:.2%} (total time {total:.1f} s)"
+        )
+    low, high = report["pixel_range"]
+    lines.append(
+        f"max {report['norm']} perturbation: {report['max_perturbation']:.5f}, max: {high:.5f}, min: {low:.5f}, "
+        f"images that fail the check at the end: {_failures(report) or 'none'}"
+    )
+    lines.append(f"robust accuracy: {report['robust_acc']:.2%}")
+    return "\n".join(lines) + "\n"
+
+
+def unions(evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each network and size with several norms: accuracy under the union of its threat models.
+
+    An image counts where it withstood the attacks of every norm.
+    """
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, evaluation in enumerate(evaluations):
+        groups.setdefault((evaluation.network, evaluation.img_size), []).append(i)
+    found = []
+    for (network, size), members in groups.items():
+        if len(members) < 2:
+            continue
+        survivors = [_survivors(evaluations[i].folder / "verdicts.csv") for i in members]
+        first = reports[members[0]]
+        found.append(
+            {
+                "network": network,
+                "img_size": size,
+                "norms": [evaluations[i].norm for i in members],
+                "n": first["n"],
+                "clean_acc": first["clean_acc"],
+                "robust_acc": len(set.intersection(*survivors)) / first["n"],
+            }
+        )
+    return found
+
+
+def results_table(
+    evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]], joint: Sequence[Mapping[str, Any]]
+) -> str:
+    """A Markdown table: a row for each evaluation, and one for each union."""
+    attacks = evaluations[0].attacks
+    rows = []
+    for evaluation, report in zip(evaluations, reports):
+        low, high = report["robust_ci95"]
+        rows.append(
+            _row(evaluation.network, evaluation.img_size, evaluation.norm, show_eps(evaluation.eps), report)
+            | {attack: percent(report["acc_after"][attack]) for attack in attacks}
+            | {"robust": percent(report["robust_acc"]), "95 %": f"{100 * low:.1f} – {100 * high:.1f}"}
+            | {"hours": f"{report['worker_seconds'] / 3600:.2f}"}
+        )
+    for union in joint:
+        rows.append(
+            _row(union["network"], union["img_size"], " ∪ ".join(union["norms"]), "", union)
+            | dict.fromkeys(attacks, "")
+            | {"robust": percent(union["robust_acc"]), "95 %": "", "hours": ""}
+        )
+    return markdown_table(rows)
+
+
+def curve(report: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy without attack and after each attack."""
+    return {"clean": report["clean_acc"], **report["acc_after"]}
+
+
+def warnings_of(report: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers should know."""
+    texts = []
+    if failures := _failures(report):
+        texts.append(f"adversarial images that fail the check at the end: {failures}; positions are in report.json")
+    if unreadable := report["data"]["unreadable"]:
+        texts.append(f"{len(unreadable)} images could not be decoded and are left out, the first: {unreadable[0]}")
+    return texts
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain values as JSON, whole or not at all."""
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with the keys of the first row as its head; shares (floats up to 1) as percentages stay the caller's."""
+    """A Markdown table with the keys of the first row as its head."""
     head = list(rows[0])
     cells = [head] + [[str(row[key]) for key in head] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
@@ -68,6 +235,32 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def show_eps(eps: float) -> str:
-    """eps as a multiple of 1/255 where it is one, else as a number."""
-    return f"{eps * 255:.0f}/255" if eps < 1 and abs(eps * 255 - round(eps * 255)) < 1e-6 else f"{eps:g}"
+def _row(network: str, size: int, norm: str, eps: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    row = {"network": network, "px": size, "norm": norm, "eps": eps, "images": result["n"]}
+    return row | {"clean": percent(result["clean_acc"])}
+
+
+def _failures(report: Mapping[str, Any]) -> str:
+    return ", ".join(f"{len(places)} {name.replace('_', ' ')}" for name, places in report["check"].items() if places)
+
+
+def _survivors(verdicts: Path) -> set[str]:
+    with open(verdicts, newline="") as file:
+        return {row["index"] for row in csv.DictReader(file) if not row["broken_by"]}
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def _draw(path: Path, examples: Path, record: Record, evaluation: Evaluation) -> None:
+    with np.load(examples) as arrays:
+        x, x_adv = arrays["x"], arrays["x_adv"]
+    names = evaluation.class_names
+    labels = [str(label) if names is None else names[label] for label in record["labels"]]
+    draw_examples(path, x, {"adversarial": (x_adv, record["broken_by"])}, labels=labels, title=str(evaluation))

@@ -457,7 +457,17 @@ def test_tests_and_evaluation_pass_arguments_on(project: Project) -> None:
     chosen = ["tests/attacks", "-k", "a or b"]
     assert launched(project, "run_tests.sh", *chosen)[-1] == ["-m", "pytest", *chosen]
     assert launched(project, "run_eval.sh", "--eps", "4/255")[-1] == ["runner_aa_eval.py", "--eps", "4/255"]
-    assert launched(project, "run_eval.sh")[-1] == ["runner_aa_eval.py", "--help"]
+
+
+def test_evaluation_without_arguments_is_the_demos(project: Project) -> None:
+    """Trained first where need be."""
+    evaluation = ["runner_aa_eval.py", "--config-file", "configs/demo_norms.yaml"]
+    result = project.run("run_eval.sh")
+    assert result.returncode == 0 and "training them first" in result.stderr
+    assert project.calls() == [["demo.py"], evaluation]
+    (project.root / "runs" / "demo").mkdir(parents=True)
+    (project.root / "runs" / "demo" / "networks.yaml").touch()
+    assert launched(project, "run_eval.sh")[2:] == [evaluation]
 
 
 def test_ci_runs_all_tests(project: Project) -> None:

@@ -1,10 +1,8 @@
-"""Our loop around AutoAttack's attacks against the package's own evaluation, and the runner's report."""
+"""Our loop around AutoAttack's attacks against the package's own evaluation."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import shutil
 import sys
 import types
 
@@ -13,14 +11,18 @@ import torch
 from torch import nn
 
 import evaluation.autoattack
-import runner_aa_eval
-from common.config import DEFAULT_EPS, EvalConfig, EvalModelConfig, load_config
 from common.errors import UserError
-from evaluation.autoattack import ATTACKS, attack_chunk, package_name, standard_autoattack
-from evaluation.evaluate import load_images
-from evaluation.report import markdown_table, show_eps, summarise
-from tests.training.helpers import base_flags, run
-from zoo.runs import load_trained
+from evaluation.autoattack import (
+    ATTACKS,
+    FastCopy,
+    Verdicts,
+    attack_chunk,
+    check_adversarial,
+    float32_matmul,
+    package_name,
+    rounding,
+    standard_autoattack,
+)
 
 CPU = torch.device("cpu")
 EPS = {"Linf": 0.01, "L2": 0.1, "L1": 0.4}
@@ -71,13 +73,13 @@ def test_engine_is_the_standard_version():
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
-@pytest.mark.parametrize("full", [False, True])
-def test_equals_the_package_image_by_image(norm, full, short):
+@pytest.mark.parametrize("attacks", [ATTACKS[:2], ATTACKS])
+def test_equals_the_package_image_by_image(norm, attacks, short):
     model, x, y = case()
-    verdicts = attack_chunk(model, x, y, norm=norm, eps=EPS[norm], seed=3, full=full, device=CPU)
+    verdicts = attack_chunk(model, x, y, norm=norm, eps=EPS[norm], seed=3, attacks=attacks, device=CPU)
     package = importlib.import_module(package_name())
     reference = shorten(package.AutoAttack(model, norm=norm, eps=EPS[norm], seed=3, device="cpu", version="standard"))
-    reference.attacks_to_run = list(ATTACKS if full else ATTACKS[:2])
+    reference.attacks_to_run = list(attacks)
     x_adv, y_adv = reference.run_standard_evaluation(x, y, batch_size=len(x))
     assert torch.equal(verdicts.x_adv, x_adv)
     robust = torch.tensor([broken == "" for broken in verdicts.broken_by])
@@ -86,36 +88,93 @@ def test_equals_the_package_image_by_image(norm, full, short):
     assert 0 < robust.sum() < len(x) - 1  # neither all nor none: the comparison means something
 
 
-def test_summary_counts(short):
+def test_order_of_attacks_and_their_time(short):
     model, x, y = case()
-    chunks = [
-        attack_chunk(model, a, b, norm="Linf", eps=0.02, seed=0, full=True, device=CPU)
-        for a, b in zip(x.split(5), y.split(5))
-    ]
-    summary = summarise(chunks, x, norm="Linf", eps=0.02, attacks=ATTACKS)
-    x_adv = torch.cat([c.x_adv for c in chunks])
+    begun = []
+    verdicts = attack_chunk(model, x, y, norm="Linf", eps=0.01, seed=0, device=CPU, progress=begun.append)
+    assert begun == list(ATTACKS) == list(verdicts.attack_seconds)
+    assert min(verdicts.attack_seconds.values()) > 0
+    everything = attack_chunk(model, x, y, norm="Linf", eps=0.5, seed=0, device=CPU, progress=begun.append)
+    assert "" not in everything.broken_by and begun[4:] == ["apgd-ce"]  # the others had nothing left to attack
+    assert everything.attack_seconds["square"] == 0
+
+
+class Negated(nn.Module):
+    def forward(self, logits):
+        return -logits
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_what_only_the_fast_copy_takes_for_broken_is_attacked_in_full(norm, short):
+    """Every image fools a copy that is always wrong; the network itself then decides, exactly as without a copy."""
+    model, x, y = case()
+    settings = {"norm": norm, "eps": EPS[norm], "seed": 3, "device": CPU}
+    exact = attack_chunk(model, x, y, **settings)
+    fast = attack_chunk(model, x, y, fast=FastCopy(nn.Sequential(model, Negated()), tf32=False), **settings)
+    assert fast.rejoined > 0
+    robust = [[broken == "" for broken in verdicts.broken_by] for verdicts in (exact, fast)]
+    assert all(ours <= theirs for theirs, ours in zip(*robust))  # never more robust than without the copy
     with torch.no_grad():
-        robust = (model(x_adv).argmax(1) == y).double().mean().item()
-    assert summary["n"] == 12 and summary["clean_acc"] == pytest.approx(11 / 12)
-    assert summary["robust_acc"] == pytest.approx(robust) == summary["acc_after"]["square"]
-    after = list(summary["acc_after"].values())
-    assert after == sorted(after, reverse=True)
-    assert 0.01 < summary["max_perturbation"] <= 0.02 * (1 + 2e-5)
-    assert 0 <= summary["pixel_range"][0] <= summary["pixel_range"][1] <= 1
+        wrong = model(fast.x_adv).argmax(1) != y
+    assert wrong.tolist() == [bool(broken) for broken in fast.broken_by]
+
+
+def test_a_faithful_copy_changes_nothing(short):
+    model, x, y = case()
+    settings = {"norm": "Linf", "eps": 0.01, "seed": 0, "device": CPU}
+    exact = attack_chunk(model, x, y, **settings)
+    fast = attack_chunk(model, x, y, fast=FastCopy(Net().eval(), tf32=True), **settings)
+    assert fast.rejoined == 0 and fast.broken_by == exact.broken_by and torch.equal(fast.x_adv, exact.x_adv)
+
+
+def test_arithmetic_is_put_back():
+    def settings():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = settings()
+    with float32_matmul(tf32=False):
+        assert settings() == (False, False)
+        with float32_matmul(tf32=True):
+            assert settings() == (True, True)
+        assert settings() == (False, False)
+    assert settings() == before
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_check_accepts_what_the_attacks_find(norm, short):
+    model, x, y = case()
+    verdicts = attack_chunk(model, x, y, norm=norm, eps=EPS[norm], seed=0, device=CPU)
+    check = check_adversarial(model, x, verdicts, y, norm=norm, eps=EPS[norm], device=CPU)
+    assert check.outside_ball == check.outside_box == check.not_misclassified == check.not_finite == []
+    assert 0.9 * EPS[norm] < check.max_perturbation <= EPS[norm] + rounding(norm, EPS[norm], x[0].numel())
+    assert check.pixel_range == (verdicts.x_adv.min().item(), verdicts.x_adv.max().item())
+
+
+def test_check_names_what_is_wrong():
+    model, x, y = case(6)
+    x_adv = x.clone()
+    x_adv[1, 0, 0, 0] += 0.02 * (1 if x[1, 0, 0, 0] < 0.5 else -1)  # outside the ball
+    x_adv[2, 0, 0, 0], x[2, 0, 0, 0] = -0.005, 0.0  # outside the box
+    x_adv[4, 0, 0, 0] = float("nan")
+    verdicts = Verdicts(clean_pred=y, broken_by=["clean", "", "", "square", "", ""], x_adv=x_adv)
+    check = check_adversarial(model, x, verdicts, y, norm="Linf", eps=0.01, device=CPU)
+    assert check.outside_ball == [1, 4] and check.outside_box == [2, 4]
+    assert check.not_misclassified == [3] and check.not_finite == [4]
+    assert check.max_perturbation != check.max_perturbation or check.max_perturbation >= 0.0199
 
 
 def test_few_classes(short):
     model, x, y = case(4, num_classes=5)
-    assert len(attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU).broken_by) == 4
+    assert len(attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, attacks=ATTACKS[:2], device=CPU).broken_by) == 4
     model, x, y = case(4, num_classes=3)
     with pytest.raises(UserError, match="at least 4 classes"):
-        attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU)
+        attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, attacks=ATTACKS[:2], device=CPU)
 
 
 def test_nan_logits_are_refused():
     _, x, y = case(2)
     with pytest.raises(UserError, match="not finite"):
-        attack_chunk(nn.Sequential(Net(), Nan()), x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU)
+        attack_chunk(nn.Sequential(Net(), Nan()), x, y, norm="Linf", eps=0.02, seed=0, attacks=ATTACKS[:2], device=CPU)
 
 
 class Nan(nn.Module):
@@ -137,8 +196,8 @@ def test_the_repositorys_package_serves_too(monkeypatch, short):
     model, x, y = case(4)
     with monkeypatch.context() as patch:
         patch.setattr("evaluation.autoattack.package_name", lambda: "autoattack")
-        ours = attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU)
-    same = attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, full=False, device=CPU)
+        ours = attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, attacks=ATTACKS[:2], device=CPU)
+    same = attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, attacks=ATTACKS[:2], device=CPU)
     assert quiet == [True] and torch.equal(ours.x_adv, same.x_adv)
 
 
@@ -146,81 +205,3 @@ def test_no_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install pyautoattack"):
         package_name()
-
-
-@pytest.fixture(scope="module")
-def trained(images, tmp_path_factory):
-    return run(base_flags(images, tmp_path_factory.mktemp("runs")) | {"training.epochs": 2, "model.not_original": 1})
-
-
-def evaluate(trained, images, *flags):
-    argv = [
-        f"--eval.model_in={trained.folder}",
-        f"--data.val_dataset={images}",
-        "--data.num_workers=0",
-        "--eval.fullaa=0",
-    ]
-    return runner_aa_eval.main([*argv, "--eval.img_size=32", "--eval.crop_pct=1", "--eval.batch_size=3", *flags])
-
-
-def test_runner_writes_a_report_and_a_table(trained, images, tmp_path, capsys, short):
-    out = tmp_path / "report"
-    assert evaluate(trained, images, "--eval.norms=Linf,L2", f"--eval.out={out}", "--eval.n_ex=4") == 0
-    report = json.loads((out / "report.json").read_text())
-    assert [(r["norm"], r["eps"], r["n"]) for r in report["results"]] == [
-        ("Linf", DEFAULT_EPS["Linf"], 4),
-        ("L2", DEFAULT_EPS["L2"], 4),
-    ]
-    assert report["model"]["arch"] == "convnext_micro" and len(report["model"]["sha256"]) == 64
-    assert report["eval"]["attacks"] == ["apgd-ce", "apgd-t"] and "pyautoattack" in report["eval"]["engine"]
-    table = capsys.readouterr().out
-    assert "| Linf | 4/255 | 4" in table and "apgd-t" in table
-    assert evaluate(trained, images, f"--eval.out={out}", "--eval.n_ex=4") == 0
-    assert json.loads((out / "report.json.1").read_text()) == report  # nothing is lost
-
-
-def test_runner_takes_all_classes_and_default_folder(trained, images, short):
-    assert evaluate(trained, images, "--eval.n_ex=4") == 0
-    report = json.loads((trained.folder / "eval_weights_2" / "report.json").read_text())
-    assert report["data"]["n"] == 4 and report["data"]["labels"] == {"0": 1, "1": 1, "2": 1, "3": 1}
-
-
-@pytest.mark.parametrize(
-    "flags,words",
-    [
-        (["--eval.model_in=nowhere.pt"], "eval.model_in"),
-        (["--data.val_dataset=nowhere"], "data.val_dataset"),
-        (["--model.not_original=0"], "does not fit"),
-        (["--eval.norms=L7"], "eval.norms"),
-        (["--model.arch=convnext_mikro"], "convnext_micro"),
-    ],
-)
-def test_runner_refuses(trained, images, flags, words, capsys):
-    assert evaluate(trained, images, *flags) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_table_and_eps():
-    table = markdown_table([{"a": 1, "bb": "x"}, {"a": 22, "bb": "y"}])
-    assert table.splitlines() == ["| a  | bb |", "|----|----|", "| 1  | x  |", "| 22 | y  |"]
-    assert [show_eps(e) for e in (4 / 255, 0.1, 2.0, 75)] == ["4/255", "0.1", "2", "75"]
-
-
-def test_labels_are_matched_by_class_name(trained, images, tmp_path, short):
-    """A validation folder that lacks a class must not shift the labels of those after it."""
-    shutil.copytree(images / "val", tmp_path / "val")
-    shutil.rmtree(tmp_path / "val" / "blue")
-    config = load_config(
-        EvalConfig,
-        [f"--eval.model_in={trained.folder}", f"--data.val_dataset={tmp_path / 'val'}", "--eval.img_size=32"],
-    )
-    network = load_trained(trained.folder, config.model, flag="eval.model_in")
-    assert load_images(config, network).y.unique().tolist() == [1, 2, 3]
-    shutil.copy(trained.folder / "weights_2.pt", tmp_path / "bare.pt")
-    bare = load_trained(
-        tmp_path / "bare.pt",
-        EvalModelConfig(arch="convnext_micro", not_original=True, num_classes=4),
-        flag="eval.model_in",
-    )
-    with pytest.raises(UserError, match="head has 4 classes, data.val_dataset has 3"):
-        load_images(config, bare)

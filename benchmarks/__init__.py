@@ -1,0 +1,1 @@
+"""Measured claims: each script prints a table; `--quick` for a small run, `--json FILE` to keep the figures."""

@@ -1,0 +1,108 @@
+"""Which devices an evaluation runs on: the free GPUs, or processes on the CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from common.config import AttackConfig
+from common.distributed import local_rank, under_torchrun
+from common.errors import UserError
+
+POLL_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where one worker process runs.
+
+    Attributes:
+        device: "cpu" or "cuda:<n>".
+        threads: of the process on a CPU.
+    """
+
+    device: str
+    threads: int
+
+
+def find_slots(settings: AttackConfig, *, chunks: int) -> list[Slot]:
+    """The worker processes of this process, at most `chunks`.
+
+    Under torchrun each process has the GPU of its local rank, or one worker on the CPU.
+
+    Raises:
+        UserError: a GPU that is not there, or none free.
+    """
+    cpu = Slot("cpu", settings.threads)
+    visible = 0 if settings.gpus == "none" else torch.cuda.device_count()
+    if under_torchrun():
+        if visible and local_rank() >= visible:
+            raise UserError(
+                f"torchrun: more processes than GPUs on this machine ({visible}); expected --nproc-per-node of at most {visible}."
+            )
+        return [Slot(f"cuda:{local_rank()}", 1) if visible else cpu]
+    if settings.gpus not in ("auto", "none"):
+        asked = list(dict.fromkeys(int(number) for number in settings.gpus.split(",")))
+        absent = [number for number in asked if number >= visible]
+        if absent:
+            raise UserError(
+                f"eval.gpus: expected numbers of the {visible} GPUs that PyTorch sees here, from 0 on; got {settings.gpus}."
+            )
+        return [Slot(f"cuda:{number}", 1) for number in asked][:chunks]
+    if not visible:
+        count = settings.workers or max(1, len(os.sched_getaffinity(0)) // settings.threads)
+        return [cpu] * min(count, chunks)
+    return [Slot(f"cuda:{number}", 1) for number in _wait_for_free(settings)][:chunks]
+
+
+def _wait_for_free(settings: AttackConfig) -> list[int]:
+    """Numbers of the free GPUs; waits for one for `eval.gpu_wait` minutes."""
+    end = time.monotonic() + 60 * settings.gpu_wait
+    while not (free := free_gpus(_visible_uuids(), settings.gpu_max_load, settings.gpu_max_memory)):
+        if time.monotonic() >= end:
+            raise UserError(
+                f"eval.gpus: none of the {torch.cuda.device_count()} GPUs is free (load at most {settings.gpu_max_load:g}, memory "
+                f"in use at most {settings.gpu_max_memory:g}); expected one within {settings.gpu_wait:g} minutes (eval.gpu_wait). "
+                "Name those to use with eval.gpus=0,1."
+            )
+        print("waiting for a free GPU …", file=sys.stderr)
+        time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
+    return free
+
+
+def free_gpus(visible: list[str], max_load: float, max_memory: float) -> list[int]:
+    """Numbers, in PyTorch's counting, of the GPUs whose load and share of memory in use are not above the limits.
+
+    nvidia-smi counts all GPUs of the machine, PyTorch those that CUDA_VISIBLE_DEVICES shows, in its order: their UUIDs match
+    them. A GPU that nvidia-smi does not list, or without a load (parts of a GPU), counts as free; all do where nvidia-smi is
+    missing, or fails (with a warning).
+
+    Args:
+        visible: UUIDs of the GPUs that PyTorch sees, by number.
+        max_load, max_memory: shares in [0, 1].
+    """
+    import GPUtil  # needs distutils, so only where it is used
+
+    try:
+        state = {_bare(gpu.uuid): gpu for gpu in GPUtil.getGPUs()}
+    except (ValueError, IndexError, ZeroDivisionError) as error:  # GPUtil takes every line for a GPU, also a complaint
+        print(f"warning: eval.gpus: nvidia-smi does not say which GPUs are free ({error}); all count.", file=sys.stderr)
+        state = {}
+
+    def is_free(uuid: str) -> bool:
+        gpu = state.get(_bare(uuid))
+        return gpu is None or not (gpu.load > max_load or gpu.memoryUtil > max_memory)  # NaN is never above
+
+    return [number for number, uuid in enumerate(visible) if is_free(uuid)]
+
+
+def _visible_uuids() -> list[str]:
+    return [str(torch.cuda.get_device_properties(n).uuid) for n in range(torch.cuda.device_count())]
+
+
+def _bare(uuid: str) -> str:
+    return uuid.strip().lower().removeprefix("gpu-")

@@ -1,0 +1,159 @@
+"""Which images are attacked, in which order, and their pixels chunk by chunk."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import EvalDataConfig
+from common.errors import UserError
+from common.seeding import derive_seed
+from data.datasets import Collected, Source, StreamSource, class_folders, open_listed, open_source
+from data.imagenet_ids import looks_like_imagenet, robustbench_ids
+from data.loader import EvalLoader, spread_indices
+
+PROBED = 8  # images whose pixels tell two data sets with the same names apart
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images attacked together, on the host.
+
+    Attributes:
+        x: (B, 3, size, size) float32 in [0, 1].
+        y: (B,) int64.
+        positions: (B,) int64, places in the evaluation's list of images.
+        unreadable: "name (reason)" of images left out because they cannot be decoded.
+    """
+
+    x: Tensor
+    y: Tensor
+    positions: Tensor
+    unreadable: list[str]
+
+
+class ImageList:
+    """The images of an evaluation by position; pixels are read when they are asked for."""
+
+    def __init__(self, source: Source, indices: list[int], num_workers: int = 0) -> None:
+        """Position p is image `indices[p]` of `source`; `num_workers` processes decode, 0: this one."""
+        self.source, self.indices, self._num_workers = source, indices, num_workers
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def labels(self) -> list[int]:
+        return self.source.labels[self.indices].tolist()
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Names of the images, the same wherever the data set lies."""
+        return [self.source.key(i) for i in self.indices]
+
+    def digest(self) -> str:
+        """SHA-256 over names and labels, in order."""
+        lines = "".join(f"{key}\t{label}\n" for key, label in zip(self.keys, self.labels))
+        return hashlib.sha256(os.fsencode(lines)).hexdigest()  # names of files need not be UTF-8
+
+    def probe(self, *, size: int, crop_pct: float) -> str:
+        """SHA-256 over the pixels of a few images: data sets such as ImageNet-C differ in nothing else."""
+        chunk = self.read(spread_indices(len(self), PROBED), size=size, crop_pct=crop_pct)
+        return hashlib.sha256(chunk.x.mul(255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
+
+    def read(self, positions: list[int], *, size: int, crop_pct: float) -> Chunk:
+        """Decode the images at these positions, through the evaluation transform (resize, centre crop)."""
+        workers = min(self._num_workers, len(positions))
+        loader = EvalLoader(
+            self.source,
+            size=size,
+            crop_pct=crop_pct,
+            batch_size=math.ceil(len(positions) / max(workers, 1)),  # a worker decodes whole batches: one for each
+            num_workers=workers,
+            indices=[self.indices[p] for p in positions],
+        )
+        x, y, index, failures = zip(*loader)
+        place = {self.indices[p]: p for p in positions}
+        shown = torch.tensor([place[i] for i in torch.cat(index).tolist()], dtype=torch.int64)
+        unreadable = [f"{name} ({reason})" for some in failures for name, reason in some]
+        return Chunk(torch.cat(x), torch.cat(y), shown, unreadable)
+
+
+def open_images(
+    data: EvalDataConfig, *, ids: str, n_ex: int, num_classes: int, class_names: list[str] | None
+) -> ImageList:
+    """The first `n_ex` images of `data.val_dataset`, labelled with the network's classes.
+
+    First means: of RobustBench's list where that is used; else in the data set's order, or, where that order is by class
+    (folders, tars), in a shuffled one that never changes; streams keep theirs, because no more of them is read than needed.
+    So fewer images are always the beginning of more.
+
+    Labels are matched by class name where the run recorded its classes; else the data set must have as many classes as the
+    head, because class folders are numbered by their sorted names and a missing one would shift all that follow.
+
+    Args:
+        data: where the images are.
+        ids: "robustbench": the 5,000 of its list; "all": those of the data set; "auto": the list if it is ImageNet.
+        n_ex: how many; 0 for all.
+        num_classes: outputs of the network.
+        class_names: of the network's outputs, where known.
+
+    Raises:
+        UserError: no such data set, images or classes missing, or other classes than the network's.
+    """
+    source = _listed(data, ids, class_names) or _whole(data, n_ex, class_names)
+    found = source.num_classes
+    if found > num_classes or (source.class_names is not None and found != num_classes):
+        raise UserError(
+            f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {found}; class folders are numbered "
+            "by their names, so every class needs one (an empty folder will do)."
+        )
+    order = np.arange(len(source))
+    if not isinstance(source, Collected) and sorted_by_class(source):
+        bits = np.random.MT19937(derive_seed("evaluation order", len(source)))
+        order = np.random.RandomState(bits).permutation(len(source))  # numpy never changes RandomState's results
+    return ImageList(source, order[: n_ex or len(order)].tolist(), data.num_workers)
+
+
+def sorted_by_class(source: Source) -> bool:
+    """Whether the images come class after class, in whatever order, so that the first ones would be of one class."""
+    return np.count_nonzero(np.diff(source.labels)) == len(np.unique(source.labels)) - 1
+
+
+def _listed(data: EvalDataConfig, ids: str, class_names: list[str] | None) -> Source | None:
+    if ids == "all":
+        return None
+    if ids == "auto" and not looks_like_imagenet(class_folders(data.val_dataset)):
+        return None
+    listed = robustbench_ids("eval.ids")
+    source = open_listed(data.val_dataset, listed.keys, listed.class_names, flag="data.val_dataset")
+    if class_names is not None and class_names != listed.class_names:
+        unknown = sorted(set(listed.class_names) - set(class_names))
+        if unknown:
+            raise UserError(
+                f"eval.ids: the network was trained on {len(class_names)} classes, of ImageNet's it lacks {len(unknown)}, such "
+                f"as {unknown[0]}; expected a network for ImageNet, or eval.ids=all with its own images."
+            )
+        source.relabel([class_names.index(name) for name in listed.class_names], class_names)
+    return source
+
+
+def _whole(data: EvalDataConfig, n_ex: int, class_names: list[str] | None) -> Source:
+    source = open_source(
+        data.val_dataset,
+        split="val",
+        flag="data.val_dataset",
+        root=data.root,
+        split_name=data.val_split,
+        class_names=class_names,
+    )
+    if isinstance(source, StreamSource):
+        return Collected(source, n_ex or len(source))
+    return source

@@ -1,0 +1,131 @@
+"""The state of one evaluation on disk: what it is, and one record for each finished chunk.
+
+    <folder>/identity.json      everything the verdicts depend on
+    <folder>/chunks/00012.json  verdicts of chunk 12, written whole or not at all
+    <folder>/chunks/00012.npz   its adversarial images, where kept
+    <folder>/lock               held by the run that works here; the system frees it when that run ends, however it ends
+
+A record never changes once it is there, so a run can end at any moment and another can go on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.errors import UserError
+from common.files import set_aside, write_atomically
+
+SHOWN_DIFFERENCES = 6
+# What a record must hold to count as one.
+RECORD_KEYS = {"chunk", "positions", "labels", "clean_pred", "broken_by", "seconds"}
+
+
+class StateFolder:
+    """The records of one evaluation; one run at a time works on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._chunks = folder / "chunks"
+        self._lock: BinaryIO | None = None
+
+    def open(self, identity: Mapping[str, Any]) -> None:
+        """Take the folder for this run: make it, or go on with what is there.
+
+        Raises:
+            UserError: another run is using it, it holds another evaluation, or it cannot be written.
+        """
+        try:
+            self._chunks.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            for half_written in [*self.folder.glob(".*.part"), *self._chunks.glob(".*.part")]:
+                half_written.unlink()
+            file = self.folder / "identity.json"
+            if file.exists():
+                self._compare(file, identity)
+            else:
+                write_atomically(file, lambda f: f.write(json.dumps(identity, indent=2).encode()))
+        except OSError as error:
+            raise UserError(f"eval.out: cannot write to {self.folder} ({error.strerror or error}).") from error
+
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Keep the record of a finished chunk. Raises OSError where it cannot be written."""
+        write_atomically(self._record_file(record["chunk"]), lambda f: f.write(json.dumps(record).encode()))
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """The records by chunk. One that cannot be read is renamed, with a warning, and its chunk is open again."""
+        records = {}
+        for file in sorted(self._chunks.glob("*.json")):
+            try:
+                record = json.loads(file.read_bytes())
+                if (
+                    not isinstance(record, dict)
+                    or not RECORD_KEYS <= record.keys()
+                    or f"{record['chunk']:05d}" != file.stem
+                ):
+                    raise ValueError("not a record of this chunk")
+            except (OSError, ValueError, TypeError) as error:
+                aside = set_aside(file)
+                print(
+                    f"warning: {file} is damaged ({error}); renamed to {aside.name}, its chunk runs again.",
+                    file=sys.stderr,
+                )
+                continue
+            records[record["chunk"]] = record
+        return records
+
+    def images_file(self, chunk: int) -> Path:
+        """Where a chunk's adversarial images go."""
+        return self._chunks / f"{chunk:05d}.npz"
+
+    def _record_file(self, chunk: int) -> Path:
+        return self._chunks / f"{chunk:05d}.json"
+
+    def _take_lock(self) -> None:
+        lock = open(self.folder / "lock", "ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(
+                f"eval.out: another run is working in {self.folder}; wait for it to end, or give another eval.out."
+            ) from error
+        self._lock = lock
+
+    def _compare(self, file: Path, identity: Mapping[str, Any]) -> None:
+        try:
+            there = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"eval.out: {file} is damaged ({error}); give another eval.out, or remove the folder."
+            ) from error
+        found, wanted = _flat(there), _flat(json.loads(json.dumps(identity)))  # as JSON has it: tuples are lists
+        pairs = {name: (found.get(name, "nothing"), wanted.get(name, "nothing")) for name in {**found, **wanted}}
+        names = [name for name, (old, new) in pairs.items() if old != new]
+        if not names:
+            return
+        shown = "; ".join("{}: {} there, {} here".format(n, *pairs[n]) for n in names[:SHOWN_DIFFERENCES])
+        more = f"; and {len(names) - SHOWN_DIFFERENCES} more" if len(names) > SHOWN_DIFFERENCES else ""
+        raise UserError(
+            f"eval.out: {self.folder} holds another evaluation, whose chunks cannot be mixed with this one's. What differs: "
+            f"{shown}{more}. Give another eval.out."
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names → leaves."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -1,0 +1,175 @@
+"""What a worker process does: load a network, attack chunks of images, return a record of each."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.config import AttackConfig, EvalConfig
+from common.errors import UserError
+from common.files import write_atomically
+from evaluation.autoattack import FastCopy, Verdicts, attack_chunk, check_adversarial
+from evaluation.gpus import Slot
+from evaluation.images import Chunk, ImageList
+from evaluation.plan import Evaluation, sha256
+from evaluation.records import StateFolder
+from zoo.runs import load_trained
+
+SHOWN = 8  # images kept for the picture
+
+
+class Task(NamedTuple):
+    """One chunk of one of the evaluations."""
+
+    evaluation: int
+    chunk: int
+
+
+def setup(
+    slot: Slot, config: EvalConfig, evaluations: list[Evaluation], images: Mapping[str, ImageList]
+) -> Callable[[Task, Callable[[str], None]], dict]:
+    """Prepare this process; returns the function that turns a task into its record. `images` is by network.
+
+    Deterministic algorithms are asked for, so that the same chunk on the same type of device has the same verdicts.
+    """
+    device = torch.device(slot.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(slot.threads)
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # AutoAttack's projection onto the L1 ball sums along sorted values, for which a GPU has no deterministic algorithm.
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+    return _Worker(device, config, evaluations, images).run
+
+
+class _Worker:
+    """Keeps the network of the last task, which the next one mostly needs again."""
+
+    def __init__(
+        self, device: torch.device, config: EvalConfig, evaluations: list[Evaluation], images: Mapping[str, ImageList]
+    ) -> None:
+        self.device, self.config, self.evaluations, self.images = device, config, evaluations, images
+        self._network: tuple[Any, nn.Module, FastCopy | None] | None = None
+
+    def run(self, task: Task, note: Callable[[str], None]) -> dict[str, Any]:
+        """The record of one chunk."""
+        evaluation = self.evaluations[task.evaluation]
+        started, begin = time.time(), time.perf_counter()
+        model, fast = self._load_network(evaluation)
+        images, positions = self.images[evaluation.network], evaluation.positions(task.chunk)
+        chunk = images.read(positions, size=evaluation.img_size, crop_pct=self.config.eval.crop_pct)
+        record = {
+            "chunk": task.chunk,
+            "positions": chunk.positions.tolist(),
+            "labels": chunk.y.tolist(),
+            "unreadable": chunk.unreadable,
+            "pixels_sha256": hashlib.sha256(chunk.x.numpy().tobytes()).hexdigest(),
+            **(self._attack(evaluation, task, model, fast, chunk, note) if len(chunk.y) else EMPTY),
+        }
+        return record | {
+            "started": started,
+            "seconds": time.perf_counter() - begin,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        }
+
+    def _attack(
+        self,
+        evaluation: Evaluation,
+        task: Task,
+        model: nn.Module,
+        fast: FastCopy | None,
+        chunk: Chunk,
+        note: Callable[[str], None],
+    ) -> dict[str, Any]:
+        threat = {"norm": evaluation.norm, "eps": evaluation.eps, "device": self.device}
+        verdicts = attack_chunk(
+            model,
+            chunk.x,
+            chunk.y,
+            seed=self.config.eval.seed,
+            attacks=evaluation.attacks,
+            fast=fast,
+            progress=note,
+            **threat,
+        )
+        check = check_adversarial(model, chunk.x, verdicts, chunk.y, **threat)
+        if self.config.eval.save_adv or task.chunk == 0:  # the first chunk's are for the picture
+            self._keep_images(evaluation, task.chunk, chunk, verdicts)
+        return {
+            "clean_pred": verdicts.clean_pred.tolist(),
+            "broken_by": verdicts.broken_by,
+            "attack_seconds": verdicts.attack_seconds,
+            "rejoined": verdicts.rejoined,
+            "check": asdict(check),
+        }
+
+    def _keep_images(self, evaluation: Evaluation, number: int, chunk: Chunk, verdicts: Verdicts) -> None:
+        """All adversarial images on demand; else the few that the picture shows. No reason to lose a chunk's verdicts."""
+        kept = slice(None) if self.config.eval.save_adv else slice(SHOWN)
+        arrays = {
+            "x": chunk.x[kept].numpy(),
+            "x_adv": verdicts.x_adv[kept].numpy(),
+            "y": chunk.y[kept].numpy(),
+            "positions": chunk.positions[kept].numpy(),
+            "broken_by": np.array(verdicts.broken_by[kept]),
+        }
+        file = StateFolder(evaluation.folder).images_file(number)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, lambda f: np.savez(f, **arrays))
+        except OSError as error:
+            print(f"warning: adversarial images are not kept: cannot write {file} ({error.strerror}).", file=sys.stderr)
+
+    def _load_network(self, evaluation: Evaluation) -> tuple[nn.Module, FastCopy | None]:
+        key = (evaluation.weights, evaluation.description, evaluation.img_size if self.config.eval.compile else None)
+        if self._network is None or self._network[0] != key:
+            self._network = None  # before the next one takes memory
+            if sha256(evaluation.weights) != evaluation.identity["network"]["sha256"]:
+                raise UserError(
+                    f"eval.model_in: {evaluation.weights} is not the same file on all machines, or has changed meanwhile."
+                )
+            trained = load_trained(evaluation.weights, evaluation.description, flag="eval.model_in")
+            model = trained.model.to(self.device).float().eval().requires_grad_(False)
+            if evaluation.identity["arithmetic"]["channels_last"]:
+                model = model.to(memory_format=torch.channels_last)
+            self._network = (
+                key,
+                model,
+                fast_copy(model, self.config.eval, size=evaluation.img_size, device=self.device),
+            )
+        return self._network[1:]
+
+
+# The record of a chunk none of whose images can be decoded.
+EMPTY: dict[str, Any] = {"clean_pred": [], "broken_by": [], "attack_seconds": {}, "rejoined": 0, "check": None}
+
+
+def fast_copy(model: nn.Module, settings: AttackConfig, *, size: int, device: torch.device) -> FastCopy | None:
+    """The network in the form `eval.precision` and `eval.compile` ask for; None where that is the network itself.
+
+    A network that cannot be compiled, at this image size, is attacked as it is, with a warning.
+    """
+    tf32 = settings.precision == "tf32"
+    if settings.compile:
+        try:
+            compiled = torch.compile(model, dynamic=True)
+            x = torch.zeros(min(2, settings.batch_size), 3, size, size, device=device, requires_grad=True)
+            torch.autograd.grad(compiled(x).sum(), x)
+            return FastCopy(compiled, tf32)
+        except (
+            Exception
+        ) as error:  # compilers fail in every way: no C++ compiler, no Triton, an operation they do not know
+            reason = str(error).strip().split("\n")[0]
+            print(f"warning: eval.compile: running uncompiled: {type(error).__name__}: {reason}", file=sys.stderr)
+    return FastCopy(model, tf32) if tf32 else None

@@ -1,0 +1,218 @@
+"""Tasks → worker processes: each takes the next open task; a task whose worker dies is given to another.
+
+Workers are forked from a server process that has imported what they need and nothing else, so they start at once and can
+open a GPU. They end with this process, however it ends. Under torchrun every process runs this loop with its own worker, and all
+take from one `Board`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+from common.errors import UserError
+
+MOST_FAILURES = 3
+POLL_SECONDS = 1.0
+
+Task = TypeVar("Task")
+SlotT = TypeVar("SlotT")
+# In the worker: (task, note) → result; `note(text)` reports progress.
+Handler = Callable[[Any, Callable[[str], None]], Any]
+
+
+class TaskFailed(Exception):
+    """A task that failed three times, or workers that cannot start; the message has the last cause."""
+
+
+def prepare_workers(*modules: str) -> None:
+    """Start the server that workers are forked from, which imports `modules` while this process goes on.
+
+    Workers get the environment as it is now.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+    before = os.environ.get("PYTHONPATH")
+    # Python 3.11's server looks for the modules in the current folder only, and a Ctrl-C would end it amid its imports.
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def run_tasks(
+    take: Callable[[], Task | None],
+    *,
+    slots: Sequence[SlotT],
+    setup: Callable[..., Handler],
+    arguments: tuple[Any, ...],
+    on_result: Callable[[Task, Any], None],
+    on_note: Callable[[Task, str], None],
+    on_failure: Callable[[Task, str], None],
+    tick: Callable[[], bool],
+) -> None:
+    """Work until no task is left.
+
+    Args:
+        take: the next open task, None when there is none.
+        slots: one worker each.
+        setup: called in each worker as `setup(slot, *arguments)`; returns what handles a task. A module-level function; all
+            that goes to it must be picklable.
+        arguments: see `setup`.
+        on_result: receives a task and its result.
+        on_note: receives a task and what its worker reports of it.
+        on_failure: receives a task that is given back, and why.
+        tick: called at least every second; False ends the work at once.
+
+    Raises:
+        UserError: raised by a worker.
+        TaskFailed: a task failed `MOST_FAILURES` times, or a worker failed so often before it could take one.
+    """
+    pool = _Pool(setup, arguments)
+    queue = _Queue(take)
+    workers: list[_Worker] = []
+    try:
+        for slot in slots:
+            workers.append(pool.start(slot))
+        while workers and tick():
+            ready = multiprocessing.connection.wait([w.connection for w in workers], timeout=POLL_SECONDS)
+            for worker in [w for w in workers if w.connection in ready]:
+                kind, content = worker.receive()
+                if kind == "note":
+                    on_note(worker.task, content)
+                elif kind == "bad input":
+                    raise UserError(content)
+                elif kind == "failed":
+                    queue.give_back(worker.task, content)
+                    if worker.task is not None:
+                        on_failure(worker.task, content)
+                    worker.stop()
+                    workers[workers.index(worker)] = pool.start(worker.slot)
+                else:  # it is ready for a task, and perhaps has the result of one
+                    if kind == "result":
+                        on_result(worker.task, content)
+                    worker.give(queue.next())
+                    if worker.task is None:
+                        workers.remove(worker)
+                        worker.stop()
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Queue(Generic[Task]):
+    """Open tasks: those given back first."""
+
+    def __init__(self, take: Callable[[], Task | None]) -> None:
+        self._take = take
+        self._given_back: deque[Task] = deque()
+        self._failures: dict[Any, int] = {}
+
+    def next(self) -> Task | None:
+        return self._given_back.popleft() if self._given_back else self._take()
+
+    def give_back(self, task: Task | None, reason: str) -> None:
+        """None stands for a worker that could not start."""
+        self._failures[task] = self._failures.get(task, 0) + 1
+        if self._failures[task] == MOST_FAILURES:
+            what = "workers could not start" if task is None else f"{task} failed"
+            raise TaskFailed(f"{what} {MOST_FAILURES} times; the last time: {reason}")
+        if task is not None:
+            self._given_back.append(task)
+
+
+@dataclass
+class _Worker:
+    """A worker process, and the task it is at."""
+
+    slot: Any
+    process: BaseProcess
+    connection: Connection
+    task: Any = None
+
+    def receive(self) -> tuple[str, Any]:
+        """Its next message; of a dead one, why it died."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):  # the latter in the middle of a message
+            self.process.join()
+            return "failed", _cause_of_death(self.process.exitcode)
+
+    def give(self, task: Any) -> None:
+        self.task = task
+        if task is not None:
+            try:
+                self.connection.send(task)
+            except (BrokenPipeError, ConnectionError):
+                pass  # it died meanwhile; receive() will say so
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class _Pool:
+    def __init__(self, setup: Callable[..., Handler], arguments: tuple[Any, ...]) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._setup, self._arguments = setup, arguments
+
+    def start(self, slot: Any) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        # Not daemonic: a worker may have decoding processes of its own.
+        process = self._context.Process(target=_work, args=(theirs, self._setup, slot, self._arguments), daemon=False)
+        process.start()
+        theirs.close()
+        return _Worker(slot, process, ours)
+
+
+def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, arguments: tuple[Any, ...]) -> None:
+    """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        handle = setup(slot, *arguments)
+        connection.send(("ready", None))
+        while True:
+            task = connection.recv()
+            connection.send(("result", handle(task, lambda text: connection.send(("note", text)))))
+    except UserError as error:
+        connection.send(("bad input", str(error)))
+    except EOFError:
+        pass  # the parent is gone
+    except Exception as error:
+        connection.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    # Give the parent the time to read that: it ends this process.
+    threading.Event().wait()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _cause_of_death(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"its worker ended with status {exitcode}"
+    name = signal.Signals(-exitcode).name
+    memory = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
+    return f"its worker was killed by {name}{memory}"

@@ -1,0 +1,379 @@
+"""runner_aa_eval.py from its command line: many evaluations at once, restarts, reports, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import evaluation.evaluate
+import runner_aa_eval
+from common.config import EvalConfig, load_config
+from common.provenance import PROJECT
+from evaluation.autoattack import ATTACKS, attack_chunk
+from evaluation.plan import folder_name, open_network_images, show_eps
+from evaluation.records import StateFolder
+from evaluation.report import markdown_table, summarise
+from evaluation.worker import fast_copy
+from tests.training.helpers import base_flags, run
+from zoo.runs import load_trained
+
+EPS = {"Linf": 0.1, "L2": 4.0}
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """A run of two saved epochs, good enough that some images stand and some fall at these radii."""
+    flags = base_flags(images, tmp_path_factory.mktemp("runs"))
+    return run(flags | {"training.epochs": 2, "model.not_original": 1, "logging.save_freq": 1, "lr.lr": 2e-3})
+
+
+def argv(trained, images, out, *flags):
+    """Command line of a small evaluation; a flag given twice counts the last time."""
+    base = [f"--eval.model_in={trained.folder}", f"--data.val_dataset={images}", f"--eval.out={out}", "--eval.fullaa=0"]
+    base += ["--eval.img_size=32", "--eval.crop_pct=1", "--eval.batch_size=3", "--eval.workers=2", "--eval.eps=0.1"]
+    return [*base, *flags]
+
+
+def evaluate(trained, images, out, *flags):
+    return runner_aa_eval.main(argv(trained, images, out, *flags))
+
+
+def only(out: Path, name: str) -> Path:
+    """The one file of that name below `out`."""
+    (found,) = out.rglob(name)
+    return found
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture(scope="module")
+def finished(trained, images, tmp_path_factory):
+    """Two networks under two norms, and what was printed."""
+    out = tmp_path_factory.mktemp("finished")
+    networks = ",".join(str(trained.folder / f"weights_{epoch}.pt") for epoch in (1, 2))
+    flags = [f"--eval.model_in={networks}", "--eval.norms=Linf,L2", "--eval.eps=0.1,4"]
+    assert evaluate(trained, images, out, *flags) == 0
+    return out, flags
+
+
+def test_verdicts_are_those_of_each_chunk_alone(trained, images, finished):
+    """Two workers, in whatever order, against the attacks called here, chunk by chunk."""
+    out, flags = finished
+    config = load_config(EvalConfig, argv(trained, images, out, *flags))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = {}
+        for epoch in (1, 2):
+            network = load_trained(trained.folder / f"weights_{epoch}.pt", config.model, flag="")
+            listed = open_network_images(config, 4, network.class_names)
+            for norm, eps in EPS.items():
+                for start in range(0, 8, 3):
+                    chunk = listed.read(list(range(start, min(start + 3, 8))), size=32, crop_pct=1)
+                    verdicts = attack_chunk(
+                        network.model.requires_grad_(False),
+                        chunk.x,
+                        chunk.y,
+                        norm=norm,
+                        eps=eps,
+                        seed=0,
+                        attacks=ATTACKS[:2],
+                        device=torch.device("cpu"),
+                    )
+                    found.setdefault((epoch, norm), []).extend(verdicts.broken_by)
+    finally:
+        torch.set_num_threads(threads)
+    written = {
+        (epoch, norm): [row["broken_by"] for row in rows(next(out.glob(f"*weights_{epoch}/{norm}_*/verdicts.csv")))]
+        for epoch in (1, 2)
+        for norm in EPS
+    }
+    assert written == found
+    assert len({broken for verdicts in found.values() for broken in verdicts}) >= 3  # the comparison means something
+
+
+def test_report(trained, images, finished):
+    out, _ = finished
+    folder = next(out.glob("*weights_2/Linf_*"))
+    report, verdicts = json.loads((folder / "report.json").read_text()), rows(folder / "verdicts.csv")
+    assert folder.name == "Linf_0.1_32px_n8_apgd"
+    broken = [row["broken_by"] for row in verdicts]
+    assert report["n"] == len(verdicts) == 8
+    assert report["clean_acc"] == sum(row["label"] == row["clean_pred"] for row in verdicts) / 8
+    assert report["robust_acc"] == broken.count("") / 8 == report["acc_after"]["apgd-t"]
+    assert report["acc_after"]["apgd-ce"] == (broken.count("") + broken.count("apgd-t")) / 8
+    low, high = report["robust_ci95"]
+    assert 0 <= low < report["robust_acc"] < high <= 1
+    assert report["check"] == dict.fromkeys(("outside_ball", "outside_box", "not_misclassified", "not_finite"), [])
+    assert 0 < report["max_perturbation"] <= 0.1 * (1 + 1e-4) and 0 <= report["pixel_range"][0]
+    assert len(report["network"]["sha256"]) == len(report["data"]["images"]) == 64
+    assert report["network"]["arch"] == "convnext_micro" and report["engine"].startswith("pyautoattack")
+    assert report["arithmetic"]["threads"] == 1 and report["devices"] == {"cpu": 3}
+    assert 0 < report["seconds"] <= report["worker_seconds"] * 1.01 and report["gpu_seconds"] == 0
+    assert sum(report["attack_seconds"].values()) < report["worker_seconds"]
+    assert sorted(int(row["index"]) for row in verdicts) == list(range(8))
+    assert all((images / "val" / row["path"]).is_file() for row in verdicts)
+    log = (folder / "log.txt").read_text()
+    assert (
+        f"initial accuracy: {report['clean_acc']:.2%}" in log and f"robust accuracy: {report['robust_acc']:.2%}" in log
+    )
+    for name in ("accuracy.png", "examples.png"):
+        assert (folder / name).read_bytes().startswith(PNG)
+
+
+def test_table_and_union(finished):
+    out, _ = finished
+    table = (out / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 4 + 2
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["evaluations"]) == 4 and (out / "accuracy.png").read_bytes().startswith(PNG)
+    for epoch, union in zip((1, 2), summary["unions"]):
+        standing = [
+            {
+                row["index"]
+                for row in rows(next(out.glob(f"*weights_{epoch}/{norm}_*/verdicts.csv")))
+                if not row["broken_by"]
+            }
+            for norm in EPS
+        ]
+        assert union["robust_acc"] == len(standing[0] & standing[1]) / 8
+    assert table[2].split("|")[1].strip().endswith("/weights_1") and "Linf ∪ L2" in table[-1]
+
+
+def test_finished_evaluations_are_skipped(trained, images, finished, capsys):
+    out, flags = finished
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*/*/report.json")}
+    assert evaluate(trained, images, out, *flags, "--eval.workers=1") == 0
+    assert capsys.readouterr().err.count("skipped") == 4
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*/*/report.json")} == before
+
+
+def test_only_open_chunks_run_again(trained, images, tmp_path, capsys):
+    assert evaluate(trained, images, tmp_path) == 0
+    verdicts, report = only(tmp_path, "verdicts.csv").read_bytes(), only(tmp_path, "report.json")
+    records = sorted(tmp_path.rglob("chunks/*.json"))
+    records[1].write_text(records[1].read_text()[:40])  # a damaged record counts as none
+    records[2].unlink()
+    report.unlink()
+    kept = records[0].stat().st_mtime_ns
+    assert evaluate(trained, images, tmp_path, "--eval.workers=1") == 0
+    assert "damaged" in capsys.readouterr().err
+    assert only(tmp_path, "verdicts.csv").read_bytes() == verdicts and report.exists()
+    assert records[0].stat().st_mtime_ns == kept
+
+
+def test_another_evaluation_in_the_folder_is_refused(trained, images, tmp_path, capsys):
+    assert evaluate(trained, images, tmp_path, "--eval.n_ex=2") == 0
+    capsys.readouterr()
+    assert evaluate(trained, images, tmp_path, "--eval.n_ex=2", "--eval.seed=1", "--eval.batch_size=2") == 2
+    error = capsys.readouterr().err
+    assert "attack.seed: 0 there, 1 here" in error and "attack.batch_size: 3 there, 2 here" in error
+    assert "network" not in error.split("differs:")[1]
+    with open(only(tmp_path, "lock"), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert evaluate(trained, images, tmp_path, "--eval.n_ex=2") == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_list_of_networks_in_a_file(trained, images, tmp_path):
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes((trained.folder / "weights_1.pt").read_bytes())
+    flags = {"arch": "convnext_micro", "not_original": 1, "num_classes": 4}
+    networks = [str(trained.folder), {"model_in": str(bare), "name": "../ours, epoch 1", **flags}]
+    (tmp_path / "networks.yaml").write_text(yaml.safe_dump(networks))
+    flags = [f"--eval.models={tmp_path / 'networks.yaml'}", "--eval.n_ex=3", "--eval.eps=0.5"]
+    command = [flag for flag in argv(trained, images, tmp_path / "out", *flags) if "model_in" not in flag]
+    assert runner_aa_eval.main(command) == 0
+    names = [r["network"]["name"] for r in json.loads((tmp_path / "out/summary.json").read_text())["evaluations"]]
+    assert names == [f"{trained.folder.name}/weights_2", "../ours, epoch 1"]
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {folder_name(name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: 1", "expected a list of networks"),
+        ("- {name: x}", "network 1: expected a path, or a mapping with model_in"),
+        ("- {model_in: w.pt, arc: vit_s}", "unknown key 'arc'; the nearest known one is 'arch'"),
+        ("- {model_in: w.pt, num_classes: many}", "num_classes: expected an integer, at least 2, got 'many'"),
+        ("- [", "expected YAML"),
+        ("- !!python/object/apply:os.system [ls]", "expected YAML"),
+    ],
+)
+def test_a_wrong_list_is_refused(trained, images, tmp_path, capsys, content, words):
+    (tmp_path / "networks.yaml").write_text(content)
+    assert evaluate(trained, images, tmp_path / "out", f"--eval.models={tmp_path / 'networks.yaml'}") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--eval.model_in=nowhere.pt"], "eval.model_in: expected a file of weights"),
+        (["--data.val_dataset=nowhere"], "data.val_dataset"),
+        (["--model.not_original=0"], "does not fit"),
+        (["--model.num_classes=5"], "does not fit"),
+        (["--model.arch=convnext_mikro"], "convnext_micro"),
+        (["--eval.norms=L7"], "eval.norms"),
+        (["--eval.norms=Linf,L2"], "one radius for each"),
+        (["--eval.eps=8"], "did you mean 8/255?"),
+        (["--eval.norms=L1", "--eval.eps=4000"], "at 32 px an L1 radius is at most 3072"),
+        (["--eval.img_size=32,32"], "expected each value once"),
+        (["--eval.gpus=first"], "expected auto, none, or GPU numbers"),
+        (["--eval.gpus=0,1"], "eval.gpus"),
+        (["--eval.precision=tf32"], "needs a GPU"),
+        (["--eval.ids=robustbench"], "data.val_dataset: expected the folders of all 1000 classes"),
+    ],
+)
+def test_refused(trained, images, tmp_path, capsys, flags, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert evaluate(trained, images, tmp_path / "out", *flags) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_is_tried_before_the_work_begins(images, tmp_path, capsys):
+    """Image sizes it cannot take, and logits that mean nothing."""
+    flags = base_flags(images, tmp_path / "runs") | {"model.arch": "vit_micro"}
+    trained = run(flags)
+    assert evaluate(trained, images, tmp_path / "out", "--eval.img_size=32,30") == 2
+    assert "cannot take images of 30 pixels" in capsys.readouterr().err
+    weights = torch.load(trained.folder / "weights_1.pt", weights_only=True)
+    weights["head.bias"] = weights["head.bias"] * float("nan")
+    torch.save(weights, trained.folder / "weights_1.pt")
+    assert evaluate(trained, images, tmp_path / "out") == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_loses_nothing(trained, images, tmp_path, capsys, monkeypatch):
+    """Nothing can be written for a while, neither records nor the report."""
+    write, failures = StateFolder.write, iter(range(4))
+
+    def full(*arguments):
+        if next(failures, None) is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments)
+
+    monkeypatch.setattr(StateFolder, "write", full)
+    monkeypatch.setattr(evaluation.evaluate, "SAVE_AGAIN_SECONDS", 0.1)
+    assert evaluate(trained, images, tmp_path, "--eval.eps=0.5") == 0
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "kept in memory" in error
+    assert len(rows(only(tmp_path, "verdicts.csv"))) == 8
+
+
+def test_a_disk_that_stays_full_ends_the_run(trained, images, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(StateFolder, "write", full)
+    monkeypatch.setattr(evaluation.evaluate, "SAVE_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(evaluation.evaluate, "GIVE_UP_SECONDS", 0.5)
+    assert evaluate(trained, images, tmp_path, "--eval.eps=0.5", "--eval.n_ex=3") == 2
+    assert "chunks are lost" in capsys.readouterr().err
+
+
+def test_broken_images_are_left_out_and_named(trained, images, tmp_path, capsys):
+    copy = tmp_path / "images"
+    for name in ("blue", "green", "grey", "red"):
+        (copy / "val" / name).mkdir(parents=True)
+        for file in (images / "val" / name).iterdir():
+            (copy / "val" / name / file.name).write_bytes(file.read_bytes() if file.name != "1.png" else b"no image")
+    assert evaluate(trained, copy, tmp_path / "out", "--eval.eps=0.5", "--eval.batch_size=1") == 0
+    report = json.loads(only(tmp_path / "out", "report.json").read_text())
+    assert report["n"] == 4 and len(report["data"]["unreadable"]) == 4 and report["data"]["n"] == 8
+    assert {row["path"].split("/")[1] for row in rows(only(tmp_path / "out", "verdicts.csv"))} == {"0.png"}
+    assert "4 images could not be decoded" in capsys.readouterr().err
+
+
+def test_adversarial_images_are_kept_on_demand(trained, images, tmp_path):
+    assert evaluate(trained, images, tmp_path, "--eval.save_adv=1", "--eval.eps=0.25") == 0
+    kept = [np.load(file) for file in sorted(tmp_path.rglob("chunks/*.npz"))]
+    x, x_adv = (np.concatenate([arrays[name] for arrays in kept]) for name in ("x", "x_adv"))
+    broken_by = np.concatenate([arrays["broken_by"] for arrays in kept])
+    assert x.shape == (8, 3, 32, 32) and x.dtype == x_adv.dtype == np.float32
+    assert broken_by.tolist() == [row["broken_by"] for row in rows(only(tmp_path, "verdicts.csv"))]
+    assert np.abs(x_adv - x).max() <= 0.25 + 1e-6
+    network = load_trained(trained.folder, load_config(EvalConfig, argv(trained, images, "")).model, flag="").model
+    with torch.no_grad():
+        wrong = network(torch.from_numpy(x_adv)).argmax(1).numpy() != np.concatenate([arrays["y"] for arrays in kept])
+    assert wrong.tolist() == [bool(broken) for broken in broken_by]
+
+
+def test_processes_of_torchrun_share_the_work(trained, images, tmp_path, finished):
+    out, _ = finished
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "runner_aa_eval.py",
+    ]
+    command = [*torchrun, *argv(trained, images, tmp_path)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| Linf") == 1  # the first process prints
+    (same,) = out.glob("*weights_2/Linf_*/verdicts.csv")
+    assert only(tmp_path, "verdicts.csv").read_bytes() == same.read_bytes()
+
+
+def test_a_network_that_cannot_be_compiled_runs_as_it_is(trained, images, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("no C++ compiler\nin /usr/bin")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    config = load_config(EvalConfig, argv(trained, images, tmp_path, "--eval.compile=1"))
+    network = load_trained(trained.folder, config.model, flag="").model
+    assert fast_copy(network, config.eval, size=32, device=torch.device("cpu")) is None
+    assert "running uncompiled: RuntimeError: no C++ compiler" in capsys.readouterr().err
+
+
+def test_seconds_count_overlapping_chunks_once(trained, images, finished):
+    """Two workers at the same time, then a pause, then one."""
+    record = {"broken_by": ["", "square"], "positions": [0, 1], "unreadable": [], "rejoined": 0, "device": "NVIDIA"}
+    check = {"max_perturbation": 0.1, "pixel_range": [0.0, 1.0], **dict.fromkeys(("outside_ball", "outside_box"), [])}
+    record |= {"check": check | {"not_misclassified": [1], "not_finite": []}, "attack_seconds": {"square": 1.0}}
+    records = [record | {"started": start, "seconds": 10.0} for start in (0, 5, 100)]
+    config = load_config(EvalConfig, argv(trained, images, "", "--eval.fullaa=1"))
+    (evaluation,) = evaluation_plan(config)
+    report = summarise(evaluation, records, config)
+    assert report["seconds"] == 25 and report["worker_seconds"] == report["gpu_seconds"] == 30
+    assert report["acc_after"] == {"apgd-ce": 1.0, "apgd-t": 1.0, "fab-t": 1.0, "square": 0.5}
+    assert report["check"]["not_misclassified"] == [1, 1, 1]
+
+
+def evaluation_plan(config):
+    from evaluation.plan import make_plan
+
+    return make_plan(config, on_gpu=False).evaluations
+
+
+def test_table_and_eps():
+    table = markdown_table([{"a": 1, "bb": "x"}, {"a": 22, "bb": "y"}])
+    assert table.splitlines() == ["| a  | bb |", "|----|----|", "| 1  | x  |", "| 22 | y  |"]
+    assert [show_eps(e) for e in (4 / 255, 0.1, 2.0, 75)] == ["4/255", "0.1", "2", "75"]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("a/b", "a__b"), ("../../x", "__..__x"), ("..", "network"), ("ü 1", "ü-1")]
+)
+def test_names_cannot_leave_their_folder(name, folder):
+    assert folder_name(name) == folder
