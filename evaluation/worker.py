@@ -39,17 +39,18 @@ def setup(
 ) -> Callable[[Task, Callable[[str], None]], dict]:
     """Prepare this process; returns the function that turns a task into its record. `images` is by network.
 
-    Deterministic algorithms are asked for, so that the same chunk on the same type of device has the same verdicts.
+    On a GPU deterministic algorithms are asked for, so that the same chunk on the same type of device has the same verdicts.
     """
     device = torch.device(slot.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        torch.set_num_threads(slot.threads)  # with a fixed number a CPU is deterministic by itself
     else:
-        torch.set_num_threads(slot.threads)
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # AutoAttack's projection onto the L1 ball sums along sorted values, for which a GPU has no deterministic algorithm.
-    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads such memory
+        # AutoAttack's projection onto the L1 ball sums along sorted values, for which a GPU has no deterministic algorithm.
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
     return _Worker(device, config, evaluations, images).run
 
 
