@@ -33,10 +33,11 @@ from common.config import EvalConfig, TrainConfig, load_config
 from common.distributed import Processes
 from common.errors import UserError
 from common.files import set_aside, writable, write_atomically
+from common.tables import markdown_table
 from evaluation.evaluate import run_evaluations
 from evaluation.pictures import draw_examples
-from evaluation.plan import open_network_images
-from evaluation.report import markdown_table, percent, write_json, write_text
+from evaluation.plan import image_lists
+from evaluation.report import percent, write_json, write_text
 from zoo.runs import find_weights
 
 PROJECT = Path(__file__).resolve().parent
@@ -101,7 +102,7 @@ def compare(weights: Mapping[str, Path]) -> dict[str, Any]:
 def save_images(config: EvalConfig) -> None:
     """test_images.npz: what both networks were attacked on."""
     (size,) = config.eval.img_size
-    images = open_network_images(config, CLASSES, None)
+    images = image_lists(config)(CLASSES, None)
     chunk = images.read(list(range(len(images))), size=size, crop_pct=config.eval.crop_pct)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x=chunk.x.numpy(), y=chunk.y.numpy())

@@ -19,7 +19,7 @@ from common.config import TrainConfig, load_config
 from common.errors import UserError
 from common.files import writable, write_atomically
 from common.provenance import PROJECT, provenance
-from evaluation.report import markdown_table
+from common.tables import markdown_table
 
 TAIL = 2000  # characters of a failed program's output that are shown
 CHECKS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, "==": operator.eq}

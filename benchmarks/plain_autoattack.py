@@ -16,7 +16,7 @@ import torch
 from pyautoattack import AutoAttack
 
 from common.config import EvalConfig, load_config
-from evaluation.plan import open_network_images
+from evaluation.plan import image_lists
 from zoo.runs import load_trained
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
 
     trained = load_trained(entry.model_in, entry.model, flag="eval.model_in")
     model = trained.model.to(device)
-    images = open_network_images(config, trained.description["num_classes"], trained.class_names)
+    images = image_lists(config)(trained.description["num_classes"], trained.class_names)
     lines = []
     for start in range(0, len(images), settings.batch_size):
         positions = list(range(start, min(start + settings.batch_size, len(images))))

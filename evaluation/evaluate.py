@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from evaluation import worker
 from evaluation.gpus import find_slots
 from evaluation.images import ImageList
 from evaluation.plan import Evaluation, Plan, make_plan, open_planned_images
+from evaluation.progress import Progress
 from evaluation.records import StateFolder
 from evaluation.worker import Task
 from evaluation.workqueue import POLL_SECONDS, TaskFailed, prepare_workers, run_tasks
 
 SAVE_AGAIN_SECONDS = 10  # between two tries to write records that could not be written
 GIVE_UP_SECONDS = 600  # after the last chunk
-LINE_SECONDS = 60  # between two lines of progress where the output is no terminal
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,9 @@ def _work(
         if first:
             first.progress.now(task.chunk, attack)
 
-    def on_failure(task: Task, reason: str) -> None:
-        tqdm.write(
-            f"warning: chunk {task.chunk} of {evaluations[task.evaluation]}: {reason} It runs again.", file=sys.stderr
-        )
+    def on_failure(task: Task | None, reason: str) -> None:
+        what = "a worker" if task is None else f"chunk {task.chunk} of {evaluations[task.evaluation]}"
+        tqdm.write(f"warning: {what} failed: {reason}", file=sys.stderr)
 
     def tick() -> bool:
         if first:
@@ -128,7 +126,7 @@ class _Coordinator:
         self._unsaved: list[tuple[int, dict[str, Any]]] = []  # records that could not be written
         self._tries = _Tries()
         self._open_chunks = 0
-        self.progress = _Progress()
+        self.progress = Progress()
 
     @property
     def images(self) -> Mapping[str, ImageList]:
@@ -154,7 +152,12 @@ class _Coordinator:
         evaluation = self._plan.evaluations[number]
         state = self._states[number] = StateFolder(evaluation.folder)
         state.open(evaluation.identity)
-        self._records[number] = state.read()
+        self._records[number] = {
+            chunk: record
+            for chunk, record in state.read().items()
+            # Images that are asked for now, and were not then, need the attacks again.
+            if not self._config.eval.save_adv or record["images_kept"] == len(record["positions"])
+        }
         tasks = [Task(number, chunk) for chunk in range(evaluation.chunks) if chunk not in self._records[number]]
         report = None if tasks else _read_report(evaluation.folder / "report.json")
         if report is not None:
@@ -287,52 +290,3 @@ class _Tries:
 
     def are_hopeless(self) -> bool:
         return self.are_failing() and time.monotonic() - self._since >= GIVE_UP_SECONDS
-
-
-class _Progress:
-    """One bar for all workers; where the output is no terminal, a line now and then."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._is_terminal = sys.stderr.isatty()
-        self._chunks = [0, 0]
-        self._last_line = 0.0
-
-    def start(self, *, images: tuple[int, int], chunks: int) -> None:
-        """`images`: done before, and all; `chunks`: still to do."""
-        done, total = images
-        self._chunks = [0, chunks]
-        silent = None if self._is_terminal else io.StringIO()
-        self._bar = tqdm(
-            total=total, initial=done, unit="img", smoothing=0, leave=False, file=silent, dynamic_ncols=True
-        )
-
-    def chunk_done(
-        self, evaluation: Evaluation, records: Iterable[Mapping[str, Any]], record: Mapping[str, Any]
-    ) -> None:
-        """Count a chunk; `records`: all of its evaluation so far."""
-        verdicts = [broken for some in records for broken in some["broken_by"]]
-        self._chunks[0] += 1
-        self._bar.set_description_str(str(evaluation), refresh=False)
-        robust = f"{100 * verdicts.count('') / max(len(verdicts), 1):.1f}%"
-        self._bar.set_postfix_str(f"chunks {self._chunks[0]}/{self._chunks[1]}, robust {robust}", refresh=False)
-        self._bar.update(len(record["positions"]) + len(record["unreadable"]))
-        now = time.monotonic()
-        if not self._is_terminal and (now - self._last_line >= LINE_SECONDS or self._chunks[0] == self._chunks[1]):
-            self._last_line = now
-            print(self._bar, file=sys.stderr, flush=True)
-
-    def now(self, chunk: int, attack: str) -> None:
-        """Show what a worker has begun."""
-        if self._bar is not None and self._is_terminal:
-            done, total = self._chunks
-            self._bar.set_postfix_str(f"chunks {done}/{total}, chunk {chunk} at {attack}")
-
-    def say(self, text: str) -> None:
-        """Print without tearing the bar."""
-        tqdm.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from common.errors import UserError
 from common.provenance import installed_version
 from evaluation.autoattack import ATTACKS, package_name
 from evaluation.images import ImageList, open_images
-from zoo.runs import find_weights, load_trained
+from zoo.runs import TrainedModel, find_weights, load_trained
 
 # Their versions can change pixels, logits or attacks.
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -87,54 +88,43 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         )
     entries = config.networks()
     paths = [find_weights(Path(entry.model_in), flag="eval.model_in") for entry in entries]
-    root = (
-        Path(config.eval.out)
-        if config.eval.out
-        else Path(os.path.commonpath([p.resolve().parent for p in paths])) / "eval"
-    )
+    names = network_names(entries, paths)
+    root = Path(config.eval.out or Path(os.path.commonpath([path.resolve().parent for path in paths])) / "eval")
+    open_for = image_lists(config)
     by_network: dict[str, ImageList] = {}
-    opened: dict[Any, ImageList] = {}  # by the classes the labels are numbered for
-    probes: dict[Any, str] = {}
-    evaluations = []
-    for entry, path, name in zip(entries, paths, network_names(entries, paths)):
+    evaluations: list[Evaluation] = []
+    for entry, path, name in zip(entries, paths, names):
         trained = load_trained(path, entry.model, flag="eval.model_in")
-        classes = (trained.description["num_classes"], tuple(trained.class_names or ()))
-        if classes not in opened:
-            opened[classes] = open_network_images(config, trained.description["num_classes"], trained.class_names)
-        images = by_network[name] = opened[classes]
-        network = {"sha256": sha256(path), **trained.description}
-        for size in config.eval.img_size:
-            try_size(trained.model, size, name=name)
-            if (classes, size) not in probes:
-                probes[classes, size] = images.probe(size=size, crop_pct=config.eval.crop_pct)
-            data = {"images": images.digest(), "n": len(images), "img_size": size, "pixels": probes[classes, size]}
-            for norm, eps in zip(config.eval.norms, config.eval.eps):
-                version = "aa" if config.eval.fullaa else "apgd"
-                part = f"{norm}_{show_eps(eps).replace('/', 'of')}_{size}px_n{len(images)}_{version}"
-                evaluation = Evaluation(
-                    network=name,
-                    weights=path,
-                    description=EvalModelConfig(**trained.description),
-                    class_names=trained.class_names,
-                    norm=norm,
-                    eps=eps,
-                    img_size=size,
-                    attacks=ATTACKS if config.eval.fullaa else ATTACKS[:2],
-                    n=len(images),
-                    batch_size=config.eval.batch_size,
-                    folder=root / folder_name(name) / part,
-                    identity={"network": network, "data": data, **_numbers(config, norm, eps, on_gpu=on_gpu)},
-                )
-                evaluations.append(evaluation)
+        by_network[name] = open_for(trained.description["num_classes"], trained.class_names)
+        evaluations += _plan_network(config, name, trained, by_network[name], root / folder_name(name), on_gpu)
     return Plan(evaluations, root, by_network)
 
 
-def open_network_images(config: EvalConfig, num_classes: int, class_names: list[str] | None) -> ImageList:
-    """The images of `config`, labelled for a network with these outputs; see `open_images`."""
-    settings = config.eval
-    return open_images(
-        config.data, ids=settings.ids, n_ex=settings.n_ex, num_classes=num_classes, class_names=class_names
-    )
+def _plan_network(
+    config: EvalConfig, name: str, trained: TrainedModel, images: ImageList, folder: Path, on_gpu: bool
+) -> Iterator[Evaluation]:
+    """The evaluations of one network."""
+    settings, version = config.eval, "aa" if config.eval.fullaa else "apgd"
+    network = {"sha256": sha256(trained.path), **trained.description}
+    for size in settings.img_size:
+        try_size(trained.model, size, name=name)
+        pixels = images.probe(size=size, crop_pct=settings.crop_pct)
+        data = {"images": images.digest(), "n": len(images), "img_size": size, "pixels": pixels}
+        for norm, eps in zip(settings.norms, settings.eps):
+            yield Evaluation(
+                network=name,
+                weights=trained.path,
+                description=EvalModelConfig(**trained.description),
+                class_names=trained.class_names,
+                norm=norm,
+                eps=eps,
+                img_size=size,
+                attacks=ATTACKS if settings.fullaa else ATTACKS[:2],
+                n=len(images),
+                batch_size=settings.batch_size,
+                folder=folder / f"{norm}_{show_eps(eps).replace('/', 'of')}_{size}px_n{len(images)}_{version}",
+                identity={"network": network, "data": data, **_numbers(config, norm, eps, on_gpu=on_gpu)},
+            )
 
 
 def open_planned_images(config: EvalConfig, evaluations: Sequence[Evaluation]) -> dict[str, ImageList]:
@@ -143,16 +133,29 @@ def open_planned_images(config: EvalConfig, evaluations: Sequence[Evaluation]) -
     Raises:
         UserError: the images there are not those of the plan.
     """
-    by_network: dict[str, ImageList] = {}
-    opened: dict[Any, ImageList] = {}
+    open_for, by_network = image_lists(config), {}
     for evaluation in evaluations:
-        classes = (evaluation.description.num_classes, tuple(evaluation.class_names or ()))
-        if classes not in opened:
-            opened[classes] = open_network_images(config, evaluation.description.num_classes, evaluation.class_names)
-        by_network[evaluation.network] = opened[classes]
-        if opened[classes].digest() != evaluation.identity["data"]["images"]:
+        by_network[evaluation.network] = images = open_for(evaluation.description.num_classes, evaluation.class_names)
+        if images.digest() != evaluation.identity["data"]["images"]:
             raise UserError(f"data.val_dataset: {config.data.val_dataset} is not the same on all machines.")
     return by_network
+
+
+def image_lists(config: EvalConfig) -> Callable[[int, Sequence[str] | None], ImageList]:
+    """A function from a network's number of classes and their names, where known, to the images labelled for it.
+
+    Networks with the same classes share one list. Raises as `open_images`.
+    """
+    settings = config.eval
+
+    @functools.cache
+    def open_once(num_classes: int, class_names: tuple[str, ...] | None) -> ImageList:
+        names = None if class_names is None else list(class_names)
+        return open_images(
+            config.data, ids=settings.ids, n_ex=settings.n_ex, num_classes=num_classes, class_names=names
+        )
+
+    return lambda num_classes, names: open_once(num_classes, None if names is None else tuple(names))
 
 
 def network_names(entries: Sequence[ModelEntry], paths: Sequence[Path]) -> list[str]:

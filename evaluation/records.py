@@ -22,7 +22,7 @@ from common.files import set_aside, write_atomically
 
 SHOWN_DIFFERENCES = 6
 # What a record must hold to count as one.
-RECORD_KEYS = {"chunk", "positions", "labels", "clean_pred", "broken_by", "seconds"}
+RECORD_KEYS = {"chunk", "positions", "labels", "clean_pred", "broken_by", "images_kept", "seconds"}
 
 
 class StateFolder:

@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 from common.config import EvalConfig
 from common.files import write_atomically
 from common.provenance import provenance
+from common.tables import markdown_table
 from evaluation.images import ImageList
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
@@ -218,16 +219,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with the keys of the first row as its head."""
-    head = list(rows[0])
-    cells = [head] + [[str(row[key]) for key in head] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
 
 
 def percent(share: float) -> str:

@@ -105,9 +105,8 @@ class _Worker:
             **threat,
         )
         check = check_adversarial(model, chunk.x, verdicts, chunk.y, **threat)
-        if self.config.eval.save_adv or task.chunk == 0:  # the first chunk's are for the picture
-            self._keep_images(evaluation, task.chunk, chunk, verdicts)
         return {
+            "images_kept": self._keep_images(evaluation, task.chunk, chunk, verdicts),
             "clean_pred": verdicts.clean_pred.tolist(),
             "broken_by": verdicts.broken_by,
             "attack_seconds": verdicts.attack_seconds,
@@ -115,15 +114,20 @@ class _Worker:
             "check": asdict(check),
         }
 
-    def _keep_images(self, evaluation: Evaluation, number: int, chunk: Chunk, verdicts: Verdicts) -> None:
-        """All adversarial images on demand; else the few that the picture shows. No reason to lose a chunk's verdicts."""
-        kept = slice(None) if self.config.eval.save_adv else slice(SHOWN)
+    def _keep_images(self, evaluation: Evaluation, number: int, chunk: Chunk, verdicts: Verdicts) -> int:
+        """Write all adversarial images on demand, else the few of the first chunk that the picture shows; returns how many.
+
+        A disk that does not take them is no reason to lose the chunk's verdicts.
+        """
+        count = len(chunk.y) if self.config.eval.save_adv else SHOWN if number == 0 else 0
+        if not count:
+            return 0
         arrays = {
-            "x": chunk.x[kept].numpy(),
-            "x_adv": verdicts.x_adv[kept].numpy(),
-            "y": chunk.y[kept].numpy(),
-            "positions": chunk.positions[kept].numpy(),
-            "broken_by": np.array(verdicts.broken_by[kept]),
+            "x": chunk.x[:count].numpy(),
+            "x_adv": verdicts.x_adv[:count].numpy(),
+            "y": chunk.y[:count].numpy(),
+            "positions": chunk.positions[:count].numpy(),
+            "broken_by": np.array(verdicts.broken_by[:count]),
         }
         file = StateFolder(evaluation.folder).images_file(number)
         try:
@@ -131,6 +135,8 @@ class _Worker:
             write_atomically(file, lambda f: np.savez(f, **arrays))
         except OSError as error:
             print(f"warning: adversarial images are not kept: cannot write {file} ({error.strerror}).", file=sys.stderr)
+            return 0
+        return len(arrays["y"])
 
     def _load_network(self, evaluation: Evaluation) -> tuple[nn.Module, FastCopy | None]:
         key = (evaluation.weights, evaluation.description, evaluation.img_size if self.config.eval.compile else None)
@@ -153,7 +159,14 @@ class _Worker:
 
 
 # The record of a chunk none of whose images can be decoded.
-EMPTY: dict[str, Any] = {"clean_pred": [], "broken_by": [], "attack_seconds": {}, "rejoined": 0, "check": None}
+EMPTY: dict[str, Any] = {
+    "clean_pred": [],
+    "broken_by": [],
+    "attack_seconds": {},
+    "rejoined": 0,
+    "check": None,
+    "images_kept": 0,
+}
 
 
 def fast_copy(model: nn.Module, settings: AttackConfig, *, size: int, device: torch.device) -> FastCopy | None:

@@ -66,7 +66,7 @@ def run_tasks(
     arguments: tuple[Any, ...],
     on_result: Callable[[Task, Any], None],
     on_note: Callable[[Task, str], None],
-    on_failure: Callable[[Task, str], None],
+    on_failure: Callable[[Task | None, str], None],
     tick: Callable[[], bool],
 ) -> None:
     """Work until no task is left.
@@ -79,12 +79,12 @@ def run_tasks(
         arguments: see `setup`.
         on_result: receives a task and its result.
         on_note: receives a task and what its worker reports of it.
-        on_failure: receives a task that is given back, and why.
+        on_failure: receives a task that is given back, or None for a worker that could not start, and why.
         tick: called at least every second; False ends the work at once.
 
     Raises:
         UserError: raised by a worker.
-        TaskFailed: a task failed `MOST_FAILURES` times, or a worker failed so often before it could take one.
+        TaskFailed: a task failed `MOST_FAILURES` times, or no worker is left because each failed so often to start.
     """
     pool = _Pool(setup, arguments)
     queue = _Queue(take)
@@ -101,11 +101,16 @@ def run_tasks(
                 elif kind == "bad input":
                     raise UserError(content)
                 elif kind == "failed":
-                    queue.give_back(worker.task, content)
-                    if worker.task is not None:
-                        on_failure(worker.task, content)
                     worker.stop()
-                    workers[workers.index(worker)] = pool.start(worker.slot)
+                    workers.remove(worker)
+                    if worker.task is not None:
+                        queue.give_back(worker.task, content)
+                    on_failure(worker.task, content)
+                    starts = 1 if worker.task is not None else worker.starts + 1
+                    if starts <= MOST_FAILURES:
+                        workers.append(pool.start(worker.slot, starts))
+                    elif not workers:
+                        raise TaskFailed(f"workers could not start {MOST_FAILURES} times; the last time: {content}")
                 else:  # it is ready for a task, and perhaps has the result of one
                     if kind == "result":
                         on_result(worker.task, content)
@@ -129,21 +134,19 @@ class _Queue(Generic[Task]):
     def next(self) -> Task | None:
         return self._given_back.popleft() if self._given_back else self._take()
 
-    def give_back(self, task: Task | None, reason: str) -> None:
-        """None stands for a worker that could not start."""
+    def give_back(self, task: Task, reason: str) -> None:
         self._failures[task] = self._failures.get(task, 0) + 1
         if self._failures[task] == MOST_FAILURES:
-            what = "workers could not start" if task is None else f"{task} failed"
-            raise TaskFailed(f"{what} {MOST_FAILURES} times; the last time: {reason}")
-        if task is not None:
-            self._given_back.append(task)
+            raise TaskFailed(f"{task} failed {MOST_FAILURES} times; the last time: {reason}")
+        self._given_back.append(task)
 
 
 @dataclass
 class _Worker:
-    """A worker process, and the task it is at."""
+    """A worker process, and the task it is at; `starts` counts those in its slot that did not come to take one."""
 
     slot: Any
+    starts: int
     process: BaseProcess
     connection: Connection
     task: Any = None
@@ -175,13 +178,13 @@ class _Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._setup, self._arguments = setup, arguments
 
-    def start(self, slot: Any) -> _Worker:
+    def start(self, slot: Any, starts: int = 1) -> _Worker:
         ours, theirs = self._context.Pipe()
         # Not daemonic: a worker may have decoding processes of its own.
         process = self._context.Process(target=_work, args=(theirs, self._setup, slot, self._arguments), daemon=False)
         process.start()
         theirs.close()
-        return _Worker(slot, process, ours)
+        return _Worker(slot, starts, process, ours)
 
 
 def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, arguments: tuple[Any, ...]) -> None:

@@ -34,6 +34,7 @@ def record(chunk, n=4):
         "labels": [0, 1, 2, 3],
         "clean_pred": [0, 1, 2, 2],
         "broken_by": ["", "apgd-ce", "", "clean"],
+        "images_kept": 0,
         "seconds": 1.25 + chunk,
         "attack_seconds": {"apgd-ce": 0.1 + 0.2},  # a number without a short decimal form
     }

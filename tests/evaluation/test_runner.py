@@ -20,10 +20,11 @@ import evaluation.evaluate
 import runner_aa_eval
 from common.config import EvalConfig, load_config
 from common.provenance import PROJECT
+from common.tables import markdown_table
 from evaluation.autoattack import ATTACKS, attack_chunk
-from evaluation.plan import folder_name, open_network_images, show_eps
+from evaluation.plan import folder_name, image_lists, make_plan, show_eps
 from evaluation.records import StateFolder
-from evaluation.report import markdown_table, summarise
+from evaluation.report import summarise
 from evaluation.worker import fast_copy
 from tests.training.helpers import base_flags, run
 from zoo.runs import load_trained
@@ -81,7 +82,7 @@ def test_verdicts_are_those_of_each_chunk_alone(trained, images, finished):
         found = {}
         for epoch in (1, 2):
             network = load_trained(trained.folder / f"weights_{epoch}.pt", config.model, flag="")
-            listed = open_network_images(config, 4, network.class_names)
+            listed = image_lists(config)(4, network.class_names)
             for norm, eps in EPS.items():
                 for start in range(0, 8, 3):
                     chunk = listed.read(list(range(start, min(start + 3, 8))), size=32, crop_pct=1)
@@ -317,6 +318,14 @@ def test_adversarial_images_are_kept_on_demand(trained, images, tmp_path):
     assert wrong.tolist() == [bool(broken) for broken in broken_by]
 
 
+def test_images_asked_for_later_are_made_then(trained, images, tmp_path):
+    assert evaluate(trained, images, tmp_path, "--eval.eps=0.25") == 0
+    verdicts = only(tmp_path, "verdicts.csv").read_bytes()
+    assert len(list(tmp_path.rglob("chunks/*.npz"))) == 1
+    assert evaluate(trained, images, tmp_path, "--eval.eps=0.25", "--eval.save_adv=1") == 0
+    assert len(list(tmp_path.rglob("chunks/*.npz"))) == 3 and only(tmp_path, "verdicts.csv").read_bytes() == verdicts
+
+
 def test_processes_of_torchrun_share_the_work(trained, images, tmp_path, finished):
     out, _ = finished
     torchrun = [
@@ -353,17 +362,11 @@ def test_seconds_count_overlapping_chunks_once(trained, images, finished):
     record |= {"check": check | {"not_misclassified": [1], "not_finite": []}, "attack_seconds": {"square": 1.0}}
     records = [record | {"started": start, "seconds": 10.0} for start in (0, 5, 100)]
     config = load_config(EvalConfig, argv(trained, images, "", "--eval.fullaa=1"))
-    (evaluation,) = evaluation_plan(config)
+    (evaluation,) = make_plan(config, on_gpu=False).evaluations
     report = summarise(evaluation, records, config)
     assert report["seconds"] == 25 and report["worker_seconds"] == report["gpu_seconds"] == 30
     assert report["acc_after"] == {"apgd-ce": 1.0, "apgd-t": 1.0, "fab-t": 1.0, "square": 0.5}
     assert report["check"]["not_misclassified"] == [1, 1, 1]
-
-
-def evaluation_plan(config):
-    from evaluation.plan import make_plan
-
-    return make_plan(config, on_gpu=False).evaluations
 
 
 def test_table_and_eps():

@@ -49,9 +49,19 @@ def setup_broken_once(slot, folder, handler):
     return setup(slot, folder, handler)
 
 
+def setup_of_slot(slot, folder, handler):
+    """One of the devices is broken."""
+    return setup_broken(slot, folder, handler) if slot == "broken" else setup(slot, folder, handler)
+
+
 def square(folder, task, note):
     attempt(folder, task)
     return task * task, os.getpid()
+
+
+def slowly(folder, task, note):
+    time.sleep(0.2)
+    return square(folder, task, note)
 
 
 def fail_once(folder, task, note):
@@ -319,13 +329,19 @@ def test_workers_that_cannot_start(folder):
     ):
         work.do(folder, square, slots=[0], setup=setup_broken)
     assert len(workers(folder)) == 3
-    assert work.failures == work.results == []
+    assert [task for task, _ in work.failures] == [None] * 3 and work.results == []
 
 
 def test_a_worker_that_starts_at_the_second_try(folder):
     work = Work().do(folder, square, slots=[0], setup=setup_broken_once)
     assert sorted(work.results) == squares(5)
-    assert work.failures == []
+    assert [task for task, _ in work.failures] == [None]
+
+
+def test_a_broken_device_leaves_the_work_to_the_others(folder):
+    work = Work().do(folder, slowly, slots=["good", "broken"], setup=setup_of_slot, n=8)
+    assert sorted(work.results) == squares(8)
+    assert [task for task, _ in work.failures] == [None] * 3
 
 
 def test_bad_input_ends_all_at_once(folder):

@@ -1,0 +1,64 @@
+"""How far the work has come: one bar for all workers."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from evaluation.plan import Evaluation
+
+LINE_SECONDS = 60  # between two lines where the output is no terminal
+
+
+class Progress:
+    """One bar for all workers; where the output is no terminal, a line now and then."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._is_terminal = sys.stderr.isatty()
+        self._chunks = [0, 0]
+        self._last_line = 0.0
+
+    def start(self, *, images: tuple[int, int], chunks: int) -> None:
+        """`images`: done before, and all; `chunks`: still to do."""
+        done, total = images
+        self._chunks = [0, chunks]
+        silent = None if self._is_terminal else io.StringIO()
+        self._bar = tqdm(
+            total=total, initial=done, unit="img", smoothing=0, leave=False, file=silent, dynamic_ncols=True
+        )
+
+    def chunk_done(
+        self, evaluation: Evaluation, records: Iterable[Mapping[str, Any]], record: Mapping[str, Any]
+    ) -> None:
+        """Count a chunk; `records`: all of its evaluation so far."""
+        verdicts = [broken for some in records for broken in some["broken_by"]]
+        self._chunks[0] += 1
+        self._bar.set_description_str(str(evaluation), refresh=False)
+        robust = f"{100 * verdicts.count('') / max(len(verdicts), 1):.1f}%"
+        self._bar.set_postfix_str(f"chunks {self._chunks[0]}/{self._chunks[1]}, robust {robust}", refresh=False)
+        self._bar.update(len(record["positions"]) + len(record["unreadable"]))
+        now = time.monotonic()
+        if not self._is_terminal and (now - self._last_line >= LINE_SECONDS or self._chunks[0] == self._chunks[1]):
+            self._last_line = now
+            print(self._bar, file=sys.stderr, flush=True)
+
+    def now(self, chunk: int, attack: str) -> None:
+        """Show what a worker has begun."""
+        if self._bar is not None and self._is_terminal:
+            done, total = self._chunks
+            self._bar.set_postfix_str(f"chunks {done}/{total}, chunk {chunk} at {attack}")
+
+    def say(self, text: str) -> None:
+        """Print without tearing the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
