@@ -1,0 +1,486 @@
+"""The published models: what they are, their numbers, where their weights lie. README's table and picture are made from this.
+
+Numbers: Singh, Croce, Hein, "Revisiting Adversarial Training for ImageNet: Architectures, Training and Generalization
+across Threat Models", NeurIPS 2023, and its code's README; AutoAttack at Linf 4/255 on RobustBench's 5,000 images.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from common.errors import UserError
+from common.files import write_atomically
+
+SHARES = "https://nc.mlcloud.uni-tuebingen.de/index.php/s/"
+BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
+DRAWN_PX = 224
+# Key of the PNG's text that holds what was drawn, so that a picture older than the table is noticed.
+DRAWN_KEY = "Points"
+
+
+class Accuracies(NamedTuple):
+    """In % of the images."""
+
+    clean: float
+    autoattack: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One row of the published table.
+
+    Attributes:
+        name: ours; also the stem of its config.
+        title: the published name.
+        family: "ConvNeXt", "ConvNeXt-iso" or "ViT".
+        arch, not_original, updated: as the flags `model.*`.
+        add_normalization: whether the released weights have the input normaliser; None: not stated, found in the file.
+        epochs: of adversarial training, as in the config.
+        results: by image side in pixels, AutoAttack at Linf 4/255; None: not published. Training is at 224 px.
+        links: of the folder (a public share) with the weights, the newest first.
+        params: in millions.
+        gflops: multiply-adds of the forward pass of one image of 224 px, in billions.
+        robustbench_id: RobustBench's name of the same weights.
+        robustbench: RobustBench's own numbers, at 224 px.
+        note, note_on: footnote, and the column of README's table it belongs to.
+        sha256: by file name in the share; empty: not known yet.
+    """
+
+    name: str
+    title: str
+    family: str
+    arch: str
+    not_original: bool
+    updated: bool = False
+    add_normalization: bool | None = None
+    epochs: int
+    results: Mapping[int, Accuracies | None]
+    links: tuple[str, ...]
+    params: float
+    gflops: float
+    robustbench_id: str | None = None
+    robustbench: Accuracies | None = None
+    note: str = ""
+    note_on: str = ""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> str:
+        """Its config, relative to the project."""
+        return f"configs/{self.name}.yaml"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What its network is built with, by the names of the flags `model.*`."""
+        return {flag: getattr(self, flag) for flag in ("arch", "not_original", "updated", "add_normalization")}
+
+
+_ROWS = (
+    Published(
+        name="convnext_iso_cvst",
+        title="ConvNeXt-iso-CvSt",
+        family="ConvNeXt-iso",
+        arch="convnext_iso",
+        not_original=True,
+        add_normalization=False,
+        epochs=300,
+        results={224: Accuracies(70.2, 45.9)},
+        links=(SHARES + "HpNbkLTNTBiaeo8",),
+        params=23.04,
+        gflops=4.66,
+    ),
+    Published(
+        name="vit_s",
+        title="ViT-S",
+        family="ViT",
+        arch="vit_s",
+        not_original=False,
+        epochs=300,
+        results={224: Accuracies(69.2, 44.0)},
+        links=(SHARES + "XLLnoCnJxp74Zqn",),
+        params=22.05,
+        gflops=4.60,
+    ),
+    Published(
+        name="vit_s_cvst",
+        title="ViT-S-CvSt",
+        family="ViT",
+        arch="vit_s",
+        not_original=True,
+        add_normalization=True,
+        epochs=300,
+        results={224: Accuracies(72.5, 48.1)},
+        links=(SHARES + "agtDw3D7QXbDCmw",),
+        params=22.78,
+        gflops=4.98,
+        robustbench_id="Singh2023Revisiting_ViT-S-ConvStem",
+        robustbench=Accuracies(72.56, 48.08),
+    ),
+    Published(
+        name="convnext_tiny",
+        title="ConvNeXt-T",
+        family="ConvNeXt",
+        arch="convnext_tiny",
+        not_original=False,
+        epochs=300,
+        results={224: Accuracies(72.4, 48.6)},
+        links=(SHARES + "XLLnoCnJxp74Zqn",),
+        params=28.59,
+        gflops=4.46,
+    ),
+    Published(
+        name="convnext_tiny_cvst",
+        title="ConvNeXt-T-CvSt",
+        family="ConvNeXt",
+        arch="convnext_tiny",
+        not_original=True,
+        add_normalization=False,
+        epochs=300,
+        results={224: Accuracies(72.7, 49.5)},
+        links=(SHARES + "BFLoMrMdn8iBk7Y",),
+        params=28.63,
+        gflops=4.59,
+        robustbench_id="Singh2023Revisiting_ConvNeXt-T-ConvStem",
+        robustbench=Accuracies(72.72, 49.46),
+    ),
+    Published(
+        name="vit_m_cvst",
+        title="ViT-M-CvSt",
+        family="ViT",
+        arch="vit_m",
+        not_original=True,
+        epochs=50,
+        results={224: Accuracies(72.4, 48.8)},
+        links=(SHARES + "q2mkEYtq5Zjpa4e",),
+        params=39.53,
+        gflops=8.36,
+    ),
+    Published(
+        name="convnext_small_cvst",
+        title="ConvNeXt-S-CvSt",
+        family="ConvNeXt",
+        arch="convnext_small",
+        not_original=True,
+        add_normalization=False,
+        epochs=50,
+        results={224: Accuracies(74.4, 52.4)},
+        links=(SHARES + "m3bAwNg4CJY4jrp",),
+        params=50.26,
+        gflops=8.82,
+        robustbench_id="Singh2023Revisiting_ConvNeXt-S-ConvStem",
+        robustbench=Accuracies(74.10, 52.42),
+        note="RobustBench: 74.10.",
+        note_on="clean",
+    ),
+    Published(
+        name="vit_b",
+        title="ViT-B",
+        family="ViT",
+        arch="vit_b",
+        not_original=False,
+        epochs=50,
+        results={224: Accuracies(73.3, 50.0)},
+        links=(SHARES + "XLLnoCnJxp74Zqn",),
+        params=86.57,
+        gflops=17.56,
+    ),
+    Published(
+        name="convnext_base",
+        title="ConvNeXt-B",
+        family="ConvNeXt",
+        arch="convnext_base",
+        not_original=False,
+        epochs=50,
+        results={224: Accuracies(75.6, 54.3)},
+        links=(SHARES + "XLLnoCnJxp74Zqn",),
+        params=88.59,
+        gflops=15.35,
+    ),
+    Published(
+        name="vit_b_cvst",
+        title="ViT-B-CvSt",
+        family="ViT",
+        arch="vit_b",
+        not_original=True,
+        add_normalization=False,
+        epochs=250,
+        results={224: Accuracies(76.3, 54.7)},
+        links=(SHARES + "SbN5AJAicdZJXyr",),
+        params=87.15,
+        gflops=17.91,
+        robustbench_id="Singh2023Revisiting_ViT-B-ConvStem",
+        robustbench=Accuracies(76.30, 54.66),
+    ),
+    Published(
+        name="convnext_base_cvst",
+        title="ConvNeXt-B-CvSt",
+        family="ConvNeXt",
+        arch="convnext_base",
+        not_original=True,
+        add_normalization=False,
+        epochs=250,
+        results={224: Accuracies(75.9, 56.1), 256: Accuracies(76.9, 57.3)},
+        links=(SHARES + "RQBEXagC7R7XweX",),
+        params=88.75,
+        gflops=15.88,
+        robustbench_id="Singh2023Revisiting_ConvNeXt-B-ConvStem",
+        robustbench=Accuracies(75.90, 56.14),
+    ),
+    Published(
+        name="convnext_large_cvst",
+        title="ConvNeXt-L-CvSt",
+        family="ConvNeXt",
+        arch="convnext_large",
+        not_original=True,
+        add_normalization=False,
+        epochs=100,
+        results={224: Accuracies(77.0, 57.7), 320: Accuracies(78.2, 59.4)},
+        links=(SHARES + "YzBpeHRrRQzHBDz", SHARES + "LeYdmW9DMAr8zws"),
+        params=198.13,
+        gflops=35.54,
+        robustbench_id="Singh2023Revisiting_ConvNeXt-L-ConvStem",
+        robustbench=Accuracies(77.00, 57.70),
+    ),
+    Published(
+        name="convnext_base_cvst_ft8",
+        title="fine-tuned to Linf 8/255",
+        family="ConvNeXt",
+        arch="convnext_base",
+        not_original=True,
+        epochs=20,
+        results={224: None},
+        links=(SHARES + "FiTToeo4RKY896P",),
+        params=88.75,
+        gflops=15.88,
+        note="Recipe and architecture are ours.",
+        note_on="epochs",
+    ),
+)
+PUBLISHED: Mapping[str, Published] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+# ------------------------------------------------------------------------------------------------------- by name
+def find_published(name: str) -> Published | None:
+    """The entry of our name, a published name or a RobustBench id, in upper or lower case; None if there is none."""
+    return _aliases().get(name.casefold())
+
+
+def nearest_published(name: str) -> str | None:
+    """Our name of the entry whose name, title or RobustBench id is most like `name`; None if none is much alike."""
+    aliases = _aliases()
+    nearest = difflib.get_close_matches(name.casefold(), aliases, n=1)
+    return aliases[nearest[0]].name if nearest else None
+
+
+def _aliases() -> dict[str, Published]:
+    return {
+        alias.casefold(): row
+        for row in PUBLISHED.values()
+        for alias in (row.name, row.title, row.robustbench_id)
+        if alias is not None
+    }
+
+
+# -------------------------------------------------------------------------------------------------- README's table
+def readme_table() -> str:
+    """The Markdown table of README's section "Published models", with its footnotes."""
+    notes = [row.note for row in PUBLISHED.values() if row.note]
+    lines = []
+    for row in PUBLISHED.values():
+        results = row.results.values()
+        cells = {
+            "model": row.title,
+            "epochs": str(row.epochs),
+            "px": " / ".join(map(str, row.results)),
+            "clean": " / ".join("–" if r is None else f"{r.clean:.1f}" for r in results),
+            "AutoAttack": " / ".join("–" if r is None else f"{r.autoattack:.1f}" for r in results),
+            "command": f"[`--config-file {row.config}`]({row.config})",
+            "weights": f"[share]({row.links[0]})",
+            "RobustBench": f"`{row.robustbench_id}`" if row.robustbench_id else "–",
+        }
+        if row.note:
+            cells[row.note_on] += _mark(notes.index(row.note))
+        if not lines:
+            lines = [_line(cells), "|" + "---|" * len(cells)]
+        lines.append(_line(cells.values()))
+    footnotes = " ".join(f"{_mark(i)} {note}" for i, note in enumerate(notes))
+    return "\n".join([*lines, "", footnotes])
+
+
+def readme_section(picture: str) -> str:
+    """What stands between the markers in README: the picture, found at `picture` from there, and the table."""
+    alternative = f"AutoAttack accuracy at {DRAWN_PX} px of the published models against parameters and multiply-adds"
+    return f"{BEGIN}\n![{alternative}]({picture})\n\n{readme_table()}\n{END}"
+
+
+def update_readme(readme: Path, picture: Path) -> None:
+    """Draw the picture and replace what stands between the markers in `readme`.
+
+    Raises:
+        UserError: `readme` cannot be read, or lacks the markers; then nothing is written.
+    """
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{readme}: expected a README with the table of published models; {error}.") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise UserError(
+            f"{readme}: expected {BEGIN} and after it {END}, each once, around the table of published models; "
+            f"got {text.count(BEGIN)} and {text.count(END)} of them, or the other order."
+        )
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw_published(picture)
+    link = Path(os.path.relpath(picture, readme.parent)).as_posix()
+    new = before + readme_section(link) + after
+    write_atomically(readme, lambda file: file.write(new.encode()))
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mark(number: int) -> str:
+    return "¹²³⁴⁵⁶⁷⁸⁹"[number]
+
+
+# ------------------------------------------------------------------------------------------------ README's picture
+_MARKERS = {"ConvNeXt": ("o", "#0072b2"), "ViT": ("s", "#d55e00"), "ConvNeXt-iso": ("D", "#009e73")}
+# Where a label stands beside its marker in a panel: to the right unless that would cover another one.
+_LABEL_PLACES = {
+    "params": {
+        "vit_s": "below",
+        "vit_s_cvst": "left",
+        "convnext_tiny": "below right",
+        "convnext_tiny_cvst": "above",
+        "convnext_small_cvst": "left",
+        "vit_b": "below",
+        "vit_b_cvst": "left",
+        "convnext_base_cvst": "left",
+        "convnext_large_cvst": "left",
+    },
+    "gflops": {
+        "vit_s": "below",
+        "convnext_tiny": "left",
+        "convnext_tiny_cvst": "above",
+        "vit_b": "below",
+        "convnext_base": "left",
+        "convnext_base_cvst": "left",
+        "convnext_large_cvst": "left",
+    },
+}
+_PLACES = {
+    "vit_s": "below",
+    "convnext_tiny_cvst": "above",
+    "vit_b": "below",
+    "vit_b_cvst": "left",
+    "convnext_base": "right",
+    "convnext_base_cvst": "left",
+    "convnext_large_cvst": "left",
+}
+_PLACES = {  # offset in points, horizontal and vertical alignment
+    "right": ((7, 0), "left", "center"),
+    "left": ((-7, 0), "right", "center"),
+    "above": ((0, 7), "center", "bottom"),
+    "below": ((0, -7), "center", "top"),
+    "below right": ((2, -7), "left", "top"),
+}
+
+
+class Point(NamedTuple):
+    """What is drawn of an entry: parameters in millions, multiply-adds in billions, AutoAttack accuracy in %."""
+
+    name: str
+    params: float
+    gflops: float
+    autoattack: float
+
+
+def drawn_points() -> list[Point]:
+    """All entries with a published AutoAttack accuracy at 224 px."""
+    return [
+        Point(row.name, row.params, row.gflops, row.results[DRAWN_PX].autoattack)
+        for row in PUBLISHED.values()
+        if row.results[DRAWN_PX] is not None
+    ]
+
+
+def stem_pairs() -> list[tuple[Published, Published]]:
+    """Drawn entries of one architecture, with PatchStem and with ConvStem."""
+    rows = [PUBLISHED[point.name] for point in drawn_points()]
+    return [
+        (patch, conv)
+        for patch in rows
+        for conv in rows
+        if (patch.arch, patch.updated) == (conv.arch, conv.updated) and not patch.not_original and conv.not_original
+    ]
+
+
+def draw_published(path: Path) -> None:
+    """Write a PNG: AutoAttack accuracy at 224 px against parameters, and against multiply-adds.
+
+    The PNG's text `DRAWN_KEY` holds the points as JSON.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.set(xlabel="parameters [millions]", ylabel=f"AutoAttack accuracy at {DRAWN_PX} px, Linf 4/255 [%]")
+    right.set(xlabel=f"multiply-adds at {DRAWN_PX} px [billions]")
+    _draw_panel(left, "params", ticks=(20, 30, 50, 100, 200), limits=(14, 260))
+    _draw_panel(right, "gflops", ticks=(4, 5, 10, 20, 40), limits=(2.5, 47))
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png", metadata={DRAWN_KEY: json.dumps(drawn_points())})
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _draw_panel(axes, attribute: str, *, ticks: tuple[int, ...], limits: tuple[float, float]) -> None:
+    points = {point.name: (getattr(point, attribute), point.autoattack) for point in drawn_points()}
+    places = _LABEL_PLACES[attribute]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xticks([], minor=True)
+    axes.set(xlim=limits, ylim=(42.5, 59.5))
+    axes.grid(alpha=0.25)
+    for patch, conv in stem_pairs():
+        # A pair trained for different times differs in more than its stem.
+        style = "-" if patch.epochs == conv.epochs else ":"
+        axes.plot(*zip(points[patch.name], points[conv.name]), style, color="0.5", zorder=1)
+    for name, place in points.items():
+        row = PUBLISHED[name]
+        marker, colour = _MARKERS[row.family]
+        axes.scatter(*place, s=48, marker=marker, edgecolors=colour, facecolors=colour if row.not_original else "white")
+        offset, across, upright = _PLACES[places.get(name, "right")]
+        axes.annotate(
+            row.title, place, offset, textcoords="offset points", ha=across, va=upright, fontsize=8, color="0.2"
+        )
+
+
+def _legend() -> list:
+    from matplotlib.lines import Line2D
+
+    families = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=family)
+        for family, (marker, colour) in _MARKERS.items()
+    ]
+    stems = [
+        Line2D([], [], linestyle="", marker="o", color="0.3", markerfacecolor=filling, label=stem)
+        for stem, filling in (("ConvStem", "0.3"), ("PatchStem", "white"))
+    ]
+    pairs = [
+        Line2D([], [], linestyle=style, color="0.5", label=label)
+        for style, label in (("-", "same epochs"), (":", "different epochs"))
+    ]
+    return families + stems + pairs
