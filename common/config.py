@@ -75,7 +75,9 @@ class ModelConfig:
 
     arch: str = flag("convnext_tiny", "architecture: a name of utils_architecture.ARCHITECTURES or timm_<timm name>")
     pretrained: bool = flag(True, "1: start from timm's pretrained weights (downloaded)")
-    ckpt_path: str = flag("", "weights to start from (file); empty for none")
+    ckpt_path: str = flag(
+        "", "weights to start from: file, run folder, or a published model's clean ones (NAME; NAME:robust)"
+    )
     add_normalization: bool = flag(True, "1: ImageNet mean/std normalisation inside the model")
     not_original: bool = flag(False, "1: replace the PatchStem by a ConvStem")
     updated: bool = flag(False, "1: convnext_iso with stem and width 432")
@@ -301,11 +303,11 @@ class TrainConfig:
 class EvalModelConfig:
     """The network to evaluate; unset values come from the run's params.json next to the weights, else the default in brackets."""
 
-    arch: str | None = flag(None, "architecture, as in training [convnext_tiny]")
-    not_original: bool | None = flag(None, "1: ConvStem [0]")
+    arch: str | None = flag(None, "architecture, as in training [found in the weights]")
+    not_original: bool | None = flag(None, "1: ConvStem [found in the weights]")
     add_normalization: bool | None = flag(None, "1: the normaliser is inside the model [found in the weights]")
-    updated: bool | None = flag(None, "1: convnext_iso with stem and width 432 [0]")
-    num_classes: int | None = flag(None, "number of classes of the head [1000]", at_least=2)
+    updated: bool | None = flag(None, "1: convnext_iso with stem and width 432 [found in the weights]")
+    num_classes: int | None = flag(None, "number of classes of the head [found in the weights]", at_least=2)
     use_blurpool: bool | None = flag(None, "1: trained with training.use_blurpool=1 [0]")
 
 
@@ -323,7 +325,7 @@ class EvalDataConfig:
 class AttackConfig:
     """AutoAttack, its threat models, and the devices it runs on."""
 
-    model_in: tuple[str, ...] = flag((), "weights files or run folders (newest weights, EMA where kept), by commas")
+    model_in: tuple[str, ...] = flag((), "weights files, run folders, published names or RobustBench ids, by commas")
     models: str = flag("", "YAML file: a list of weights files, run folders, or {model_in: …, name: …, arch: …}")
     fullaa: bool = flag(True, "1: APGD-CE, APGD-T, FAB-T, Square; 0: the first two")
     norms: tuple[str, ...] = flag(("Linf",), "threat models, separated by commas", choices=NORMS)

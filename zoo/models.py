@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from common.errors import UserError
 from utils_architecture import add_blurpool, get_new_model, normalize_model
+from zoo.robustbench import robustbench_architecture
+
+# In front of a RobustBench id where an architecture is named.
+ROBUSTBENCH_PREFIX = "robustbench_"
 
 
 def build_model(
@@ -20,9 +25,15 @@ def build_model(
 ) -> nn.Module:
     """Images (B, 3, H, W) in [0, 1] → logits (B, num_classes). Arguments as in `get_new_model` and the flags of their names.
 
+    `arch` may also be `robustbench_<id>`: the network as RobustBench builds it, which takes no other argument.
+
     Raises:
-        UserError: see `get_new_model`, `add_blurpool`.
+        UserError: see `get_new_model`, `add_blurpool`, `robustbench_architecture`.
     """
+    if arch.startswith(ROBUSTBENCH_PREFIX):
+        if pretrained or not_original or updated or use_blurpool or num_classes != 1000:
+            raise UserError(f"model.arch: {arch} is as RobustBench builds it; expected no other model.* flags.")
+        return robustbench_architecture(arch.removeprefix(ROBUSTBENCH_PREFIX))
     model = get_new_model(
         arch,
         pretrained=pretrained,

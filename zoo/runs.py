@@ -13,18 +13,22 @@ from torch import nn
 
 from common.config import PROVENANCE_KEY, EvalModelConfig
 from common.errors import UserError
+from zoo.inference import check_description
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
 
-# What describes a network: field of EvalModelConfig → where a run's params.json holds it, and the default without one.
+# What describes a network: field of EvalModelConfig → section of a run's params.json that holds it, and its type.
 DESCRIPTION = {
-    "arch": ("model", "convnext_tiny"),
-    "not_original": ("model", False),
-    "add_normalization": ("model", None),
-    "updated": ("model", False),
-    "num_classes": ("model", 1000),
-    "use_blurpool": ("training", False),
+    "arch": ("model", str),
+    "not_original": ("model", bool),
+    "add_normalization": ("model", bool),
+    "updated": ("model", bool),
+    "num_classes": ("model", int),
+    "use_blurpool": ("training", bool),
 }
+# Key of an exported folder's config.json under which it holds the same sections.
+EXPORT_KEY = "robust_training"
+EXPORTED = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def load_trained(model_in: str | Path, asked: EvalModelConfig, *, flag: str) -> 
 
     Args:
         model_in: weights file, or run folder (then its newest weights, EMA where kept).
-        asked: what the flags say; unset values come from the params.json beside the file, else from `DESCRIPTION`.
+        asked: what the flags say; unset values come from the params.json beside the file, else from the weights
+            (blurpool leaves no trace in them: without).
         flag: name of the flag of `model_in`, for errors.
 
     Raises:
@@ -57,12 +62,15 @@ def load_trained(model_in: str | Path, asked: EvalModelConfig, *, flag: str) -> 
     path = find_weights(Path(model_in), flag=flag)
     run = _run_params(path.parent)
     description = {}
-    for name, (section, default) in DESCRIPTION.items():
+    for name, (section, _) in DESCRIPTION.items():
         value = getattr(asked, name)
-        description[name] = run.get(section, {}).get(name, default) if value is None else value
+        description[name] = run.get(section, {}).get(name) if value is None else value
     weights = read_weights(path, flag=flag)
-    if description["add_normalization"] is None:
-        description["add_normalization"] = weights.normalizer is not None
+    by = "the flags, or the params.json beside the file" if run else "the flags"
+    found = check_description(weights, description, flag=flag, source=path, by=by)
+    inferred = {name: getattr(found, name, False) for name in DESCRIPTION}
+    inferred["num_classes"] = found.num_classes or 1000  # an architecture whose head cannot be chosen is ImageNet's
+    description = {name: inferred[name] if value is None else value for name, value in description.items()}
     model = build_model(**description)
     load_weights(model, weights, flag=flag, source=path)
     class_names = run.get(PROVENANCE_KEY, {}).get("classes")
@@ -79,24 +87,41 @@ def find_weights(path: Path, *, flag: str) -> Path:
         ]
         if found:
             return max(found)[1]
+    if (path / EXPORTED).is_file():
+        return path / EXPORTED
     raise UserError(
-        f"{flag}: expected a weights file or a run folder, got the folder {path} without weights_<epoch>.pt in it."
+        f"{flag}: expected a weights file or a run folder, got the folder {path} without weights_<epoch>.pt or {EXPORTED} in it."
     )
 
 
+def run_sections(trained: TrainedModel) -> dict[str, dict[str, Any]]:
+    """The description of a network in the sections of a run's params.json."""
+    sections: dict[str, dict[str, Any]] = {PROVENANCE_KEY: {"classes": trained.class_names}}
+    for name, (section, _) in DESCRIPTION.items():
+        sections.setdefault(section, {})[name] = trained.description[name]
+    return sections
+
+
 def _run_params(folder: Path) -> Mapping[str, Any]:
-    file = folder / "params.json"
-    if not file.is_file():
-        return {}
-    try:
-        params = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: expected the flags of a run as JSON; {error}.") from error
+    """Sections → flags of the run, or of an export, that the folder holds; none of them elsewhere."""
+    params, file = _read_json(folder / "params.json"), folder / "params.json"
+    if params is None:
+        exported, file = _read_json(folder / "config.json"), folder / "config.json"
+        params = exported.get(EXPORT_KEY, {}) if isinstance(exported, dict) else {}
     sections = {section for section, _ in DESCRIPTION.values()} | {PROVENANCE_KEY}
     if not isinstance(params, dict) or not all(isinstance(params.get(section, {}), dict) for section in sections):
         raise UserError(f"{file}: expected the sections and flags of a run.")
-    for name, (section, default) in DESCRIPTION.items():
-        kinds = {"add_normalization": bool}.get(name, type(default))
-        if name in params.get(section, {}) and type(params[section][name]) is not kinds:
-            raise UserError(f"{file}: {section}.{name}: expected {kinds.__name__}, got {params[section][name]!r}.")
+    for name, (section, kind) in DESCRIPTION.items():
+        if name in params.get(section, {}) and type(params[section][name]) is not kind:
+            raise UserError(f"{file}: {section}.{name}: expected {kind.__name__}, got {params[section][name]!r}.")
     return params
+
+
+def _read_json(file: Path) -> Any:
+    """The file's content; None where there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: expected the flags of a run as JSON; {error}.") from error

@@ -1,0 +1,974 @@
+"""Downloads from a server on this machine that answers as shares do, well and badly: the files or an error, never half a file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.server
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from zoo.download import (
+    LOCK,
+    ShareContent,
+    _writing,
+    choose,
+    download_robustbench,
+    download_share,
+    sha256,
+    sort_files,
+    verify,
+)
+from zoo.robustbench import robustbench_architecture
+
+PROJECT = Path(__file__).resolve().parents[2]
+NOISE = hashlib.shake_256(b"weights").digest(400_000)  # does not compress
+FILES = {
+    "robust.pt": NOISE[:250_000],
+    "clean_init.pth": NOISE[250_000:],
+    "logs/aa_linf.txt": b"robust accuracy: 48.6%\n",
+    "README.md": b"hello\n",
+}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def zipped(files: dict[str, bytes], *, top: str = "ConvNeXt-T/", method: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        if top:
+            archive.mkdir(top) if hasattr(archive, "mkdir") else archive.writestr(top, b"")
+        for name, content in files.items():
+            archive.writestr(top + name, content)
+    return stream.getvalue()
+
+
+# The server
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, dict(self.headers)))
+        number = min(len(self.server.seen), len(self.server.answers)) - 1
+        try:
+            self.server.answers[number](self)
+        except ConnectionError:  # the client had enough
+            self.close_connection = True
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+Answer = Callable[[Handler], None]
+
+
+class Share:
+    """Answers the n-th request with the n-th of `answers`, then with the last; `seen` are the requests' paths and headers."""
+
+    def __init__(self) -> None:
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.seen, self.server.answers = self.seen, self.answers = [], []
+        self.link = f"http://127.0.0.1:{self.server.server_port}/index.php/s/token"
+        self.waits: list[float] = []
+        self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self._thread.join()
+
+    def download(self, folder: Path, *answers: Answer, **arguments) -> ShareContent:
+        self.answers[:] = answers
+        self.seen.clear()
+        self.waits.clear()
+        arguments = {"name": "net", "progress": False, "timeout": 5, "sleep": self.waits.append, **arguments}
+        return download_share(arguments.pop("link", self.link), folder, **arguments)
+
+    def fails(self, folder: Path, *answers: Answer, match: str, **arguments) -> str:
+        """The message of the error, which names the link and what to try, in one paragraph."""
+        with pytest.raises(UserError, match=match) as caught:
+            self.download(folder, *answers, hint="Some_Id", **arguments)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert f"{self.link}/download" in message
+        assert "Try RobustBench's copy by its id, Some_Id, another link, or a local file by its path." in message
+        return message
+
+
+@pytest.fixture
+def share(monkeypatch: pytest.MonkeyPatch) -> Iterator[Share]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    share = Share()
+    yield share
+    share.close()
+
+
+def whole(
+    body: bytes,
+    *,
+    ranges: bool = True,
+    length: int | None = -1,
+    stop: int | None = None,
+    etag: str | None = '"1"',
+    then: Callable[[], object] = lambda: None,
+    **headers: str,
+) -> Answer:
+    """The ZIP, or with `ranges` the part of it that was asked for.
+
+    Args:
+        length: says so many bytes; None: says nothing, and sends in chunks; -1: the truth.
+        stop: the byte of the ZIP before which the connection breaks, after calling `then`.
+    """
+
+    def answer(handler: Handler) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        unchanged = handler.headers.get("If-Range") in (None, etag, headers.get("Last-Modified"))
+        start = int(asked[1]) if asked and ranges and unchanged else 0
+        if start >= len(body):
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{len(body)}")
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Type", "application/zip")
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if etag is not None:
+            handler.send_header("ETag", etag)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        if length is None:
+            handler.send_header("Transfer-Encoding", "chunked")
+        else:
+            handler.send_header("Content-Length", str(len(body) - start if length == -1 else length))
+        handler.end_headers()
+        sent = body[start:stop]
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(sent), sent) if length is None else sent)
+        if stop is not None:
+            then()
+        if stop is not None or length != -1:
+            handler.close_connection = True
+        if length is None and stop is None:
+            handler.wfile.write(b"0\r\n\r\n")
+
+    return answer
+
+
+def status(code: int, body: bytes = b"", **headers: str) -> Answer:
+    def answer(handler: Handler) -> None:
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+BODY = zipped(FILES)
+THIRD = len(BODY) * 3 // 10
+LOGIN_PAGE = (
+    b"<!DOCTYPE html>\n<html><head><title>\n Login - cloud </title></head><body><input type='password'></body></html>"
+)
+
+
+def check_files(folder: Path, content: ShareContent, files: dict[str, bytes] | None = None) -> None:
+    """All files are there and right, sorted, and nothing else is."""
+    files = FILES if files is None else files
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there == {*files, LOCK, ".download.lock"}
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    assert content == sort_files(folder, files)
+
+
+def check_nothing_final(folder: Path) -> None:
+    assert [path for path in folder.iterdir() if not path.name.startswith(".")] == []
+
+
+# What comes right
+
+
+def test_share_is_unpacked_sorted_and_recorded(share: Share, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "net"
+    content = share.download(folder, whole(BODY))
+    check_files(folder, content)
+    assert content == ShareContent(
+        robust=[folder / "robust.pt"],
+        clean=[folder / "clean_init.pth"],
+        logs=[folder / "logs/aa_linf.txt"],
+        others=[folder / "README.md"],
+    )
+    assert json.loads((folder / LOCK).read_text()) == {share.link: {k: digest(v) for k, v in sorted(FILES.items())}}
+    assert [path for path, _ in share.seen] == ["/index.php/s/token/download"]
+    assert share.waits == []
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("top", ["", "ViT-S + ConvStem, ü/"])
+def test_layouts_of_zips(share: Share, tmp_path: Path, method: int, top: str) -> None:
+    check_files(tmp_path, share.download(tmp_path, whole(zipped(FILES, top=top, method=method))))
+
+
+def test_finished_share_is_not_downloaded_again(share: Share, tmp_path: Path) -> None:
+    first = share.download(tmp_path, whole(BODY))
+    assert share.download(tmp_path, status(500), known={"robust.pt": digest(FILES["robust.pt"])}) == first
+    assert share.seen == []
+
+
+def test_missing_file_is_downloaded_again(share: Share, tmp_path: Path) -> None:
+    share.download(tmp_path, whole(BODY))
+    (tmp_path / "robust.pt").unlink()
+    check_files(tmp_path, share.download(tmp_path, whole(BODY)))
+
+
+def test_no_length(share: Share, tmp_path: Path) -> None:
+    check_files(tmp_path, share.download(tmp_path, whole(BODY, ranges=False, length=None, etag=None)))
+
+
+def test_progress_is_shown_on_request(share: Share, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    share.download(tmp_path, whole(BODY, stop=THIRD), whole(BODY), progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "net: 100%" in shown.err
+    share.download(tmp_path, whole(BODY), force=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_break_is_continued(share: Share, tmp_path: Path) -> None:
+    check_files(tmp_path, share.download(tmp_path, whole(BODY, stop=THIRD), whole(BODY)))
+    (_, first), (_, second) = share.seen
+    assert "Range" not in first
+    start = int(second["Range"].removeprefix("bytes=").removesuffix("-"))
+    assert 0 < start <= THIRD and THIRD - start < 1 << 16
+    assert second["If-Range"] == '"1"'
+    assert share.waits == [1.0]
+
+
+def test_break_without_ranges_starts_over(share: Share, tmp_path: Path) -> None:
+    check_files(tmp_path, share.download(tmp_path, whole(BODY, stop=THIRD), whole(BODY, ranges=False)))
+
+
+@pytest.mark.parametrize("length", [None, -1])
+def test_many_breaks_are_no_failure_while_it_goes_on(share: Share, tmp_path: Path, length: int | None) -> None:
+    stops = [whole(BODY, stop=at, length=length) for at in range(66_000, len(BODY), 66_000)]
+    assert len(stops) > 5
+    check_files(tmp_path, share.download(tmp_path, *stops, whole(BODY), attempts=2))
+    assert len(share.seen) == len(stops) + 1
+    assert set(share.waits) == {1.0}
+
+
+def test_download_is_continued_by_a_later_call(share: Share, tmp_path: Path) -> None:
+    message = share.fails(tmp_path, whole(BODY, stop=2 * THIRD), attempts=1, match="failed once.* bytes are kept")
+    check_nothing_final(tmp_path)
+    kept = int(re.search(r"([\d,]+) bytes are kept", message)[1].replace(",", ""))
+    check_files(tmp_path, share.download(tmp_path, whole(BODY)))
+    assert [headers.get("Range") for _, headers in share.seen] == [f"bytes={kept}-"]
+
+
+def test_part_of_another_link_is_not_continued(share: Share, tmp_path: Path) -> None:
+    share.fails(tmp_path, whole(BODY, stop=THIRD), attempts=1, match="failed once")
+    check_files(tmp_path, share.download(tmp_path, whole(BODY), link=f"{share.link}2"))
+    assert "Range" not in share.seen[0][1]
+
+
+@pytest.mark.parametrize("notes", [None, "{", "{}"])
+def test_part_without_its_notes_is_not_continued(share: Share, tmp_path: Path, notes: str | None) -> None:
+    (tmp_path / ".net.zip.part").write_bytes(b"x" * 100)
+    if notes is not None:
+        (tmp_path / ".net.zip.json").write_text(notes)
+    check_files(tmp_path, share.download(tmp_path, whole(BODY)))
+    assert "Range" not in share.seen[0][1]
+
+
+OTHER_BODY = zipped({**FILES, "robust.pt": FILES["robust.pt"][::-1]})
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"etag": '"1"'}, {"etag": '"2"'}),
+        ({"etag": None, "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}, {"etag": None, "Last-Modified": "now"}),
+        ({"etag": 'W/"1"', "Last-Modified": "then"}, {"etag": 'W/"1"', "Last-Modified": "now"}),
+    ],
+)
+def test_file_that_changed_meanwhile_starts_over(share: Share, tmp_path: Path, first: dict, second: dict) -> None:
+    share.download(tmp_path, whole(BODY, stop=THIRD, **first), whole(OTHER_BODY, **second))
+    assert (tmp_path / "robust.pt").read_bytes() == FILES["robust.pt"][::-1]
+    assert len(share.seen) == 2
+    assert share.seen[1][1]["If-Range"] in (first["etag"], first.get("Last-Modified"))
+
+
+def test_server_that_ignores_if_range_is_noticed(share: Share, tmp_path: Path) -> None:
+    def careless(handler: Handler) -> None:
+        del handler.headers["If-Range"]
+        whole(OTHER_BODY, etag='"2"')(handler)
+
+    share.download(tmp_path, whole(BODY, stop=THIRD), careless, careless)
+    assert (tmp_path / "robust.pt").read_bytes() == FILES["robust.pt"][::-1]
+    assert "Range" in share.seen[1][1] and "Range" not in share.seen[2][1]
+
+
+def test_file_that_changed_without_a_sign_is_fetched_once_more(share: Share, tmp_path: Path) -> None:
+    answers = whole(BODY, stop=THIRD, etag=None), whole(OTHER_BODY, etag=None)
+    share.download(tmp_path, *answers)
+    assert (tmp_path / "robust.pt").read_bytes() == FILES["robust.pt"][::-1]
+    assert len(share.seen) == 3
+
+
+@pytest.mark.parametrize("content_range", ["bytes 0-{last}/{total}", "bytes {start}-{last}/7", "rubbish", None])
+def test_answer_with_another_range_starts_over(share: Share, tmp_path: Path, content_range: str | None) -> None:
+    def answer(handler: Handler) -> None:
+        start = int(handler.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        text = (content_range or "").format(start=start, last=len(BODY) - 1, total=len(BODY))
+        status(206, BODY[start:], **({"Content-Range": text} if content_range else {}))(handler)
+
+    check_files(tmp_path, share.download(tmp_path, whole(BODY, stop=THIRD), answer, whole(BODY)))
+    assert "Range" not in share.seen[2][1]
+
+
+def test_416_of_a_complete_file_is_the_end(share: Share, tmp_path: Path) -> None:
+    """A chunked answer without its last chunk: all bytes came, but that is not known."""
+    answers = whole(BODY, stop=len(BODY), length=None, etag=None), whole(BODY, etag=None)
+    check_files(tmp_path, share.download(tmp_path, *answers))
+    assert share.seen[1][1]["Range"] == f"bytes={len(BODY)}-"
+
+
+def test_416_of_another_file_starts_over(share: Share, tmp_path: Path) -> None:
+    refusal = status(416, **{"Content-Range": "bytes */5"})
+    check_files(tmp_path, share.download(tmp_path, whole(BODY, stop=THIRD), refusal, whole(BODY)))
+    assert "Range" not in share.seen[2][1]
+    assert share.waits == [1, 2]  # at once, not after a look at the ZIP
+
+
+@pytest.mark.parametrize("code", [500, 502, 503, 504, 429, 408])
+def test_passing_errors_are_retried_with_growing_waits(share: Share, tmp_path: Path, code: int) -> None:
+    check_files(tmp_path, share.download(tmp_path, status(code), status(code), status(code), whole(BODY)))
+    assert share.waits == [1.0, 2.0, 4.0]
+
+
+def test_server_that_says_how_long_to_wait(share: Share, tmp_path: Path) -> None:
+    soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    answers = [status(429, Retry_After=text) for text in ("7", soon, "99999", "whenever")]
+    check_files(tmp_path, share.download(tmp_path, *answers, whole(BODY)))
+    assert share.waits[0] == 7 and 20 < share.waits[1] <= 30 and share.waits[2:] == [120, 8]
+
+
+@pytest.mark.parametrize("code", [301, 302, 307, 308])
+def test_moved_link_is_followed_also_when_going_on(share: Share, tmp_path: Path, code: int) -> None:
+    moved = status(code, Location="/public.php/dav/files/token/?accept=zip")
+    check_files(tmp_path, share.download(tmp_path, moved, whole(BODY, stop=THIRD), moved, whole(BODY)))
+    assert share.seen[3][0].startswith("/public.php") and "Range" in share.seen[3][1]
+
+
+@pytest.mark.parametrize(
+    ("end", "path"),
+    [("/", "/index.php/s/token/download"), ("/download", "/index.php/s/token/download"), ("?a=b", None)],
+)
+def test_spellings_of_a_link(share: Share, tmp_path: Path, end: str, path: str | None) -> None:
+    check_files(tmp_path, share.download(tmp_path, whole(BODY), link=share.link + end))
+    assert share.seen[0][0] == (path or "/index.php/s/token/download?a=b")
+
+
+def test_two_at_a_time_download_once(share: Share, tmp_path: Path) -> None:
+    """The second waits for the first, and then finds all done."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(handler: Handler) -> None:
+        begun.set()
+        go_on.wait(20)
+        whole(BODY)(handler)
+
+    share.answers[:] = [slow]
+    code = "import sys; from pathlib import Path; from zoo.download import download_share; "
+    code += "download_share(sys.argv[1], Path(sys.argv[2]), name='net', progress=False)"
+    command = [sys.executable, "-c", code, share.link, str(tmp_path)]
+    first = subprocess.Popen(command, cwd=PROJECT)
+    assert begun.wait(30)
+    second = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+    assert "waiting for another process" in second.stderr.readline()
+    go_on.set()
+    assert (first.wait(30), second.wait(30), len(share.seen)) == (0, 0, 1)
+    second.stderr.close()
+    check_files(tmp_path, sort_files(tmp_path, FILES))
+
+
+# What is an error
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (status(404, b"<html>no such page</html>"), "does not exist .status 404."),
+        (status(410), "is gone .status 410."),
+        (status(403), "not allowed .status 403."),
+        (status(401), "asks for a login .status 401."),
+        (status(418), "answered with status 418"),
+        (status(416), "status 416 though all was asked for"),
+        (status(200, LOGIN_PAGE, Content_Type="text/html; charset=utf-8"), "page titled 'Login - cloud'.* for a login"),
+        (status(200, b"\n <html>closed", Content_Type="application/zip"), "sent a web page instead of a ZIP"),
+        (status(200, BODY, Content_Type="text/html"), "sent a web page"),
+        (status(200, b'{"ocs": 1}', Content_Type="application/json"), r"no ZIP, but application/json.*\{\"ocs\": "),
+        (status(200, b"PK??", Content_Type="application/zip"), "no ZIP"),
+        (status(200, zipped({}, top="")), "ZIP without a file"),
+        (status(200, zipped({})), "ZIP without a file"),
+        (status(302, Location="ftp://127.0.0.1/"), "no address of a web server"),
+        (status(302, Location="http://[/"), "no address of a web server"),
+        (status(200, zipped({"data.pkl": b"", "version": b"3\n", "data/0": b"x"}, top="archive/")), "file of PyTorch"),
+    ],
+)
+def test_answers_that_are_final(share: Share, tmp_path: Path, answer: Answer, match: str) -> None:
+    share.fails(tmp_path, answer, match=match)
+    check_nothing_final(tmp_path)
+    assert (len(share.seen), share.waits) == (1, [])
+
+
+def test_final_answer_to_a_later_part_of_the_file_keeps_the_part(share: Share, tmp_path: Path) -> None:
+    page = status(200, LOGIN_PAGE, Content_Type="text/html")
+    share.fails(tmp_path, whole(BODY, stop=THIRD), page, match="web page")
+    check_files(tmp_path, share.download(tmp_path, whole(BODY)))
+    assert "Range" in share.seen[0][1]
+
+
+@pytest.mark.parametrize("code", [200, 401, 404])
+def test_redirect_to_a_login_page(share: Share, tmp_path: Path, code: int) -> None:
+    login = status(302, Location="/index.php/login?redirect_url=/s/token"), status(code, LOGIN_PAGE)
+    message = share.fails(tmp_path, *login, match="leads to a login page")
+    assert "/index.php/login?redirect_url=/s/token" in message
+
+
+def test_redirect_to_what_is_not_there_names_it(share: Share, tmp_path: Path) -> None:
+    share.fails(tmp_path, status(301, Location="/new"), status(404), match=r"leads to http://[\d.:]+/new, which .*404")
+
+
+def test_redirect_loop(share: Share, tmp_path: Path) -> None:
+    share.fails(tmp_path, status(302, Location="/index.php/s/token/download"), match="circle")
+
+
+def test_gives_up_after_so_many_attempts(share: Share, tmp_path: Path) -> None:
+    share.fails(tmp_path, status(503), match="failed 5 times in a row; the last time it answered with status 503")
+    assert (len(share.seen), share.waits) == (5, [1, 2, 4, 8])
+
+
+def test_length_too_long(share: Share, tmp_path: Path) -> None:
+    share.fails(tmp_path, whole(BODY, ranges=False, length=len(BODY) + 9), match="broke off.*9 more")
+    assert len(share.seen) > 1
+    check_nothing_final(tmp_path)
+
+
+@pytest.mark.parametrize("length", [THIRD, None])
+def test_truncated_zip_is_fetched_once_more(share: Share, tmp_path: Path, length: int | None) -> None:
+    """With the length it was cut to, or with none: only the ZIP itself tells."""
+    cut = whole(BODY[:THIRD], length=length)
+    share.fails(tmp_path, cut, match="damaged or not whole")
+    assert len(share.seen) == 2
+    check_nothing_final(tmp_path)
+    assert not (tmp_path / ".net.zip.part").exists()
+    check_files(tmp_path, share.download(tmp_path, cut, whole(BODY)))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_wrong_byte_in_a_member(share: Share, tmp_path: Path, method: int) -> None:
+    body = bytearray(zipped(FILES, method=method))
+    body[1000] ^= 1
+    share.fails(tmp_path, whole(bytes(body)), match="damaged or not whole")
+    check_nothing_final(tmp_path)
+
+
+@pytest.mark.parametrize("stop", [0, THIRD])
+def test_slow_server(share: Share, tmp_path: Path, stop: int) -> None:
+    """No byte within the time: at the start, or in the middle; the bytes before are kept."""
+    end = threading.Event()
+    stuck = whole(BODY, stop=stop, then=lambda: end.wait(20))
+    try:
+        share.fails(tmp_path, stuck, timeout=0.2, attempts=2, match=r"too slow: no byte in 0\.2 s")
+    finally:
+        end.set()
+    assert len(share.seen) in (2, 3)
+    check_nothing_final(tmp_path)
+    check_files(tmp_path, share.download(tmp_path, whole(BODY)))
+    assert ("Range" in share.seen[0][1]) == (stop > 0)
+
+
+def test_no_server(share: Share, tmp_path: Path) -> None:
+    link = "http://127.0.0.1:1/s/token"
+    with pytest.raises(
+        UserError, match="net: http://127.0.0.1:1/s/token/download failed 5 times.*refused.*Try another"
+    ):
+        share.download(tmp_path, whole(BODY), link=link)
+    assert share.waits == [1, 2, 4, 8]
+
+
+def test_no_such_host(share: Share, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no address is known for share\.invalid \(is there a network\?\)"):
+        share.download(tmp_path, whole(BODY), link="http://share.invalid/s/token", attempts=2)
+
+
+@pytest.mark.parametrize("link", ["", "token", "file:///etc/passwd", "https://", "http://[::1/s/token", "ftp://host/a"])
+def test_what_is_no_link(share: Share, tmp_path: Path, link: str) -> None:
+    with pytest.raises(UserError, match="net: expected a link .https://…., got"):
+        share.download(tmp_path, whole(BODY), link=link)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Members
+
+
+def special(name: str, mode: int = 0o100644, content: bytes = b"x") -> bytes:
+    """A ZIP with a good file, and one of this name and mode."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("robust.pt", b"good")
+        info = zipfile.ZipInfo("placeholder")
+        info.filename, info.create_system, info.external_attr = name, 3, mode << 16
+        archive.writestr(info, content)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil.pt",
+        "a/../../evil.pt",
+        "..",
+        "/evil.pt",
+        "//host/evil.pt",
+        "\\evil.pt",
+        "..\\evil.pt",
+        "C:/evil.pt",
+        "c:evil.pt",
+        "a//evil.pt",
+        "./evil.pt",
+        "a\\evil.pt",
+        "a\nb.pt",
+        "robust.pt/evil.pt",
+        "Robust.PT",
+        LOCK,
+    ],
+)
+def test_members_with_unsafe_names(share: Share, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "in" / "net"
+    share.fails(
+        folder, whole(special(name)), match="sent a ZIP (whose member|with a second file).*nothing was unpacked"
+    )
+    check_nothing_final(folder)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".download.lock"]
+
+
+@pytest.mark.parametrize("mode", [0o120777, 0o010644, 0o020644])
+def test_members_that_are_no_files(share: Share, tmp_path: Path, mode: int) -> None:
+    share.fails(tmp_path, whole(special("link", mode, b"/etc/passwd")), match="'link' is a symbolic link or a device")
+    check_nothing_final(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_duplicate_members(share: Share, tmp_path: Path) -> None:
+    share.fails(tmp_path, whole(special("robust.pt")), match="second file in the place of 'robust.pt'")
+
+
+def test_encrypted_member(share: Share, tmp_path: Path) -> None:
+    body = bytearray(special("secret.pt"))
+    body[body.rindex(b"PK\x01\x02") + 8] |= 1
+    share.fails(tmp_path, whole(bytes(body)), match="'secret.pt' is encrypted")
+
+
+def test_folder_that_leads_elsewhere_is_not_written_through(share: Share, tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "net"
+    outside.mkdir()
+    folder.mkdir()
+    (folder / "logs").symlink_to(outside)
+    share.fails(folder, whole(BODY), match="leads out of")
+    assert list(outside.iterdir()) == []
+    assert not (folder / "robust.pt").exists()
+
+
+# Digests
+
+
+CHANGED = {**FILES, "robust.pt": b"other"}
+
+
+def test_changed_share_is_refused_until_forced(share: Share, tmp_path: Path) -> None:
+    share.download(tmp_path, whole(BODY))
+    (tmp_path / "robust.pt").unlink()
+    message = share.fails(tmp_path, whole(zipped(CHANGED)), match="the share's content was changed")
+    assert digest(FILES["robust.pt"]) in message and digest(b"other") in message
+    assert "--force" in message and str(tmp_path / LOCK) in message
+    assert not (tmp_path / "robust.pt").exists() and not (tmp_path / ".net.zip.part").exists()
+    check_files(tmp_path, share.download(tmp_path, whole(zipped(CHANGED)), force=True), CHANGED)
+
+
+def test_file_that_left_the_share_is_refused(share: Share, tmp_path: Path) -> None:
+    share.download(tmp_path, whole(BODY))
+    (tmp_path / "robust.pt").unlink()
+    left = {name: content for name, content in FILES.items() if name != "robust.pt"}
+    share.fails(tmp_path, whole(zipped(left)), match="robust.pt with the SHA-256 of nothing")
+
+
+def test_file_changed_here_is_refused_until_deleted(share: Share, tmp_path: Path) -> None:
+    share.download(tmp_path, whole(BODY))
+    (tmp_path / "robust.pt").write_bytes(b"mine")
+    with pytest.raises(UserError, match="was changed since it was downloaded.*deleting the file.*--force") as caught:
+        share.download(tmp_path, whole(BODY))
+    assert digest(FILES["robust.pt"]) in str(caught.value) and digest(b"mine") in str(caught.value)
+    assert (tmp_path / "robust.pt").read_bytes() == b"mine"
+    (tmp_path / "robust.pt").unlink()
+    check_files(tmp_path, share.download(tmp_path, whole(BODY)))
+
+
+def test_someone_elses_file_is_not_overwritten(share: Share, tmp_path: Path) -> None:
+    (tmp_path / "robust.pt").write_bytes(b"mine")
+    with pytest.raises(UserError, match="is there already, is not recorded"):
+        share.download(tmp_path, whole(BODY))
+    assert (tmp_path / "robust.pt").read_bytes() == b"mine"
+    check_files(tmp_path, share.download(tmp_path, whole(BODY), force=True))
+
+
+def test_known_digests_hold_from_the_start(share: Share, tmp_path: Path) -> None:
+    known = {"robust.pt": digest(FILES["robust.pt"])}
+    message = share.fails(tmp_path, whole(zipped(CHANGED)), known=known, force=True, match="this project knows")
+    assert known["robust.pt"] in message and digest(b"other") in message
+    check_nothing_final(tmp_path)
+    share.fails(tmp_path, whole(BODY), known={"elsewhere.pt": "0" * 64}, match="elsewhere.pt.*not there")
+    check_files(tmp_path, share.download(tmp_path, whole(BODY), known=known))
+    share.fails(tmp_path, whole(BODY), known={"robust.pt": "0" * 64}, match="this project knows 0000")
+
+
+def test_moved_share_with_the_same_content(share: Share, tmp_path: Path) -> None:
+    share.download(tmp_path, whole(BODY))
+    moved = f"{share.link}2"
+    check_files(tmp_path, share.download(tmp_path, whole(BODY), link=moved))
+    assert list(json.loads((tmp_path / LOCK).read_text())) == [moved]
+    with pytest.raises(UserError, match="content was changed"):
+        share.download(tmp_path, whole(zipped(CHANGED)), link=f"{share.link}3")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"link": 1}', '{"link": {"robust.pt": 1}}'])
+def test_broken_lock_file(share: Share, tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK).write_text(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / LOCK))}: expected .*Try deleting it"):
+        share.download(tmp_path, whole(BODY))
+
+
+def test_verify(share: Share, tmp_path: Path) -> None:
+    share.download(tmp_path, whole(BODY))
+    for name in FILES:
+        text = verify(tmp_path / name)
+        assert text.startswith(digest(FILES[name])) and text.endswith(f"agrees with {tmp_path / LOCK}")
+    assert verify(tmp_path).splitlines() == [verify(tmp_path / name) for name in sorted(FILES)]
+    other = tmp_path / "other.pt"
+    other.write_bytes(b"x")
+    assert verify(other) == f"{digest(b'x')}  {other}: not recorded in a {LOCK}"
+    (tmp_path / "robust.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=f"records the SHA-256 {digest(FILES['robust.pt'])}, .* has {digest(b'x')}"):
+        verify(tmp_path / "robust.pt")
+
+
+def test_verify_needs_something_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="got nothing there"):
+        verify(tmp_path / "none.pt")
+    with pytest.raises(UserError, match=f"a folder with a {LOCK}"):
+        verify(tmp_path)
+
+
+# The disk
+
+
+@pytest.fixture
+def make_room() -> Iterator[Callable[[], None]]:
+    """No file can grow beyond 200,000 bytes, until this is called."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_while_downloading_keeps_the_part(
+    share: Share, tmp_path: Path, make_room: Callable[[], None]
+) -> None:
+    with pytest.raises(UserError, match="net: no room left in .*the same command goes on from there"):
+        share.download(tmp_path, whole(BODY))
+    check_nothing_final(tmp_path)
+    assert (tmp_path / ".net.zip.part").read_bytes() == BODY[:200_000]
+    make_room()
+    check_files(tmp_path, share.download(tmp_path, whole(BODY)))
+    assert share.seen[0][1]["Range"] == "bytes=200000-"
+
+
+def test_full_disk_while_unpacking_keeps_the_zip(share: Share, tmp_path: Path, make_room: Callable[[], None]) -> None:
+    files = {"robust.pt": b"\0" * 300_000}
+    body = zipped(files, method=zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="no room left"):
+        share.download(tmp_path, whole(body))
+    check_nothing_final(tmp_path)
+    assert not (tmp_path / ".net.files.part").exists()
+    make_room()
+    check_files(tmp_path, share.download(tmp_path, status(500)), files)
+    assert share.seen == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_every_way_of_being_full(tmp_path: Path, code: int) -> None:
+    with pytest.raises(UserError, match=f"no room left in .*{os.strerror(code)}"), _writing(tmp_path, "net"):
+        raise OSError(code, os.strerror(code))
+
+
+def test_folder_that_cannot_be_made(share: Share, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="net: cannot write to .*file/net .*Try another folder"):
+        share.download(tmp_path / "file" / "net", whole(BODY))
+
+
+# Memory
+
+
+class Unseekable(io.RawIOBase):
+    """The answer's body as a file that only grows, sent in chunks."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._write = handler.wfile.write
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        if len(data):
+            self._write(b"%x\r\n%s\r\n" % (len(data), bytes(data)))
+        return len(data)
+
+
+def made_while_sent(megabytes: int) -> Answer:
+    """A stored ZIP of zeros of unknown length, as Nextcloud sends its own."""
+
+    def answer(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        with zipfile.ZipFile(Unseekable(handler), "w") as archive, archive.open("net/robust.pt", "w") as member:
+            for _ in range(megabytes):
+                member.write(bytes(1 << 20))
+        handler.wfile.write(b"0\r\n\r\n")
+
+    return answer
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from zoo.download import download_share
+def peak():  # of this process alone: getrusage counts the one it was started from
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+before = peak()
+content = download_share(sys.argv[1], Path(sys.argv[2]), name="net", progress=False)
+print(peak() - before, content.robust[0].stat().st_size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_is_constant(share: Share, tmp_path: Path) -> None:
+    megabytes = int(os.environ.get("TEST_DOWNLOAD_MB", "400"))
+    share.answers[:] = [made_while_sent(megabytes)]
+    command = [sys.executable, "-c", PEAK, share.link, str(tmp_path / "net")]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    shutil.rmtree(tmp_path / "net")
+    assert result.returncode == 0, result.stderr
+    growth, size = map(float, result.stdout.split())
+    print(f"{growth=:.1f} MB")
+    assert size == megabytes << 20
+    assert growth < 60
+
+
+# Which file is which
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ConvNeXt_T_CvSt_robust.pt", "robust"),
+        ("clean_init.pt", "clean"),
+        ("ViT-S-PreTrained.pth", "clean"),
+        ("standard.pth.tar", "clean"),
+        ("init/model.safetensors", "clean"),
+        ("robust/model.bin", "robust"),
+        ("adv_trained.ckpt", "robust"),
+        ("weights_ema_300.pt", "robust"),
+        ("convnext_linf4.pt", "robust"),
+        ("full_model.pt", "robust"),
+        ("clean_ema_300.pt", "clean"),
+        ("robust/clean_init.pt", "clean"),
+        ("definite.pt", "others"),
+        ("schema.pt", "others"),
+        ("vit_3000.pt", "others"),
+        ("clean_to_robust.pt", "others"),
+        ("aa_log_clean.TXT", "logs"),
+        ("results.json", "logs"),
+        ("train.log", "logs"),
+        ("robust.pdf", "others"),
+        ("._robust.pt", "others"),
+    ],
+)
+def test_names_tell_files_apart(tmp_path: Path, name: str, kind: str) -> None:
+    content = sort_files(tmp_path, [name, "second_unknown.pt", "third_unknown.pt"])
+    assert tmp_path / name in getattr(content, kind)
+    total = content.robust + content.clean + content.logs + content.others
+    assert len(total) == 3
+
+
+def test_single_weights_that_say_nothing_are_robust(tmp_path: Path) -> None:
+    assert sort_files(tmp_path, ["net.pt", "clean.pt", "a.txt"]).robust == [tmp_path / "net.pt"]
+    assert sort_files(tmp_path, ["net.pt", "robust.pt"]).others == [tmp_path / "net.pt"]
+    assert sort_files(tmp_path, ["net.pt", "net2.pt"]).robust == []
+
+
+def test_choose_one_of_several_models(tmp_path: Path) -> None:
+    content = sort_files(
+        tmp_path, ["vit_s_robust.pt", "vit_b_robust.pt", "vit_s_clean.pt", "vit_b_clean.pt", "log.txt"]
+    )
+    assert choose(content, "robust", lambda path: "vit_b" in path.name) == tmp_path / "vit_b_robust.pt"
+    assert choose(content, "clean", lambda path: "vit_s" in path.name) == tmp_path / "vit_s_clean.pt"
+    with pytest.raises(
+        UserError, match="robust weights.*several files could be it: .*vit_b_robust.pt, .*vit_s_robust.pt"
+    ):
+        choose(content, "robust")
+    with pytest.raises(UserError, match="no file of the share is it: .*vit_b_robust.pt.*vit_s_clean.pt"):
+        choose(content, "robust", lambda path: False)
+
+
+def test_choose_among_names_that_say_nothing(tmp_path: Path) -> None:
+    content = sort_files(tmp_path, ["vit_s.pt", "vit_b.pt", "README.md"])
+    assert choose(content, "robust", lambda path: "vit_b" in path.name) == tmp_path / "vit_b.pt"
+    with pytest.raises(UserError, match="several files"):
+        choose(content, "robust")
+    with pytest.raises(UserError, match="clean weights"):
+        choose(content, "clean", lambda path: "vit_b" in path.name)
+    with pytest.raises(UserError, match="no weights at all"):
+        choose(sort_files(tmp_path, []), "robust")
+
+
+# RobustBench
+
+
+ID = "Singh2023Revisiting_ConvNeXt-T-ConvStem"
+GDRIVE_ID = "1-FjtOF6LJ3-bf4VezsmWwncCxYSx-USP"
+
+
+class Drive:
+    """In place of robustbench's downloader, which needs the network."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, content: bytes | Exception | None) -> None:
+        self.content, self.calls = content, []
+        robustbench_architecture(ID)  # imports it
+        utils = importlib.import_module("robustbench.utils")
+        names = ["download_gdrive_new", "download_gdrive"]
+        for name in names:
+            monkeypatch.setattr(utils, name, self.download, raising=name == names[1])
+
+    def download(self, gdrive_id: str, path: str) -> None:
+        self.calls.append(gdrive_id)
+        if isinstance(self.content, Exception):
+            Path(path).write_bytes(b"half")
+            raise self.content
+        if self.content is not None:
+            Path(path).write_bytes(self.content)
+
+
+def test_robustbench_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = zipped({"data.pkl": b"1"}, top="archive/")
+    drive = Drive(monkeypatch, weights)
+    path = download_robustbench(ID, tmp_path / "new")
+    assert (path, path.read_bytes()) == (tmp_path / "new" / f"{ID}.pt", weights)
+    assert "agrees" in verify(path)
+    assert download_robustbench(ID, tmp_path / "new") == path
+    assert drive.calls == [GDRIVE_ID]
+
+    path.write_bytes(b"changed here")
+    with pytest.raises(UserError, match=digest(weights)):
+        download_robustbench(ID, tmp_path / "new")
+    path.unlink()
+    drive.content = BODY
+    with pytest.raises(UserError, match=f"{digest(BODY)}.*{digest(weights)}.*--force"):
+        download_robustbench(ID, tmp_path / "new")
+    assert not path.exists()
+    assert sha256(download_robustbench(ID, tmp_path / "new", force=True)) == digest(BODY)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (RuntimeError("Too many users\nhave viewed"), "RuntimeError: Too many users"),
+        (ConnectionError("no route"), "no route"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no room left"),
+        (None, "brought no weights, but b''"),
+        (b"<html>quota exceeded", "brought no weights, but b'<html>"),
+    ],
+)
+def test_robustbench_downloader_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | Exception | None, match: str
+) -> None:
+    Drive(monkeypatch, content)
+    with pytest.raises(UserError, match=match):
+        download_robustbench(ID, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".download.lock"]
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("Singh2023Revisiting_ConvNeXt-T", ID),
+        ("x", "there are .*Wong2020Fast"),
+        ("Standard_R50", "kept elsewhere"),
+        ("Debenedetti2022Light_XCiT-S12", "kept elsewhere"),
+        ("Bai2024MixedNUTS", "ensemble"),
+    ],
+)
+def test_robustbench_ids_that_have_no_copy(tmp_path: Path, name: str, match: str) -> None:
+    for use in (robustbench_architecture, lambda name: download_robustbench(name, tmp_path)):
+        with pytest.raises(UserError, match=match):
+            use(name)
+
+
+def test_robustbench_architecture_is_robustbenchs() -> None:
+    model = robustbench_architecture(ID)
+    assert type(model).__module__.startswith(("robustbench", "timm"))
+    assert sum(p.numel() for p in model.parameters()) == 28_627_432
+
+
+def test_the_name_that_robustbench_imports_autoattack_by_is_taken_back() -> None:
+    installed = importlib.util.find_spec("autoattack") is not None
+    code = (
+        "import sys; from zoo.robustbench import import_robustbench; print(import_robustbench().benchmark.__name__); "
+    )
+    code += "print(sorted(name for name in sys.modules if name.split('.')[0] == 'autoattack'))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    name, modules = result.stdout.splitlines()[-2:]
+    assert name == "benchmark"
+    assert (modules == "[]") != installed
+
+
+def test_robustbench_that_is_not_installed() -> None:
+    code = "import sys; sys.modules['robustbench'] = None; from zoo.robustbench import import_robustbench; import_robustbench()"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert "UserError: RobustBench cannot be imported" in result.stderr

@@ -1,0 +1,223 @@
+"""Which network a file of weights holds, from names and shapes alone: architecture, stem, width, classes, image size.
+
+The weights are compared with every entry of `ARCHITECTURES`, built without numbers on PyTorch's meta device. Two entries
+may have the same names and shapes; then all that fit are candidates.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from common.errors import UserError
+from utils_architecture import ARCHITECTURES
+from zoo.loading import POSITIONS, PositionGrid, Weights, differences, has_normalizer, listed, position_grid
+from zoo.models import ROBUSTBENCH_PREFIX, build_model
+
+# Models are built with so many classes to tell the head by: a prime, which no other dimension is.
+MARK = 1009
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file of weights holds. All but `add_normalization` is None, and `candidates` empty, if nothing known fits.
+
+    Attributes:
+        arch: first of `candidates`.
+        not_original: it has the ConvStem.
+        updated: it is the wide variant.
+        num_classes: outputs of the head; None if the architecture's cannot be chosen.
+        add_normalization: the file holds an input normaliser.
+        img_size: side in pixels of the square images its position embeddings were made for; None without any.
+        candidates: names in `ARCHITECTURES` that fit, in the table's order.
+        alike: the candidates are one network under several names; False: they have the same weights, but compute different things.
+    """
+
+    arch: str | None
+    not_original: bool | None
+    updated: bool | None
+    num_classes: int | None
+    add_normalization: bool
+    img_size: int | None
+    candidates: tuple[str, ...]
+    alike: bool
+
+    def __str__(self) -> str:
+        if self.arch is None:
+            return "no known architecture"
+        arch = " or ".join(self.candidates)
+        parts = [
+            "ConvStem" if self.not_original else "no ConvStem",
+            *(["the updated width"] if self.updated else []),
+            *(["a normaliser"] if self.add_normalization else []),
+            *([f"position embeddings for {self.img_size} px"] if self.img_size else []),
+        ]
+        return f"{arch} with {', '.join(parts)} and {self.num_classes} classes"
+
+
+def describe_weights(weights: Weights, arch: str | None = None) -> Description:
+    """Infer which network `weights` belong to; the size of the head and of the position embeddings may be any.
+
+    Args:
+        weights: from `read_weights`.
+        arch: compare with this architecture only (also a `timm_…` one); None: with all of `ARCHITECTURES`.
+
+    Raises:
+        UserError: `arch` is not known.
+    """
+    fitting = [blueprint for blueprint in _blueprints(weights, arch) if not blueprint.differences(weights)]
+    normalized = weights.normalizer is not None
+    if not fitting:
+        return Description(None, None, None, None, normalized, None, (), True)
+    first = fitting[0]
+    return Description(
+        arch=first.arch,
+        not_original=first.not_original,
+        updated=first.updated,
+        num_classes=first.num_classes(weights),
+        add_normalization=normalized,
+        img_size=first.img_size(weights),
+        candidates=tuple(blueprint.arch for blueprint in fitting),
+        alike=all(blueprint.modules == first.modules for blueprint in fitting),
+    )
+
+
+def check_description(
+    weights: Weights, asked: Mapping[str, Any], *, flag: str, source: str | Path, by: str = "the flags"
+) -> Description:
+    """What `weights` hold, made sure to be what was asked for.
+
+    Args:
+        weights: from `read_weights`.
+        asked: any of `arch`, `not_original`, `updated`, `num_classes`, `add_normalization`; None, or no entry: not asked.
+            A file without a normaliser fits a model with one.
+        flag: name of the flag of the file, for the error.
+        source: the file, for the error.
+        by: who asks, for the error.
+
+    Raises:
+        UserError: the file is something else (it says what), or nothing known, or could be networks that differ and
+            `arch` is not asked for.
+    """
+    arch = asked.get("arch")
+    found = describe_weights(weights, arch)
+    if found.arch is None and arch is not None and arch in ARCHITECTURES:
+        found = describe_weights(weights)
+    if found.arch is None:
+        nearest, problems = _nearest(weights, arch)
+        known = f"fits {arch}" if arch is not None else "fits a known architecture"
+        raise UserError(
+            f"{flag}: {source} does not fit: nothing in it {known}. Nearest is {nearest}, but {listed(problems)}. Other models "
+            "of timm are loaded with --model.arch=timm_<name>."
+        )
+    wrong = [
+        f"model.{name} asks for {int(value) if isinstance(value, bool) else value}"
+        for name in ("arch", "not_original", "updated", "num_classes")
+        if (value := asked.get(name)) is not None and value != getattr(found, name)
+    ]
+    if found.add_normalization and asked.get("add_normalization") is False:
+        wrong.append("model.add_normalization asks for 0")
+    if wrong:
+        raise UserError(f"{flag}: {source} does not fit: it is {found}; {', '.join(wrong)} ({by}).")
+    if not found.alike:
+        raise UserError(
+            f"{flag}: {source} fits {' and '.join(found.candidates)}, which have the same weights and compute different "
+            "things; expected --model.arch to say which."
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------- known architectures
+@dataclass(frozen=True)
+class _Blueprint:
+    """Names and shapes of one variant of an architecture.
+
+    Attributes:
+        state: tensors, their values of no meaning; the head is for `MARK` classes.
+        head: names of the tensors whose first dimension is the number of classes.
+        grid: of its position embeddings.
+        stride: pixels of a patch's side.
+        modules: PyTorch's description of its modules, which tells activations apart.
+    """
+
+    arch: str
+    not_original: bool
+    updated: bool
+    state: Mapping[str, Tensor]
+    head: tuple[str, ...]
+    grid: PositionGrid | None
+    stride: int
+    modules: str
+
+    def differences(self, weights: Weights) -> list[str]:
+        """As `zoo.loading.differences`, for the weights' own number of classes."""
+        classes = self.num_classes(weights)
+        expected = {
+            name: value.new_empty(classes or MARK, *value.shape[1:]) if name in self.head else value
+            for name, value in self.state.items()
+        }
+        return differences(expected, weights.network, self.grid)
+
+    def num_classes(self, weights: Weights) -> int | None:
+        """Of the head in `weights`; None if the model has none whose size can be chosen."""
+        heads = [weights.network[name] for name in self.head if name in weights.network]
+        return len(heads[0]) if heads and heads[0].ndim else None
+
+    def img_size(self, weights: Weights) -> int | None:
+        return self.stride * self.grid.side_of(weights.network[POSITIONS]) if self.grid is not None else None
+
+
+class _NumbersOnCPU(TorchFunctionMode):
+    """Lets timm read the numbers of a linspace (drop path rates) while it builds a model on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu"} | kwargs if func is torch.linspace else kwargs))
+
+
+@functools.cache
+def _blueprint(arch: str, not_original: bool, updated: bool) -> _Blueprint:
+    classes = {} if arch.startswith(ROBUSTBENCH_PREFIX) else {"num_classes": MARK}
+    build = functools.partial(build_model, arch, not_original=not_original, updated=updated, **classes)
+    try:
+        with torch.device("meta"), _NumbersOnCPU():
+            model = build()
+    except RuntimeError:  # a few of timm's architectures compute with more numbers while they are built
+        model = build()
+    model = model.model if has_normalizer(model) else model
+    state = model.state_dict()
+    grid = position_grid(model)
+    return _Blueprint(
+        arch=arch,
+        not_original=not_original,
+        updated=updated,
+        state=state,
+        head=tuple(name for name, value in state.items() if value.ndim and len(value) == MARK),
+        grid=grid,
+        stride=model.patch_embed.patch_size[0] if grid is not None else 0,
+        modules=str(model),
+    )
+
+
+def _blueprints(weights: Weights, arch: str | None) -> Iterator[_Blueprint]:
+    """All variants of `arch`, or of every architecture, that have the stem which the weights' names speak of."""
+    for name in ARCHITECTURES if arch is None else [arch]:
+        entry = ARCHITECTURES.get(name)
+        stem = entry.conv_stem if entry is not None else None
+        not_original = stem is not None and any(key.startswith(f"{stem.at}.stem.") for key in weights.network)
+        for updated in (False, True) if entry is not None and entry.updated_dim else (False,):
+            yield _blueprint(name, not_original, updated)
+
+
+def _nearest(weights: Weights, arch: str | None) -> tuple[str, list[str]]:
+    """The variant with the fewest differences, in words, and those."""
+    compared = [(blueprint.differences(weights), blueprint) for blueprint in _blueprints(weights, arch)]
+    problems, nearest = min(compared, key=lambda pair: len(pair[0]))
+    return f"{nearest.arch} with {'ConvStem' if nearest.not_original else 'no ConvStem'}", problems
