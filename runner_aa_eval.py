@@ -3,13 +3,15 @@
 
     python runner_aa_eval.py --eval.model_in=runs/<run> --data.val_dataset=/data/imagenet --eval.fullaa=1 --eval.norms=Linf,L2,L1
     python runner_aa_eval.py --eval.model_in=weights.pt --model.arch=convnext_base --model.not_original=1 --data.val_dataset=…
+    python runner_aa_eval.py convnext_base_cvst --data.val_dataset=/data/imagenet     a published model, against its number
     python runner_aa_eval.py --eval.models=networks.yaml --eval.img_size=224,256 --data.val_dataset=…     many at once
     torchrun --nnodes=… --nproc-per-node=gpu … runner_aa_eval.py …                                        several machines
     bash run_eval.sh …                                   the first three, after setting up
 
-`eval.model_in` names weights files or run folders. The architecture comes from the run's params.json; flags override it and
-are needed for a bare file. The images are attacked in chunks; each free GPU (or CPU process) takes the next open one, and
-a finished one is never computed again: start the same command again after an interruption, with any number of GPUs.
+`eval.model_in`, or the first argument, names weights files, run folders, published models or RobustBench ids. The architecture
+comes from the run's params.json, the published table, or the file itself; flags must agree with it. The images are attacked in
+chunks; each free GPU (or CPU process) takes the next open one, and a finished one is never computed again: start the same
+command again after an interruption, with any number of GPUs.
 
 Writes into `eval.out`, for each network, size and norm, report.json, verdicts.csv, log.txt and pictures, and prints a table of
 all; `--help` lists the flags. Exit status: 0; 2 wrong input; 1 a chunk failed three times; 130, 143 interrupted or terminated.
@@ -31,7 +33,10 @@ def main(argv: Sequence[str]) -> int:
 
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # end workers on the way out
     try:
-        config = load_config(EvalConfig, argv)
+        first, rest = argv[:1], argv[1:]
+        if first and not first[0].startswith("-"):  # a network's name without its flag
+            first = [f"--eval.model_in={first[0]}"]
+        config = load_config(EvalConfig, [*first, *rest])
         prepare_workers("evaluation.worker")  # they import PyTorch while this process does
 
         from common.distributed import joined

@@ -60,6 +60,8 @@ def check(config: TrainConfig) -> None:
     from common.files import writable
     from training.trainer import build_state, build_train_loader, check_image_sizes, open_sources
     from utils_architecture import check_pretrained
+    from zoo.names import split_kind
+    from zoo.published import find_published
 
     world_size = check_processes(config.dist.world_size)
     if config.dist.world_size > 1 and not under_torchrun():
@@ -69,10 +71,12 @@ def check(config: TrainConfig) -> None:
     with writable("logging.folder", folder := Path(config.logging.folder)):
         folder.mkdir(parents=True, exist_ok=True)
     # Nothing is loaded into memory and nothing downloaded for a check.
+    start = config.model.ckpt_path
+    known = not Path(start).exists() and find_published(split_kind(start)[0]) is not None
     quick = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, in_memory=False),
-        model=dataclasses.replace(config.model, pretrained=False),
+        model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if known else start),
     )
     train_source, _ = open_sources(quick)
     build_train_loader(quick, train_source, Processes(rank=0, world_size=world_size, device=torch.device("cpu")))

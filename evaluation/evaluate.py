@@ -231,7 +231,7 @@ class _Coordinator:
     def finish(self) -> Outcome:
         """Table, summary and picture over all."""
         from evaluation.pictures import draw_accuracy
-        from evaluation.report import curve, results_table, unions, warnings_of, write_json, write_text
+        from evaluation.report import comparison_text, curve, results_table, unions, warnings_of, write_json, write_text
 
         self.progress.close()
         evaluations, root = self._plan.evaluations, self._plan.root
@@ -244,6 +244,8 @@ class _Coordinator:
             draw_accuracy(root / "accuracy.png", {str(e): curve(r) for e, r in zip(evaluations, reports)})
         print(table)
         for evaluation, report in zip(evaluations, reports):
+            if text := comparison_text(report):
+                print(text)
             for text in warnings_of(report):
                 print(f"warning: {evaluation}: {text}.", file=sys.stderr)
         print(f"reports: {root}")

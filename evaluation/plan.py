@@ -19,7 +19,9 @@ from common.errors import UserError
 from common.provenance import installed_version
 from evaluation.autoattack import ATTACKS, package_name
 from evaluation.images import ImageList, open_images
-from zoo.runs import TrainedModel, find_weights, load_trained
+from zoo.names import Located, locate
+from zoo.published import Published
+from zoo.runs import TrainedModel, load_trained
 
 # Their versions can change pixels, logits or attacks.
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -34,6 +36,7 @@ class Evaluation:
         weights: the file.
         description: the network it holds, complete.
         class_names: of its outputs, where known.
+        published: the published model it is, if any.
         norm, eps, img_size: threat model, and image size in pixels.
         attacks: names, in order.
         n: number of images.
@@ -46,6 +49,7 @@ class Evaluation:
     weights: Path
     description: EvalModelConfig
     class_names: list[str] | None
+    published: Published | None
     norm: str
     eps: float
     img_size: int
@@ -87,21 +91,29 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
             "eval.precision: TensorFloat-32 needs a GPU, and this evaluation runs on the CPU; expected fp32."
         )
     entries = config.networks()
-    paths = [find_weights(Path(entry.model_in), flag="eval.model_in") for entry in entries]
-    names = network_names(entries, paths)
+    located = [locate(entry.model_in, flag="eval.model_in") for entry in entries]
+    paths = [found.path for found in located]
+    names = network_names(entries, located)
     root = Path(config.eval.out or Path(os.path.commonpath([path.resolve().parent for path in paths])) / "eval")
     open_for = image_lists(config)
     by_network: dict[str, ImageList] = {}
     evaluations: list[Evaluation] = []
-    for entry, path, name in zip(entries, paths, names):
-        trained = load_trained(path, entry.model, flag="eval.model_in")
+    for entry, found, name in zip(entries, located, names):
+        trained = load_trained(found.path, found.describe(entry.model), flag="eval.model_in")
         by_network[name] = open_for(trained.description["num_classes"], trained.class_names)
-        evaluations += _plan_network(config, name, trained, by_network[name], root / folder_name(name), on_gpu)
+        folder = root / folder_name(name)
+        evaluations += _plan_network(config, name, trained, found.published, by_network[name], folder, on_gpu)
     return Plan(evaluations, root, by_network)
 
 
 def _plan_network(
-    config: EvalConfig, name: str, trained: TrainedModel, images: ImageList, folder: Path, on_gpu: bool
+    config: EvalConfig,
+    name: str,
+    trained: TrainedModel,
+    published: Published | None,
+    images: ImageList,
+    folder: Path,
+    on_gpu: bool,
 ) -> Iterator[Evaluation]:
     """The evaluations of one network."""
     settings, version = config.eval, "aa" if config.eval.fullaa else "apgd"
@@ -116,6 +128,7 @@ def _plan_network(
                 weights=trained.path,
                 description=EvalModelConfig(**trained.description),
                 class_names=trained.class_names,
+                published=published,
                 norm=norm,
                 eps=eps,
                 img_size=size,
@@ -158,17 +171,18 @@ def image_lists(config: EvalConfig) -> Callable[[int, Sequence[str] | None], Ima
     return lambda num_classes, names: open_once(num_classes, None if names is None else tuple(names))
 
 
-def network_names(entries: Sequence[ModelEntry], paths: Sequence[Path]) -> list[str]:
-    """A short name for each network: as given, else the file's, with its folder's where that is a run's or two are the same.
+def network_names(entries: Sequence[ModelEntry], located: Sequence[Located]) -> list[str]:
+    """A short name for each network: as given, the published one, else the file's, with its folder's if that is not enough.
 
     Raises:
         UserError: two networks have the same name.
     """
     names = []
-    for entry, path in zip(entries, paths):
-        of_run = re.fullmatch(r"weights(_ema)?_\d+", path.stem) is not None
-        not_alone = sum(other.stem == path.stem for other in paths) > 1
-        names.append(entry.name or (f"{path.resolve().parent.name}/{path.stem}" if of_run or not_alone else path.stem))
+    for entry, found in zip(entries, located):
+        of_run = re.fullmatch(r"weights(_ema)?_\d+|model", found.path.stem) is not None
+        not_alone = sum(other.path.stem == found.path.stem for other in located) > 1
+        own = f"{found.path.resolve().parent.name}/{found.path.stem}" if of_run or not_alone else found.path.stem
+        names.append(entry.name or (own if found.published is None else found.published.name))
     folders = [folder_name(name) for name in names]
     for name, folder in zip(names, folders):
         if folders.count(folder) > 1:

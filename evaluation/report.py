@@ -23,6 +23,7 @@ from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
+PUBLISHED_EPS = 4 / 255
 CSV_HEAD = ("index", "path", "label", "clean_pred", "broken_by")
 
 Record = Mapping[str, Any]
@@ -82,6 +83,30 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
     }
 
 
+def compare_with_published(evaluation: Evaluation, report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the robust accuracy compares with the published one; None where it is not the published evaluation.
+
+    That is: full AutoAttack at Linf 4/255, at an image size with a published number.
+
+    Returns:
+        `name`, published `clean` and `autoattack` in %, `difference` of ours in percentage points, and whether the
+        published number lies `within_ci95` of ours.
+    """
+    model = evaluation.published
+    numbers = model and model.results.get(evaluation.img_size)
+    full = evaluation.norm == "Linf" and abs(evaluation.eps - PUBLISHED_EPS) < 1e-9 and "square" in evaluation.attacks
+    if not numbers or not full:
+        return None
+    low, high = report["robust_ci95"]
+    return {
+        "name": model.name,
+        "clean": numbers.clean,
+        "autoattack": numbers.autoattack,
+        "difference": round(100 * report["robust_acc"] - numbers.autoattack, 2),
+        "within_ci95": 100 * low <= numbers.autoattack <= 100 * high,
+    }
+
+
 def write_evaluation(
     evaluation: Evaluation, records: Sequence[Record], images: ImageList, config: EvalConfig, examples: Path
 ) -> dict[str, Any]:
@@ -96,6 +121,7 @@ def write_evaluation(
         The report.
     """
     report = summarise(evaluation, records, config)
+    report["published"] = compare_with_published(evaluation, report)
     folder = evaluation.folder
     write_text(folder / "verdicts.csv", verdicts_csv(records, images.keys))
     write_text(folder / "log.txt", text_log(report, records))
@@ -199,6 +225,19 @@ def results_table(
 def curve(report: Mapping[str, Any]) -> dict[str, float]:
     """Accuracy without attack and after each attack."""
     return {"clean": report["clean_acc"], **report["acc_after"]}
+
+
+def comparison_text(report: Mapping[str, Any]) -> str:
+    """One line on the published number; empty where there is none to compare with."""
+    published = report.get("published")
+    if not published:
+        return ""
+    size, inside = report["data"]["img_size"], "inside" if published["within_ci95"] else "OUTSIDE"
+    return (
+        f"{published['name']}, {size} px, {report['n']} images: AutoAttack {100 * report['robust_acc']:.2f} %, "
+        f"published {published['autoattack']:.1f} %: {published['difference']:+.2f} points, {inside} the 95 % interval; "
+        f"clean {100 * report['clean_acc']:.2f} %, published {published['clean']:.1f} %."
+    )
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from training.validation import adversarial_accuracy, clean_accuracy
 from utils_architecture import freeze_parameters
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
+from zoo.names import locate, split_kind
 
 AnySource = Source | StreamSource
 FLUSH_STEPS = 20  # steps whose losses are read from the device together, so that the device never waits for the log
@@ -372,9 +374,8 @@ def build_state(config: TrainConfig, processes: Processes) -> TrainState:
         add_normalization=m.add_normalization,
     )
     if m.ckpt_path:
-        load_weights(
-            model, read_weights(m.ckpt_path, flag="model.ckpt_path"), flag="model.ckpt_path", source=m.ckpt_path
-        )
+        path = initial_weights(m.ckpt_path, processes)
+        load_weights(model, read_weights(path, flag="model.ckpt_path"), flag="model.ckpt_path", source=path)
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
     dtype = torch.float64 if training.precision == "fp64" else torch.float32
@@ -387,6 +388,20 @@ def build_state(config: TrainConfig, processes: Processes) -> TrainState:
         scaler=torch.amp.GradScaler(processes.device.type, enabled=training.precision == "fp16"),
         ema=EMA(model, decay=m.ema_decay, warmup=m.ema_warmup) if m.model_ema else None,
     )
+
+
+def initial_weights(name: str, processes: Processes) -> Path:
+    """The file that `model.ckpt_path` means: a path, or a published model's clean weights (`NAME:robust`: its robust ones).
+
+    A published model is downloaded by the first process, while the others wait.
+    """
+    model, kind = split_kind(name)
+    if not processes.is_first:
+        processes.wait()
+    path = locate(model, flag="model.ckpt_path", kind=kind).path
+    if processes.is_first:
+        processes.wait()
+    return path
 
 
 def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:

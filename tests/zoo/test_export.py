@@ -1,0 +1,172 @@
+"""Networks for use elsewhere: exported, loaded by timm and by ourselves, described for RobustBench."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+
+from common.config import EvalModelConfig
+from common.errors import UserError
+from utils_architecture import get_new_model, normalize_model
+from zoo.__main__ import main
+from zoo.export import CARD, CONFIG, WEIGHTS, export, push
+from zoo.robust import load_robust_model
+from zoo.runs import load_trained
+from zoo.submission import Paper, check_report, form_text, model_info
+
+ASKED = EvalModelConfig()
+
+
+def saved(folder, arch="convnext_tiny", *, num_classes=5, normalized=True, **options):
+    """Random weights of a small head, saved, and loaded as a trained network."""
+    torch.manual_seed(0)
+    network = get_new_model(arch, num_classes=num_classes, **options)
+    model = normalize_model(network) if normalized else network
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return load_trained(folder / "weights.pt", EvalModelConfig(arch=arch, num_classes=num_classes, **options), flag="f")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Makes timm find the files of a folder under hf-hub:me/model."""
+
+    def serve(folder):
+        monkeypatch.setattr(
+            "timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(folder / filename), raising=False
+        )
+        # timm 1.0.9 takes newer versions of huggingface_hub for none.
+        monkeypatch.setattr("timm.models._hub._has_hf_hub", True)
+
+    return serve
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_timm_loads_its_own_architectures(tmp_path, hub, normalized):
+    trained = saved(tmp_path, normalized=normalized)
+    export(trained, tmp_path / "out", img_size=64)
+    hub(tmp_path / "out")
+    theirs = timm.create_model("hf-hub:me/model", pretrained=True).eval()
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(theirs.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        assert torch.allclose(theirs((x - mean) / std), trained.model(x), atol=1e-5)
+    assert theirs.pretrained_cfg["input_size"] == [3, 64, 64] and theirs.num_classes == 5
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("convnext_micro", {"not_original": True}), ("vit_micro", {"not_original": True}), ("convnext_micro", {})],
+)
+def test_our_loader_loads_every_export(tmp_path, arch, options):
+    trained = saved(tmp_path, arch, **options)
+    export(trained, tmp_path / "out", img_size=32, crop_pct=1.0, card="| results |")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([WEIGHTS, CONFIG, CARD])
+    assert "| results |" in (tmp_path / "out" / CARD).read_text()
+    again = load_robust_model(str(tmp_path / "out"), img_size=32, crop_pct=1.0)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again(x), trained.model(x))
+    assert not again.training
+
+
+def test_transform_goes_with_the_model(tmp_path, images):
+    from PIL import Image
+
+    saved(tmp_path, "convnext_micro")
+    export(load_trained(tmp_path / "weights.pt", ASKED, flag="f"), tmp_path / "out")
+    model = load_robust_model(str(tmp_path / "out"), img_size=32)
+    x = model.transform(Image.open(next((images / "val").rglob("*.png"))))
+    assert x.shape == (3, 32, 32) and 0 <= x.min() and x.max() <= 1
+
+
+def test_another_normaliser_is_refused(tmp_path):
+    trained = saved(tmp_path, "convnext_micro")
+    trained.model.normalize.mean.fill_(0.5)
+    with pytest.raises(UserError, match="normaliser's mean is .*, expected ImageNet's"):
+        export(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_upload(tmp_path, monkeypatch):
+    calls = []
+
+    class HfApi:
+        def create_repo(self, repository, exist_ok):
+            calls.append(("create", repository))
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns):
+            calls.append(("upload", repo_id, folder_path, sorted(allow_patterns)))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", HfApi)
+    assert push(tmp_path, "me/model") == "https://hub/me/model"
+    assert calls == [("create", "me/model"), ("upload", "me/model", tmp_path, sorted([WEIGHTS, CONFIG, CARD]))]
+
+
+def test_command_line(tmp_path, capsys):
+    saved(tmp_path, "convnext_micro")
+    assert main(["export", str(tmp_path / "weights.pt"), "--to", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["num_classes"] == 5
+    assert main(["export", "nowhere", "--to", str(tmp_path / "other")]) == 2
+    assert "neither a file or run folder" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert main(["verify", str(tmp_path / "weights.pt")]) == 0
+    assert "convnext_micro" in capsys.readouterr().out
+    assert main(["list"]) == 0 and "Singh2023Revisiting_ViT-S-ConvStem" in capsys.readouterr().out
+    assert main(["show", "ViT-S-CvSt"]) == 0 and "48.1" in capsys.readouterr().out
+    assert main(["show", "vit_s_cvts"]) == 2 and "did you mean vit_s_cvst?" in capsys.readouterr().err
+
+
+REPORT = {
+    "network": {"sha256": "ab" * 32, "arch": "convnext_base"},
+    "norm": "Linf",
+    "eps": 4 / 255,
+    "seed": 0,
+    "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"],
+    "engine": "pyautoattack 0.2.0",
+    "n": 5000,
+    "clean_acc": 0.759,
+    "robust_acc": 0.5614,
+}
+
+
+def test_submission():
+    """The entry of the published ConvNeXt-B with ConvStem, made from a report with its numbers."""
+    paper = Paper("Revisiting …", "https://arxiv.org/abs/2303.01870", "Naman D Singh, …", "NeurIPS 2023")
+    assert model_info(REPORT, paper, architecture="ConvNeXt-B + ConvStem") == {
+        "link": "https://arxiv.org/abs/2303.01870",
+        "name": "Revisiting …",
+        "authors": "Naman D Singh, …",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": "imagenet",
+        "venue": "NeurIPS 2023",
+        "architecture": "ConvNeXt-B + ConvStem",
+        "eps": "4/255",
+        "clean_acc": "75.90",
+        "reported": "56.14",
+        "autoattack_acc": "56.14",
+        "unreliable": False,
+    }
+    text = form_text(REPORT, paper, architecture="ConvNeXt-B + ConvStem")
+    assert "- **Robust accuracy**: 56.14%" in text and "- **Additional data**: false" in text and "ab" * 32 in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attacks": ["apgd-ce"]}, "all four attacks"),
+        ({"norm": "L1"}, "norm Linf or L2"),
+        ({"n": 100}, "5,000 images, not 100"),
+    ],
+)
+def test_reports_that_robustbench_would_not_take(change, words, tmp_path, capsys):
+    with pytest.raises(UserError, match=words):
+        check_report(REPORT | change, "report.json")
+    (tmp_path / "report.json").write_text(json.dumps(REPORT | change))
+    assert main(["submit", str(tmp_path / "report.json")]) == 2
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
+    assert main(["submit", str(tmp_path / "report.json"), "--title=T"]) == 0
+    assert '"name": "T"' in capsys.readouterr().out

@@ -1,0 +1,197 @@
+"""From a name to weights: files, run folders, published models from a share on this machine, and what is none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import io
+import json
+import threading
+import zipfile
+
+import pytest
+import torch
+
+import runner_aa_eval
+import train
+import zoo.names
+from common.config import EvalModelConfig
+from common.errors import UserError
+from tests.training.helpers import base_flags, run
+from utils_architecture import get_new_model, normalize_model
+from zoo.__main__ import main
+from zoo.names import locate, split_kind
+from zoo.published import Accuracies, Published
+from zoo.robust import load_robust_model
+
+NAME = "convnext_micro_cvst"
+
+
+def weights_file(arch="convnext_micro", seed=0, *, prefix="", normalized=False):
+    """A file's bytes: random weights of a network with ConvStem and four classes."""
+    torch.manual_seed(seed)
+    network = get_new_model(arch, not_original=True, num_classes=4)
+    model = normalize_model(network) if normalized else network
+    stream = io.BytesIO()
+    torch.save({prefix + name: value for name, value in model.state_dict().items()}, stream)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files():
+    """A share that holds two published models, as the real one does."""
+    return {
+        "micro/convnext_robust.pt": weights_file(prefix="module."),
+        "micro/vit_robust.pt": weights_file("vit_micro"),
+        "micro/convnext_clean_init.pt": weights_file(seed=1),
+        "micro/log.txt": b"robust accuracy: 25.0%",
+    }
+
+
+@pytest.fixture
+def published(files, monkeypatch, tmp_path):
+    """A published model whose share is served here, with downloads in a folder of the test."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.requests.append(self.path)
+            known = self.path == "/s/token/download"
+            body = stream.getvalue() if known else b"<html>gone</html>"
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    root = f"http://127.0.0.1:{server.server_port}/s/"
+    model = Published(
+        name=NAME,
+        title="ConvNeXt-micro-CvSt",
+        family="ConvNeXt",
+        arch="convnext_micro",
+        not_original=True,
+        epochs=1,
+        results={32: Accuracies(50.0, 25.0)},
+        links=(root + "moved", root + "token"),
+        params=0.45,
+        gflops=0.1,
+    )
+    entries = {NAME: model}
+    monkeypatch.setattr(zoo.names, "find_published", entries.get)
+    monkeypatch.setattr("zoo.published.find_published", entries.get)
+    monkeypatch.setattr(zoo.names, "CHECKPOINTS", tmp_path / "checkpoints")
+    yield server, model
+    server.shutdown()
+
+
+def same(path, content):
+    return path.read_bytes() == content
+
+
+def test_published_weights_are_those_of_the_model(published, files, tmp_path):
+    """Of a share with several models, by what the files hold; the first link has moved."""
+    server, model = published
+    folder = tmp_path / "somewhere"
+    robust, clean = (locate(NAME, flag="f", kind=kind, folder=folder) for kind in ("robust", "clean"))
+    assert same(robust.path, files["micro/convnext_robust.pt"]) and same(
+        clean.path, files["micro/convnext_clean_init.pt"]
+    )
+    assert robust.published is model and robust.path.is_relative_to(folder / NAME)
+    assert robust.describe(EvalModelConfig(num_classes=4)).arch == "convnext_micro"
+    assert server.requests.count("/s/token/download") == 1  # once for both
+
+
+def test_a_share_without_the_model(published, tmp_path, monkeypatch):
+    _, model = published
+    lacking = dataclasses.replace(model, arch="convnext_tiny", links=model.links[1:])
+    monkeypatch.setattr(zoo.names, "find_published", {NAME: lacking}.get)
+    with pytest.raises(UserError, match="^f: http.*no file of the share is it: .*vit_robust.pt.*Give one by its path"):
+        locate(NAME, flag="f", folder=tmp_path / "somewhere")
+
+
+def test_a_moved_share_says_what_to_try(published, tmp_path, monkeypatch):
+    _, model = published
+    gone = dataclasses.replace(model, links=model.links[:1])
+    monkeypatch.setattr(zoo.names, "find_published", {NAME: gone}.get)
+    with pytest.raises(UserError, match="does not exist .status 404.*Try .*local file by its path"):
+        locate(NAME, flag="f", folder=tmp_path / "somewhere")
+
+
+def test_robustbenchs_copy_where_the_share_cannot_be_had(published, files, tmp_path, monkeypatch, capsys):
+    _, model = published
+    gone = dataclasses.replace(model, links=model.links[:1], robustbench_id="Some2023Model")
+    monkeypatch.setattr(zoo.names, "find_published", {NAME: gone}.get)
+
+    def download(robustbench_id, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{robustbench_id}.pt").write_bytes(files["micro/convnext_robust.pt"])
+        return folder / f"{robustbench_id}.pt"
+
+    monkeypatch.setattr(zoo.names, "download_robustbench", download)
+    found = locate(NAME, flag="f", folder=tmp_path / "somewhere")
+    assert found.path.name == "Some2023Model.pt" and "Some2023Model" in capsys.readouterr().err
+
+
+def test_evaluation_by_name_compares_with_the_published_number(published, images, tmp_path, capsys):
+    flags = [f"--data.val_dataset={images}", "--eval.img_size=32", "--eval.crop_pct=1", "--eval.workers=1"]
+    assert runner_aa_eval.main([NAME, *flags, f"--eval.out={tmp_path / 'out'}"]) == 0
+    assert f"{NAME}, 32 px, 8 images: AutoAttack" in capsys.readouterr().out
+    (report,) = (json.loads(file.read_text()) for file in tmp_path.rglob("report.json"))
+    assert report["published"]["difference"] == pytest.approx(100 * report["robust_acc"] - 25.0)
+    low, high = report["robust_ci95"]
+    assert report["published"]["within_ci95"] == (100 * low <= 25 <= 100 * high)
+    assert report["network"]["name"] == NAME
+
+
+def test_training_starts_from_a_published_clean_model(published, images, tmp_path):
+    server, _ = published
+    flags = base_flags(images, tmp_path / "runs") | {"model.not_original": 1, "training.eval_only": 1}
+    argv = [f"--{name}={value}" for name, value in (flags | {"model.ckpt_path": NAME}).items()]
+    assert train.main(["--check", *argv]) == 0
+    assert server.requests == []  # a check downloads nothing
+    by_name = run(flags | {"model.ckpt_path": NAME})
+    (clean,) = (tmp_path / "checkpoints").rglob("convnext_clean_init.pt")
+    by_path, robust = (run(flags | {"model.ckpt_path": path}) for path in (clean, f"{NAME}:robust"))
+    assert by_path.log[0]["loss"] == by_name.log[0]["loss"] != robust.log[0]["loss"]
+
+
+def test_ready_model(published, tmp_path):
+    model = load_robust_model(NAME, img_size=32, folder=tmp_path / "somewhere")
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_download_from_the_command_line(published, files, tmp_path, capsys):
+    assert main(["download", NAME, "--to", str(tmp_path / "here"), "--clean"]) == 0
+    assert same(next((tmp_path / "here").rglob("convnext_clean_init.pt")), files["micro/convnext_clean_init.pt"])
+    assert main(["verify", capsys.readouterr().out.strip().splitlines()[-1]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.pt", "expected a file of weights"),
+        ("runs/nowhere", "expected a file of weights"),
+        ("convnext_base_cvts", "did you mean convnext_base_cvst?"),
+        ("Nobody2099Nothing", "RobustBench has no ImageNet model"),
+    ],
+)
+def test_unknown_names(name, words, tmp_path):
+    with pytest.raises(UserError, match=f"{words.replace('?', '[?]')}"):
+        locate(name, flag="f", folder=tmp_path)
+
+
+def test_kinds():
+    assert split_kind("vit_s") == ("vit_s", "clean") == split_kind("vit_s:clean")
+    assert split_kind("vit_s:robust") == ("vit_s", "robust")
+    assert split_kind("a:b.pt") == ("a:b.pt", "clean")

@@ -1,0 +1,135 @@
+"""A trained network for use elsewhere: safetensors and config.json in the layout of timm's models on the Hugging Face Hub.
+
+timm itself loads the folder where the architecture is timm's (`timm.create_model("hf-hub:<repository>", pretrained=True)`);
+`load_robust_model` loads it always.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models import split_model_name_tag
+from torch import nn
+
+from common.errors import UserError
+from common.files import write_atomically
+from utils_architecture import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
+from zoo.loading import has_normalizer
+from zoo.runs import EXPORT_KEY, EXPORTED, TrainedModel, run_sections
+
+WEIGHTS, CONFIG, CARD = EXPORTED, "config.json", "README.md"
+
+
+def export(
+    trained: TrainedModel, folder: Path, *, img_size: int = 224, crop_pct: float = 0.875, card: str = ""
+) -> None:
+    """Write model.safetensors (the bare network), config.json and README.md into `folder`.
+
+    timm's models get normalised images: a normaliser inside ours becomes `mean` and `std` of config.json, none becomes 0 and 1.
+
+    Args:
+        trained: from `load_trained`.
+        folder: made if need be; files of these names are replaced.
+        img_size, crop_pct: of the evaluation that the network is meant for.
+        card: text for README.md, such as a table of results.
+
+    Raises:
+        UserError: a normaliser other than ImageNet's, or a folder that cannot be written.
+    """
+    network, normalized = bare_network(trained.model)
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    content = config(trained, network, normalized=normalized, img_size=img_size, crop_pct=crop_pct)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / WEIGHTS, lambda f: f.write(safetensors.torch.save(weights, {"format": "pt"})))
+        write_atomically(folder / CONFIG, lambda f: f.write(json.dumps(content, indent=2).encode()))
+        write_atomically(folder / CARD, lambda f: f.write(model_card(trained.description, content, card).encode()))
+    except OSError as error:
+        raise UserError(f"--to: cannot write to {folder} ({error.strerror or error}).") from error
+
+
+def bare_network(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The network behind its normaliser, and whether there is one."""
+    if not has_normalizer(model):
+        return model, False
+    for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        found = getattr(model.normalize, name).flatten()
+        if not torch.allclose(found.double(), torch.tensor(values, dtype=torch.float64), atol=1e-6):
+            raise UserError(f"the normaliser's {name} is {found.tolist()}, expected ImageNet's {list(values)}.")
+    return model.model, True
+
+
+def config(
+    trained: TrainedModel, network: nn.Module, *, normalized: bool, img_size: int, crop_pct: float
+) -> dict[str, Any]:
+    """config.json: timm's keys, and ours from which `load_trained` builds the network."""
+    description = trained.description
+    mean, std = (list(IMAGENET_MEAN), list(IMAGENET_STD)) if normalized else ([0.0] * 3, [1.0] * 3)
+    timm_cfg = getattr(network, "pretrained_cfg", None) or {}
+    return {
+        "architecture": timm_name(description) or description["arch"],
+        "num_classes": description["num_classes"],
+        "pretrained_cfg": {
+            "input_size": [3, img_size, img_size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": crop_pct,
+            "crop_mode": "center",
+            "mean": mean,
+            "std": std,
+            "num_classes": description["num_classes"],
+            **{key: timm_cfg[key] for key in ("first_conv", "classifier", "pool_size") if key in timm_cfg},
+        },
+        EXPORT_KEY: run_sections(trained),
+    }
+
+
+def timm_name(description: Mapping[str, Any]) -> str | None:
+    """timm's name of the architecture; None where ours is another one: a ConvStem, blurpool, or not in timm."""
+    architecture = ARCHITECTURES.get(description["arch"])
+    if description["not_original"] or description["updated"] or description["use_blurpool"]:
+        return None
+    if architecture is None or architecture.options or not isinstance(architecture.builder, str):
+        return None
+    return split_model_name_tag(architecture.builder)[0]
+
+
+def model_card(description: Mapping[str, Any], content: Mapping[str, Any], card: str) -> str:
+    """README.md of the folder, with the Hub's header."""
+    cfg, stem = content["pretrained_cfg"], " with ConvStem" if description["not_original"] else ""
+    loader = (
+        'timm.create_model("hf-hub:<repository>", pretrained=True)'
+        if timm_name(description)
+        else 'load_robust_model("<folder>")  # this architecture is not in timm'
+    )
+    return (
+        "---\nlibrary_name: timm\npipeline_tag: image-classification\ntags: [adversarial-robustness]\n---\n"
+        f"# {description['arch']}{stem}, adversarially trained\n\n"
+        f"Images in [0, 1], normalised with mean {cfg['mean']} and std {cfg['std']}.\n\n"
+        f"```python\n{loader}\n```\n\n{card}\n"
+    )
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload the folder to a repository of the Hugging Face Hub, made if need be; returns its address.
+
+    Raises:
+        UserError: not logged in, no such owner, or no connection.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD])
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"--push: cannot upload to {repository} ({error}); `hf auth login` sets up an account."
+        ) from error
+    return str(address)

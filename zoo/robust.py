@@ -1,0 +1,34 @@
+"""A robust network for use in other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from common.config import EvalModelConfig
+from data.transforms import eval_transform
+from zoo.names import locate
+from zoo.runs import load_trained
+
+
+def load_robust_model(
+    name: str, *, img_size: int = 224, crop_pct: float = 0.875, folder: str | Path | None = None
+) -> nn.Module:
+    """A ready network: images (B, 3, H, W) in [0, 1] → logits, in eval mode on the CPU.
+
+    Its attribute `transform` turns a PIL image into such a tensor (3, img_size, img_size).
+
+    Args:
+        name: a published model or RobustBench id (downloaded to `folder` where it is not there yet), a weights file, or the
+            folder of a run or an export.
+        img_size, crop_pct: of the transform: bicubic resize to img_size / crop_pct, centre crop.
+        folder: where downloads go; by default `checkpoints` in the project.
+
+    Raises:
+        UserError: nothing is called so, or it cannot be downloaded or loaded.
+    """
+    located = locate(name, flag="name", folder=folder and Path(folder))
+    model = load_trained(located.path, located.describe(EvalModelConfig()), flag="name").model
+    model.transform = eval_transform(img_size, crop_pct)
+    return model

@@ -1,0 +1,86 @@
+"""What RobustBench asks for when a model is submitted: its model_info JSON, and the text of its form, from a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+
+PLACEHOLDER = "(to be filled in)"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What a report cannot know."""
+
+    title: str = PLACEHOLDER
+    link: str = PLACEHOLDER
+    authors: str = PLACEHOLDER
+    venue: str = PLACEHOLDER
+    additional_data: bool = False
+    checkpoint: str = PLACEHOLDER
+
+
+def check_report(report: Mapping[str, Any], source: str) -> None:
+    """Refuse a report that RobustBench's ImageNet leaderboard would not take.
+
+    Raises:
+        UserError: not the full AutoAttack, another threat model than its two, or not its 5,000 images.
+    """
+    wrong = []
+    if "square" not in report.get("attacks", ()):
+        wrong.append("all four attacks (eval.fullaa=1)")
+    if report.get("norm") not in ("Linf", "L2"):
+        wrong.append("norm Linf or L2")
+    if report.get("n") != 5000:
+        wrong.append(f"its 5,000 images, not {report.get('n')}")
+    if wrong:
+        raise UserError(f"{source}: RobustBench's ImageNet leaderboard expects {'; '.join(wrong)}.")
+
+
+def model_info(report: Mapping[str, Any], paper: Paper, *, architecture: str) -> dict[str, Any]:
+    """The content of RobustBench's `model_info/imagenet/<norm>/<id>.json`."""
+    robust = f"{100 * report['robust_acc']:.2f}"
+    return {
+        "link": paper.link,
+        "name": paper.title,
+        "authors": paper.authors,
+        "additional_data": paper.additional_data,
+        "number_forward_passes": 1,
+        "dataset": "imagenet",
+        "venue": paper.venue,
+        "architecture": architecture,
+        "eps": _fraction(report["eps"]),
+        "clean_acc": f"{100 * report['clean_acc']:.2f}",
+        "reported": robust,
+        "autoattack_acc": robust,
+        "unreliable": False,
+    }
+
+
+def form_text(report: Mapping[str, Any], paper: Paper, *, architecture: str) -> str:
+    """The fields of RobustBench's "New Model(s)" form, filled in."""
+    fields = {
+        "Paper Information": {"Paper Title": paper.title, "Paper URL": paper.link, "Paper authors": paper.authors},
+        "Leaderboard Claim(s)": {
+            "Architecture": architecture,
+            "Threat Model": report["norm"],
+            "eps": _fraction(report["eps"]),
+            "Clean accuracy": f"{100 * report['clean_acc']:.2f}%",
+            "Robust accuracy": f"{100 * report['robust_acc']:.2f}%",
+            "Additional data": str(paper.additional_data).lower(),
+            "Evaluation method": f"AutoAttack (standard, {report['engine']}, seed {report['seed']}), RobustBench's 5,000 images",
+            "Checkpoint and code": f"{paper.checkpoint} (SHA-256 {report['network']['sha256']})",
+        },
+    }
+    return "\n".join(
+        f"# {head}\n\n" + "".join(f"- **{name}**: {value}\n" for name, value in lines.items())
+        for head, lines in fields.items()
+    )
+
+
+def _fraction(eps: float) -> str:
+    steps = eps * 255
+    return f"{steps:.0f}/255" if eps < 1 and abs(steps - round(steps)) < 1e-6 else f"{eps:g}"
