@@ -46,7 +46,7 @@ DIGITS = (
     "--eval.crop_pct=1",
     "--eval.gpus=none",
 )
-FULL = ("--eval.n_ex=8", "--eval.batch_size=1", "--eval.fullaa=1")
+FULL = ("--eval.n_ex=6", "--eval.batch_size=1", "--eval.fullaa=1")
 QUICK = ("--eval.n_ex=4", "--eval.batch_size=2", "--eval.fullaa=0")
 TOO_SMALL = "--quick: starting the programs takes longer than the attacks"
 IMAGENET_EPS = 4 / 255
