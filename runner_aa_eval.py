@@ -19,6 +19,7 @@ all; `--help` lists the flags. Exit status: 0; 2 wrong input; 1 a chunk failed t
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -45,10 +46,10 @@ def main(argv: Sequence[str]) -> int:
         with joined() as processes:
             run_evaluations(config, processes)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except TaskFailed as error:
-        print(f"error: {error} Finished chunks are kept: the same command goes on with the others.", file=sys.stderr)
+        say(f"error: {error}\nFinished chunks are kept: the same command goes on with the others.")
         return 1
     except KeyboardInterrupt:
         print("interrupted; finished chunks are kept, the same command goes on.", file=sys.stderr)
@@ -58,5 +59,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def say(text: str) -> None:
+    """Print what all processes of torchrun come to know once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a table is no reason to fail where the terminal knows few characters
     sys.exit(main(sys.argv[1:]))

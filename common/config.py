@@ -337,7 +337,7 @@ class AttackConfig:
     crop_pct: float = flag(
         0.875, "centre crop after resizing to img_size/crop_pct; 1 for small images", above=0, at_most=1
     )
-    seed: int = flag(0, "seed of AutoAttack", at_least=0)
+    seed: int = flag(0, "seed of AutoAttack", at_least=0, at_most=2**32 - 1)
     out: str = flag("", "folder of state and reports; empty: eval/ beside the weights")
     save_adv: bool = flag(False, "1: keep the adversarial images (float32, npz), one file a chunk")
     precision: str = flag(
@@ -376,6 +376,8 @@ class EvalConfig:
         for name, values in (("norms", norms), ("img_size", settings.img_size), ("model_in", settings.model_in)):
             if len(set(values)) != len(values):
                 raise UserError(f"eval.{name}: expected each value once, got {','.join(map(str, values))}.")
+        if "" in settings.model_in:
+            raise UserError("eval.model_in: expected a file, folder or name, got nothing (an unset shell variable?).")
         if not settings.model_in and not settings.models:
             raise UserError("eval.model_in: required, but neither it nor eval.models is given.")
         if eps is None:
@@ -671,7 +673,8 @@ def _read_models_file(path: Path, flags: EvalModelConfig) -> list[ModelEntry]:
     """A list of paths, or of mappings with `model_in`, perhaps `name`, and fields of `EvalModelConfig`."""
     content = _read_yaml(path, "eval.models:")
     if not isinstance(content, list) or not content:
-        raise UserError(f"eval.models: expected a list of networks in {path}, got {type(content).__name__}.")
+        found = "an empty one" if content == [] else type(content).__name__
+        raise UserError(f"eval.models: expected a list of networks in {path}, got {found}.")
     hints = typing.get_type_hints(EvalModelConfig)
     checks = {f.name: _FlagChecker(hints[f.name], f.metadata) for f in dataclasses.fields(EvalModelConfig)}
     entries = []

@@ -91,10 +91,13 @@ def _work(
 
     try:
         if tasks:
+            slots = find_slots(config.eval, chunks=len(tasks))
+            if first:
+                first.progress.begin(slots)
             images = first.images if first else open_planned_images(config, evaluations)
             run_tasks(
                 take,
-                slots=find_slots(config.eval, chunks=len(tasks)),
+                slots=slots,
                 setup=worker.setup,
                 arguments=(config, evaluations, images),
                 on_result=on_result,
@@ -154,17 +157,21 @@ class _Coordinator:
         state.open(evaluation.identity)
         self._records[number] = {
             chunk: record
-            for chunk, record in state.read().items()
-            # Images that are asked for now, and were not then, need the attacks again.
-            if not self._config.eval.save_adv or record["images_kept"] == len(record["positions"])
+            for chunk, record in state.read(evaluation.chunks).items()
+            # Images that are asked for now, and are not there, need the attacks again.
+            if not self._config.eval.save_adv or self._has_images(state, record)
         }
         tasks = [Task(number, chunk) for chunk in range(evaluation.chunks) if chunk not in self._records[number]]
-        report = None if tasks else _read_report(evaluation.folder / "report.json")
+        report = None if tasks else _read_report(evaluation.folder)
         if report is not None:
             print(f"{evaluation}: finished before, skipped.", file=sys.stderr)
             self._reports[number] = report
             self._states.pop(number).close()
         return tasks
+
+    @staticmethod
+    def _has_images(state: StateFolder, record: Mapping[str, Any]) -> bool:
+        return record["images_kept"] == len(record["positions"]) and state.images_file(record["chunk"]).exists()
 
     def receive(self, task: Task, record: dict[str, Any]) -> None:
         """Keep what a worker has finished."""
@@ -212,8 +219,8 @@ class _Coordinator:
         except OSError as error:
             if self._tries.failed(error):
                 self.progress.say(
-                    f"warning: eval.out: cannot write to {self._plan.root} ({error.strerror or error}); {len(self._unsaved)} "
-                    f"finished chunks are kept in memory and tried again every {SAVE_AGAIN_SECONDS} seconds."
+                    f"warning: eval.out: cannot write to {self._plan.root} ({error.strerror or error}); what is finished is kept "
+                    f"in memory ({len(self._unsaved)} chunks) and tried again every {SAVE_AGAIN_SECONDS} seconds."
                 )
 
     def _report(self, number: int) -> None:
@@ -246,7 +253,7 @@ class _Coordinator:
         for evaluation, report in zip(evaluations, reports):
             if text := comparison_text(report):
                 print(text)
-            for text in warnings_of(report):
+            for text in warnings_of(report, save_adv=self._config.eval.save_adv):
                 print(f"warning: {evaluation}: {text}.", file=sys.stderr)
         print(f"reports: {root}")
         return Outcome(evaluations, reports, root)
@@ -258,12 +265,14 @@ class _Coordinator:
             state.close()
 
 
-def _read_report(path: Path) -> dict[str, Any] | None:
-    """A finished evaluation's report; None where there is none, or a damaged one."""
+def _read_report(folder: Path) -> dict[str, Any] | None:
+    """A finished evaluation's report; None where it has to be made (again)."""
     try:
-        return json.loads(path.read_bytes())
+        report = json.loads((folder / "report.json").read_bytes())
     except (OSError, ValueError):
         return None
+    whole = isinstance(report, dict) and "robust_ci95" in report and (folder / "verdicts.csv").exists()
+    return report if whole else None
 
 
 class _Tries:

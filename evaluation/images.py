@@ -15,7 +15,7 @@ from torch import Tensor
 from common.config import EvalDataConfig
 from common.errors import UserError
 from common.seeding import derive_seed
-from data.datasets import Collected, Source, StreamSource, class_folders, open_listed, open_source
+from data.datasets import DECODE_ERRORS, Collected, Source, StreamSource, class_folders, open_listed, open_source
 from data.imagenet_ids import looks_like_imagenet, robustbench_ids
 from data.loader import EvalLoader, spread_indices
 
@@ -82,8 +82,21 @@ class ImageList:
         x, y, index, failures = zip(*loader)
         place = {self.indices[p]: p for p in positions}
         shown = torch.tensor([place[i] for i in torch.cat(index).tolist()], dtype=torch.int64)
+        for p in set(positions) - set(shown.tolist()):
+            _check_it_can_be_read(self.source, self.indices[p])
         unreadable = [f"{name} ({reason})" for some in failures for name, reason in some]
         return Chunk(torch.cat(x), torch.cat(y), shown, unreadable)
+
+
+def _check_it_can_be_read(source: Source, i: int) -> None:
+    """Raise RuntimeError where the disk is what fails, not the image: a data set that vanishes is no set of broken images."""
+    try:
+        source.read(i)
+    except OSError as error:
+        if error.errno is not None:  # Pillow's own complaints have none
+            raise RuntimeError(f"{source.name(i)} cannot be read ({error.strerror}).") from error
+    except DECODE_ERRORS:
+        pass
 
 
 def open_images(

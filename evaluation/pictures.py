@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,6 +18,18 @@ from common.files import write_atomically
 MOST_SHOWN = 8
 
 
+def _plain_text(draw: Callable[..., None]) -> Callable[..., None]:
+    """Names are drawn as they are; matplotlib would take `$` for mathematics."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: Any, **options: Any) -> None:
+        with matplotlib.rc_context({"text.parse_math": False}):
+            draw(*arguments, **options)
+
+    return drawn
+
+
+@_plain_text
 def draw_accuracy(path: Path, curves: Mapping[str, Mapping[str, float]]) -> None:
     """A line for each evaluation: accuracy without attack, then after each attack.
 
@@ -26,18 +41,19 @@ def draw_accuracy(path: Path, curves: Mapping[str, Mapping[str, float]]) -> None
     figure = Figure(figsize=(7, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for number, (name, curve) in enumerate(curves.items()):
+    for number, curve in enumerate(curves.values()):
         marker = "os^Dv*P"[number % 7]
-        axes.plot(list(curve), [100 * share for share in curve.values()], marker=marker, label=name)
+        axes.plot(list(curve), [100 * share for share in curve.values()], marker=marker)
     if len(curves) == 1:
         for place, share in enumerate(curve.values()):
             axes.annotate(f"{100 * share:.1f}", (place, 100 * share), (0, 6), textcoords="offset points", ha="center")
     axes.set(ylabel="accuracy [%]", ylim=(0, 105), xlabel="after each attack")
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize=8)
+    figure.legend(axes.lines, list(curves), loc="outside lower center", fontsize=8)
     _save(figure, path)
 
 
+@_plain_text
 def draw_examples(
     path: Path,
     x: np.ndarray,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
     located = [locate(entry.model_in, flag="eval.model_in") for entry in entries]
     paths = [found.path for found in located]
     names = network_names(entries, located)
-    root = Path(config.eval.out or Path(os.path.commonpath([path.resolve().parent for path in paths])) / "eval")
+    root = Path(config.eval.out) if config.eval.out else default_folder(paths)
     open_for = image_lists(config)
     by_network: dict[str, ImageList] = {}
     evaluations: list[Evaluation] = []
@@ -138,6 +137,21 @@ def _plan_network(
                 folder=folder / f"{norm}_{show_eps(eps).replace('/', 'of')}_{size}px_n{len(images)}_{version}",
                 identity={"network": network, "data": data, **_numbers(config, norm, eps, on_gpu=on_gpu)},
             )
+
+
+def default_folder(paths: Sequence[Path]) -> Path:
+    """`eval/` beside the weights; beside their folders, where those lie in one.
+
+    Raises:
+        UserError: they lie in different places.
+    """
+    folders = {path.absolute().parent for path in paths}
+    if len(folders) == 1:
+        return folders.pop() / "eval"
+    parents = {folder.parent for folder in folders}
+    if len(parents) > 1:
+        raise UserError("eval.out: required, because the networks lie in different places.")
+    return parents.pop() / "eval"
 
 
 def open_planned_images(config: EvalConfig, evaluations: Sequence[Evaluation]) -> dict[str, ImageList]:

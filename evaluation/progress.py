@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -33,6 +34,11 @@ class Progress:
             total=total, initial=done, unit="img", smoothing=0, leave=False, file=silent, dynamic_ncols=True
         )
 
+    def begin(self, slots: Sequence[Any]) -> None:
+        """Say what is about to happen."""
+        where = ", ".join(f"{count} × {device}" for device, count in Counter(slot.device for slot in slots).items())
+        self.say(f"{self._chunks[1]} chunks to do; workers of this process: {where}")
+
     def chunk_done(
         self, evaluation: Evaluation, records: Iterable[Mapping[str, Any]], record: Mapping[str, Any]
     ) -> None:
@@ -43,16 +49,21 @@ class Progress:
         robust = f"{100 * verdicts.count('') / max(len(verdicts), 1):.1f}%"
         self._bar.set_postfix_str(f"chunks {self._chunks[0]}/{self._chunks[1]}, robust {robust}", refresh=False)
         self._bar.update(len(record["positions"]) + len(record["unreadable"]))
-        now = time.monotonic()
-        if not self._is_terminal and (now - self._last_line >= LINE_SECONDS or self._chunks[0] == self._chunks[1]):
-            self._last_line = now
-            print(self._bar, file=sys.stderr, flush=True)
+        self._print_line(always=self._chunks[0] == self._chunks[1])
 
     def now(self, chunk: int, attack: str) -> None:
         """Show what a worker has begun."""
-        if self._bar is not None and self._is_terminal:
+        if self._bar is not None:
             done, total = self._chunks
-            self._bar.set_postfix_str(f"chunks {done}/{total}, chunk {chunk} at {attack}")
+            self._bar.set_postfix_str(f"chunks {done}/{total}, chunk {chunk} at {attack}", refresh=self._is_terminal)
+            self._print_line()
+
+    def _print_line(self, *, always: bool = False) -> None:
+        """Where the output is no terminal: the bar as a line, now and then."""
+        now = time.monotonic()
+        if not self._is_terminal and (always or now - self._last_line >= LINE_SECONDS):
+            self._last_line = now
+            print(self._bar, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """Print without tearing the bar."""

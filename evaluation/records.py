@@ -10,6 +10,7 @@ A record never changes once it is there, so a run can end at any moment and anot
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import sys
@@ -21,8 +22,22 @@ from common.errors import UserError
 from common.files import set_aside, write_atomically
 
 SHOWN_DIFFERENCES = 6
-# What a record must hold to count as one.
-RECORD_KEYS = {"chunk", "positions", "labels", "clean_pred", "broken_by", "images_kept", "seconds"}
+# What a record must hold to count as one; those of `LISTS` an entry for each image.
+LISTS = ("positions", "labels", "clean_pred", "broken_by")
+RECORD_KEYS = {
+    "chunk",
+    "unreadable",
+    "attack_seconds",
+    "rejoined",
+    "check",
+    "images_kept",
+    "seconds",
+    "started",
+    "device",
+    *LISTS,
+}
+# A file system without locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class StateFolder:
@@ -62,19 +77,14 @@ class StateFolder:
         """Keep the record of a finished chunk. Raises OSError where it cannot be written."""
         write_atomically(self._record_file(record["chunk"]), lambda f: f.write(json.dumps(record).encode()))
 
-    def read(self) -> dict[int, dict[str, Any]]:
-        """The records by chunk. One that cannot be read is renamed, with a warning, and its chunk is open again."""
+    def read(self, chunks: int) -> dict[int, dict[str, Any]]:
+        """The records by chunk, of `chunks`. One that cannot be read is renamed, with a warning, and its chunk is open again."""
         records = {}
         for file in sorted(self._chunks.glob("*.json")):
             try:
                 record = json.loads(file.read_bytes())
-                if (
-                    not isinstance(record, dict)
-                    or not RECORD_KEYS <= record.keys()
-                    or f"{record['chunk']:05d}" != file.stem
-                ):
-                    raise ValueError("not a record of this chunk")
-            except (OSError, ValueError, TypeError) as error:
+                _check(record, file.stem, chunks)
+            except (OSError, ValueError) as error:
                 aside = set_aside(file)
                 print(
                     f"warning: {file} is damaged ({error}); renamed to {aside.name}, its chunk runs again.",
@@ -95,11 +105,17 @@ class StateFolder:
         lock = open(self.folder / "lock", "ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise UserError(
-                f"eval.out: another run is working in {self.folder}; wait for it to end, or give another eval.out."
-            ) from error
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                lock.close()
+                raise UserError(
+                    f"eval.out: another run is working in {self.folder}; wait for it to end, or give another eval.out."
+                ) from error
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"warning: {self.folder} cannot be locked: see to it that one run at a time uses it.", file=sys.stderr
+            )
         self._lock = lock
 
     def _compare(self, file: Path, identity: Mapping[str, Any]) -> None:
@@ -120,6 +136,18 @@ class StateFolder:
             f"eval.out: {self.folder} holds another evaluation, whose chunks cannot be mixed with this one's. What differs: "
             f"{shown}{more}. Give another eval.out."
         )
+
+
+def _check(record: Any, stem: str, chunks: int) -> None:
+    """Raise ValueError if this is no record of the chunk that its file is named after."""
+    if not isinstance(record, dict) or not RECORD_KEYS <= record.keys():
+        raise ValueError("not a record of a chunk")
+    number = record["chunk"]
+    if type(number) is not int or not 0 <= number < chunks or f"{number:05d}" != stem:
+        raise ValueError("not a record of this chunk")
+    lists = [record[name] for name in LISTS]
+    if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+        raise ValueError("its lists are not equally long")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

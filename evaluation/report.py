@@ -68,6 +68,7 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         "max_perturbation": max(check["max_perturbation"] for _, check in checks),
         "pixel_range": [min(low for low, _ in ranges), max(high for _, high in ranges)],
         "check": failed,
+        "images_kept": sum(record["images_kept"] for record in records),
         "rejoined": sum(record["rejoined"] for record in records),
         "seconds": round(_covered([(r["started"], r["started"] + r["seconds"]) for r in records]), 2),
         "worker_seconds": round(worker_seconds, 2),
@@ -240,9 +241,13 @@ def comparison_text(report: Mapping[str, Any]) -> str:
     )
 
 
-def warnings_of(report: Mapping[str, Any]) -> list[str]:
+def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> list[str]:
     """What a reader of the numbers should know."""
     texts = []
+    if save_adv and report["images_kept"] < report["n"]:
+        texts.append(
+            f"adversarial images are kept of {report['images_kept']} of {report['n']} images; start again for the others"
+        )
     if failures := _failures(report):
         texts.append(f"adversarial images that fail the check at the end: {failures}; positions are in report.json")
     if unreadable := report["data"]["unreadable"]:
@@ -257,7 +262,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def percent(share: float) -> str:
@@ -275,7 +280,7 @@ def _failures(report: Mapping[str, Any]) -> str:
 
 
 def _survivors(verdicts: Path) -> set[str]:
-    with open(verdicts, newline="") as file:
+    with open(verdicts, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return {row["index"] for row in csv.DictReader(file) if not row["broken_by"]}
 
 

@@ -14,10 +14,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -44,6 +43,7 @@ def prepare_workers(*modules: str) -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+    resource_tracker.ensure_running()  # it would undo the mask below
     before = os.environ.get("PYTHONPATH")
     # Python 3.11's server looks for the modules in the current folder only, and a Ctrl-C would end it amid its imports.
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -84,14 +84,14 @@ def run_tasks(
 
     Raises:
         UserError: raised by a worker.
-        TaskFailed: a task failed `MOST_FAILURES` times, or no worker is left because each failed so often to start.
+        TaskFailed: a task failed `MOST_FAILURES` times, or every slot failed so often in a row.
     """
     pool = _Pool(setup, arguments)
     queue = _Queue(take)
     workers: list[_Worker] = []
     try:
-        for slot in slots:
-            workers.append(pool.start(slot))
+        for place in enumerate(slots):  # numbered: slots may be alike
+            workers.append(pool.start(place))
         while workers and tick():
             ready = multiprocessing.connection.wait([w.connection for w in workers], timeout=POLL_SECONDS)
             for worker in [w for w in workers if w.connection in ready]:
@@ -104,17 +104,18 @@ def run_tasks(
                     worker.stop()
                     workers.remove(worker)
                     if worker.task is not None:
-                        queue.give_back(worker.task, content)
+                        queue.give_back(worker.task, worker.slot, content)
                     on_failure(worker.task, content)
-                    starts = 1 if worker.task is not None else worker.starts + 1
-                    if starts <= MOST_FAILURES:
-                        workers.append(pool.start(worker.slot, starts))
+                    if worker.failures < MOST_FAILURES - 1:
+                        workers.append(pool.start(worker.slot, worker.failures + 1))
                     elif not workers:
-                        raise TaskFailed(f"workers could not start {MOST_FAILURES} times; the last time: {content}")
+                        what = "workers could not start" if worker.task is None else "workers failed"
+                        raise TaskFailed(f"{what} {MOST_FAILURES} times; the last time: {content}")
                 else:  # it is ready for a task, and perhaps has the result of one
                     if kind == "result":
                         on_result(worker.task, content)
-                    worker.give(queue.next())
+                        worker.failures = 0
+                    worker.give(queue.next(worker.slot, alone=len(workers) == 1))
                     if worker.task is None:
                         workers.remove(worker)
                         worker.stop()
@@ -124,29 +125,34 @@ def run_tasks(
 
 
 class _Queue(Generic[Task]):
-    """Open tasks: those given back first."""
+    """Open tasks: first those given back by another slot, which may be a better place for them."""
 
     def __init__(self, take: Callable[[], Task | None]) -> None:
         self._take = take
-        self._given_back: deque[Task] = deque()
+        self._given_back: list[tuple[Task, Any]] = []
         self._failures: dict[Any, int] = {}
 
-    def next(self) -> Task | None:
-        return self._given_back.popleft() if self._given_back else self._take()
+    def next(self, slot: Any, *, alone: bool) -> Task | None:
+        """A task for this slot; one that failed there only where it is the last one at work."""
+        for entry in self._given_back:
+            if alone or entry[1] != slot:
+                self._given_back.remove(entry)
+                return entry[0]
+        return self._take()
 
-    def give_back(self, task: Task, reason: str) -> None:
+    def give_back(self, task: Task, slot: Any, reason: str) -> None:
         self._failures[task] = self._failures.get(task, 0) + 1
         if self._failures[task] == MOST_FAILURES:
             raise TaskFailed(f"{task} failed {MOST_FAILURES} times; the last time: {reason}")
-        self._given_back.append(task)
+        self._given_back.append((task, slot))
 
 
 @dataclass
 class _Worker:
-    """A worker process, and the task it is at; `starts` counts those in its slot that did not come to take one."""
+    """A worker process, and the task it is at; `failures` counts those of its slot since the last result."""
 
     slot: Any
-    starts: int
+    failures: int
     process: BaseProcess
     connection: Connection
     task: Any = None
@@ -178,13 +184,15 @@ class _Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._setup, self._arguments = setup, arguments
 
-    def start(self, slot: Any, starts: int = 1) -> _Worker:
+    def start(self, slot: Any, failures: int = 0) -> _Worker:
         ours, theirs = self._context.Pipe()
         # Not daemonic: a worker may have decoding processes of its own.
-        process = self._context.Process(target=_work, args=(theirs, self._setup, slot, self._arguments), daemon=False)
+        process = self._context.Process(
+            target=_work, args=(theirs, self._setup, slot[1], self._arguments), daemon=False
+        )
         process.start()
         theirs.close()
-        return _Worker(slot, starts, process, ours)
+        return _Worker(slot, failures, process, ours)
 
 
 def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, arguments: tuple[Any, ...]) -> None:

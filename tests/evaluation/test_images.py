@@ -21,7 +21,7 @@ from evaluation.images import Chunk, ImageList, open_images
 from tests.data import encoded
 from tests.data.test_imagenet_ids import installed_list, link_classes, write_imagenet
 from tests.data.test_loader import write_parquet, write_shards
-from tests.training.helpers import CLASSES
+from tests.training.helpers import CLASSES, write_images
 
 
 @pytest.fixture(scope="module")
@@ -325,3 +325,12 @@ class TestStreams:
                 pass
         with pytest.raises(UserError, match=f"wds/{shards}: expected at least one image, found none"):
             opened(f"wds/{shards}", num_classes=24)
+
+
+def test_a_data_set_that_vanishes_is_no_set_of_broken_images(tmp_path):
+    write_images(tmp_path)
+    data = EvalDataConfig(val_dataset=str(tmp_path))
+    listed = open_images(data, ids="all", n_ex=0, num_classes=4, class_names=None)
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(RuntimeError, match="cannot be read .No such file or directory"):
+        listed.read([0, 1], size=32, crop_pct=1)

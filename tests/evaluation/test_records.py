@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import pytest
 from common.errors import UserError
 from evaluation.records import SHOWN_DIFFERENCES, StateFolder
 
+CHUNKS = 200_000
 ROOT = Path(__file__).resolve().parents[2]
 IDENTITY = {
     "network": {"sha256": "c0ffee", "arch": "convnext_micro", "not_original": True},
@@ -35,6 +37,11 @@ def record(chunk, n=4):
         "clean_pred": [0, 1, 2, 2],
         "broken_by": ["", "apgd-ce", "", "clean"],
         "images_kept": 0,
+        "unreadable": [],
+        "rejoined": 0,
+        "check": None,
+        "started": 0.5,
+        "device": "cpu",
         "seconds": 1.25 + chunk,
         "attack_seconds": {"apgd-ce": 0.1 + 0.2},  # a number without a short decimal form
     }
@@ -75,7 +82,7 @@ def changed(**paths):
 
 
 def test_a_new_folder_is_empty(opened, tmp_path):
-    assert opened().read() == {}
+    assert opened().read(CHUNKS) == {}
     assert json.loads((tmp_path / "state" / "identity.json").read_text()) == IDENTITY
 
 
@@ -83,7 +90,25 @@ def test_records_come_back_exactly(opened):
     state = opened()
     for chunk in (3, 0, 100_000):
         state.write(record(chunk))
-    assert state.read() == again(state, opened).read() == {chunk: record(chunk) for chunk in (0, 3, 100_000)}
+    assert (
+        state.read(CHUNKS) == again(state, opened).read(CHUNKS) == {chunk: record(chunk) for chunk in (0, 3, 100_000)}
+    )
+
+
+def test_a_chunk_that_the_evaluation_does_not_have_is_no_record(opened, capsys):
+    state = opened()
+    for chunk in (1, 2):
+        state.write(record(chunk))
+    assert state.read(2) == {1: record(1)} and "00002.json is damaged" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(opened, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    opened().write(record(0))
+    assert "cannot be locked" in capsys.readouterr().err
 
 
 def test_files_are_where_readers_look_for_them(opened, tmp_path):
@@ -96,7 +121,7 @@ def test_files_are_where_readers_look_for_them(opened, tmp_path):
 def test_images_are_no_records(opened):
     state = opened()
     state.images_file(0).write_bytes(b"images")
-    assert again(state, opened).read() == {}
+    assert again(state, opened).read(CHUNKS) == {}
     assert state.images_file(0).read_bytes() == b"images"
 
 
@@ -147,7 +172,7 @@ def test_the_evaluation_that_was_there_goes_on_after_a_refusal(opened):
     with pytest.raises(UserError, match="holds another evaluation"):
         refused.open(changed(norm="L2"))
     refused.close()
-    assert opened().read() == {1: record(1)}
+    assert opened().read(CHUNKS) == {1: record(1)}
 
 
 def test_many_differences_are_counted(opened):
@@ -179,7 +204,7 @@ def test_two_runs_cannot_share_a_folder(opened):
     with pytest.raises(UserError, match=r"^eval\.out: another run is working in .*/state; wait"):
         opened()
     first.write(record(0))  # it still can
-    assert again(first, opened).read() == {0: record(0)}
+    assert again(first, opened).read(CHUNKS) == {0: record(0)}
 
 
 def test_runs_in_two_folders(opened, tmp_path):
@@ -209,7 +234,7 @@ def test_a_killed_run_leaves_no_lock(opened, tmp_path):
             opened()
         holder.send_signal(signal.SIGKILL)
         holder.wait(20)
-        assert opened().read() == {}
+        assert opened().read(CHUNKS) == {}
     finally:
         holder.kill()
         holder.wait()
@@ -233,6 +258,8 @@ WHOLE = json.dumps(record(2)).encode()
         json.dumps({**record(2), "chunk": "2"}).encode(),
         json.dumps({**record(2), "chunk": [2]}).encode(),
         json.dumps({k: v for k, v in record(2).items() if k != "broken_by"}).encode(),
+        json.dumps(record(2) | {"positions": None}).encode(),
+        json.dumps(record(2) | {"broken_by": ["square"]}).encode(),
     ],
 )
 def test_a_damaged_record_is_open_again(opened, capsys, content):
@@ -242,23 +269,23 @@ def test_a_damaged_record_is_open_again(opened, capsys, content):
     file = state.folder / "chunks/00002.json"
     file.write_bytes(content)
     state = again(state, opened)
-    assert state.read() == {1: record(1)}
+    assert state.read(CHUNKS) == {1: record(1)}
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {file} is damaged (") and "renamed to 00002.json.1" in warning
     assert warning.count("\n") == 1
     assert file.with_name("00002.json.1").read_bytes() == content
 
-    assert state.read() == {1: record(1)}
+    assert state.read(CHUNKS) == {1: record(1)}
     assert capsys.readouterr().err == ""  # said once
     state.write(record(2))
-    assert again(state, opened).read() == {1: record(1), 2: record(2)}
+    assert again(state, opened).read(CHUNKS) == {1: record(1), 2: record(2)}
 
 
 def test_a_record_damaged_twice(opened, capsys):
     state = opened()
     for _ in range(2):
         (state.folder / "chunks/00002.json").write_bytes(b"")
-        assert state.read() == {}
+        assert state.read(CHUNKS) == {}
     assert "renamed to 00002.json.1" in (warnings := capsys.readouterr().err) and "renamed to 00002.json.2" in warnings
 
 
@@ -267,7 +294,7 @@ def test_a_record_that_the_disk_does_not_give(opened, capsys):
     state.write(record(1))
     (state.folder / "chunks/00002.json").mkdir()  # reading a folder fails even for root
     (state.folder / "chunks/00002.json/file").touch()
-    assert state.read() == {1: record(1)}
+    assert state.read(CHUNKS) == {1: record(1)}
     assert "renamed to 00002.json.1, its chunk runs again" in capsys.readouterr().err
 
 
@@ -279,7 +306,7 @@ def test_half_written_files_are_removed(opened):
         (state.folder / name).write_bytes(WHOLE)
     state = again(state, opened)
     assert not any((state.folder / name).exists() for name in leftovers)
-    assert state.read() == {1: record(1)}
+    assert state.read(CHUNKS) == {1: record(1)}
 
 
 def test_a_run_that_is_refused_removes_nothing(opened):
@@ -328,6 +355,6 @@ def test_a_write_that_fails_midway_leaves_nothing(opened, small_files):
     with pytest.raises(OSError, match="File too large"):
         state.write(big)
     assert sorted(file.name for file in (state.folder / "chunks").iterdir()) == ["00000.json"]
-    assert state.read() == {0: record(0)}
+    assert state.read(CHUNKS) == {0: record(0)}
     state.write(record(1))  # it goes on when there is room
-    assert state.read() == {0: record(0), 1: record(1)}
+    assert state.read(CHUNKS) == {0: record(0), 1: record(1)}

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,11 @@ import yaml
 import evaluation.evaluate
 import runner_aa_eval
 from common.config import EvalConfig, load_config
+from common.errors import UserError
 from common.provenance import PROJECT
 from common.tables import markdown_table
 from evaluation.autoattack import ATTACKS, attack_chunk
-from evaluation.plan import folder_name, image_lists, make_plan, show_eps
+from evaluation.plan import default_folder, folder_name, image_lists, make_plan, show_eps
 from evaluation.records import StateFolder
 from evaluation.report import summarise
 from evaluation.worker import fast_copy
@@ -209,6 +211,7 @@ def test_list_of_networks_in_a_file(trained, images, tmp_path):
     ("content", "words"),
     [
         ("a: 1", "expected a list of networks"),
+        ("[]", "got an empty one"),
         ("- {name: x}", "network 1: expected a path, or a mapping with model_in"),
         ("- {model_in: w.pt, arc: vit_s}", "unknown key 'arc'; the nearest known one is 'arch'"),
         ("- {model_in: w.pt, num_classes: many}", "num_classes: expected an integer, at least 2, got 'many'"),
@@ -236,6 +239,8 @@ def test_a_wrong_list_is_refused(trained, images, tmp_path, capsys, content, wor
         (["--eval.eps=8"], "did you mean 8/255?"),
         (["--eval.norms=L1", "--eval.eps=4000"], "at 32 px an L1 radius is at most 3072"),
         (["--eval.img_size=32,32"], "expected each value once"),
+        (["--eval.model_in="], "got nothing"),
+        (["--eval.seed=99999999999999999999"], "eval.seed: expected an integer, at least 0, at most"),
         (["--eval.gpus=first"], "expected auto, none, or GPU numbers"),
         (["--eval.gpus=0,1"], "eval.gpus"),
         (["--eval.precision=tf32"], "needs a GPU"),
@@ -318,12 +323,45 @@ def test_adversarial_images_are_kept_on_demand(trained, images, tmp_path):
     assert wrong.tolist() == [bool(broken) for broken in broken_by]
 
 
+def test_odd_names_and_missing_results(trained, images, tmp_path):
+    """A file's name that is not UTF-8, a network's that looks like mathematics, results that were deleted."""
+    copy = tmp_path / "images"
+    shutil.copytree(images, copy)
+    os.rename(copy / "val" / "red" / "0.png", os.fsencode(copy / "val" / "red") + b"/im\xff3.png")
+    networks = [{"model_in": str(trained.folder), "name": "_cost $\\frac{1$ | x"}]
+    (tmp_path / "networks.yaml").write_text(yaml.safe_dump(networks))
+    flags = [f"--eval.models={tmp_path / 'networks.yaml'}", "--eval.eps=0.5,50", "--eval.norms=Linf,L2"]
+    command = [flag for flag in argv(trained, copy, tmp_path / "out", *flags) if "model_in" not in flag]
+    assert runner_aa_eval.main(command) == 0
+    first, second = sorted((tmp_path / "out").rglob("verdicts.csv"))
+    written = first.read_bytes()
+    assert b"red/im\xff3.png" in written
+    first.unlink()
+    (second.parent / "report.json").write_text("[]")
+    assert runner_aa_eval.main(command) == 0
+    assert first.read_bytes() == written and json.loads((second.parent / "report.json").read_text())["n"] == 8
+
+
+def test_default_folder(tmp_path):
+    def place(*files):
+        return default_folder([tmp_path / file for file in files])
+
+    assert place("a/w.pt") == place("a/w.pt", "a/v.pt") == tmp_path / "a" / "eval"
+    assert place("a/w.pt", "b/w.pt") == tmp_path / "eval"
+    with pytest.raises(UserError, match="eval.out: required"):
+        place("a/w.pt", "b/c/w.pt")
+
+
 def test_images_asked_for_later_are_made_then(trained, images, tmp_path):
     assert evaluate(trained, images, tmp_path, "--eval.eps=0.25") == 0
     verdicts = only(tmp_path, "verdicts.csv").read_bytes()
     assert len(list(tmp_path.rglob("chunks/*.npz"))) == 1
     assert evaluate(trained, images, tmp_path, "--eval.eps=0.25", "--eval.save_adv=1") == 0
-    assert len(list(tmp_path.rglob("chunks/*.npz"))) == 3 and only(tmp_path, "verdicts.csv").read_bytes() == verdicts
+    kept = sorted(tmp_path.rglob("chunks/*.npz"))
+    kept[1].unlink()
+    assert evaluate(trained, images, tmp_path, "--eval.eps=0.25", "--eval.save_adv=1") == 0
+    assert sorted(tmp_path.rglob("chunks/*.npz")) == kept and len(kept) == 3
+    assert only(tmp_path, "verdicts.csv").read_bytes() == verdicts
 
 
 def test_processes_of_torchrun_share_the_work(trained, images, tmp_path, finished):
@@ -357,7 +395,14 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(trained, images, tmp_pa
 
 def test_seconds_count_overlapping_chunks_once(trained, images, finished):
     """Two workers at the same time, then a pause, then one."""
-    record = {"broken_by": ["", "square"], "positions": [0, 1], "unreadable": [], "rejoined": 0, "device": "NVIDIA"}
+    record = {
+        "broken_by": ["", "square"],
+        "positions": [0, 1],
+        "unreadable": [],
+        "rejoined": 0,
+        "images_kept": 0,
+        "device": "NVIDIA",
+    }
     check = {"max_perturbation": 0.1, "pixel_range": [0.0, 1.0], **dict.fromkeys(("outside_ball", "outside_box"), [])}
     record |= {"check": check | {"not_misclassified": [1], "not_finite": []}, "attack_seconds": {"square": 1.0}}
     records = [record | {"started": start, "seconds": 10.0} for start in (0, 5, 100)]

@@ -54,6 +54,15 @@ def setup_of_slot(slot, folder, handler):
     return setup_broken(slot, folder, handler) if slot == "broken" else setup(slot, folder, handler)
 
 
+def setup_failing_slot(slot, folder, handler):
+    """One of the devices starts, and fails at every task."""
+    return setup(slot, folder, broken if slot == "broken" else handler)
+
+
+def broken(folder, task, note):
+    raise RuntimeError("uncorrectable memory error")
+
+
 def square(folder, task, note):
     attempt(folder, task)
     return task * task, os.getpid()
@@ -342,6 +351,19 @@ def test_a_broken_device_leaves_the_work_to_the_others(folder):
     work = Work().do(folder, slowly, slots=["good", "broken"], setup=setup_of_slot, n=8)
     assert sorted(work.results) == squares(8)
     assert [task for task, _ in work.failures] == [None] * 3
+
+
+def test_a_device_that_fails_at_its_tasks_is_given_up(folder):
+    """What failed there goes to the other one first."""
+    work = Work().do(folder, slowly, slots=["good", "broken"], setup=setup_failing_slot, n=12)
+    assert sorted(work.results) == squares(12)
+    failed = [task for task, _ in work.failures]
+    assert len(failed) == 3 == len(set(failed))
+
+
+def test_alike_slots_are_told_apart(folder):
+    work = Work().do(folder, fail_once, slots=["cpu", "cpu"], n=6)
+    assert sorted(work.results) == squares(6) and len(work.failures) == 1
 
 
 def test_bad_input_ends_all_at_once(folder):
