@@ -98,6 +98,7 @@ def publish(rows: Sequence[Row], path: Path | None) -> int:
     print(table(rows))
     if path is not None:
         measured_with = provenance()
+        del measured_with["command"]  # names of folders that exist on one machine only
         content = {"device": ", ".join(measured_with.pop("devices")), **measured_with, "rows": list(rows)}
         with writable("--json", path):
             write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode()))

@@ -26,6 +26,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.10", "3.11", "3.12"]
 SYSTEM_PATH = "/usr/bin:/bin"
 
+# One test process a core.
+SPREAD = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 SHELL_FILES = ["setup_env.sh", "run_train.sh", "run_eval.sh", "run_tests.sh"]
 
 # Arguments are recorded one call a line, separated by "|". A stand-in outside .venv meets the requirements if
@@ -453,9 +455,9 @@ def test_train_starts_the_processes_that_its_flags_ask_for(project: Project, fla
 
 
 def test_tests_and_evaluation_pass_arguments_on(project: Project) -> None:
-    assert launched(project, "run_tests.sh") == [["-m", "pytest"]]
+    assert launched(project, "run_tests.sh") == [["-m", "pytest", *SPREAD]]
     chosen = ["tests/attacks", "-k", "a or b"]
-    assert launched(project, "run_tests.sh", *chosen)[-1] == ["-m", "pytest", *chosen]
+    assert launched(project, "run_tests.sh", *chosen)[-1] == ["-m", "pytest", *SPREAD, *chosen]
     assert launched(project, "run_eval.sh", "--eps", "4/255")[-1] == ["runner_aa_eval.py", "--eps", "4/255"]
 
 
@@ -473,4 +475,4 @@ def test_evaluation_without_arguments_is_the_demos(project: Project) -> None:
 def test_ci_runs_all_tests(project: Project) -> None:
     (project.root / ".ci").mkdir()
     shutil.copy(PROJECT / ".ci/run", project.root / ".ci")
-    assert launched(project, ".ci/run") == [["-m", "pytest"]]
+    assert launched(project, ".ci/run") == [["-m", "pytest", *SPREAD]]
