@@ -62,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export")
     export.add_argument("name")
     export.add_argument("--to", type=Path, required=True)
+    export.add_argument("--img-size", type=int, help="pixels that it is meant for (default: the architecture's)")
+    export.add_argument("--crop-pct", type=float, default=0.875, help="of the evaluation transform (default 0.875)")
     export.add_argument("--push", metavar="REPOSITORY", help="upload to <owner>/<name> of the Hugging Face Hub")
     submit = commands.add_parser("submit")
     submit.add_argument("report", type=Path)
@@ -111,15 +113,18 @@ def download(arguments: argparse.Namespace) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
+    from zoo.download import WEIGHTS
     from zoo.download import verify as digest_of
     from zoo.inference import describe_weights
     from zoo.loading import read_weights
 
     print(digest_of(arguments.path))
-    print(describe_weights(read_weights(arguments.path, flag="PATH")))
+    if arguments.path.suffix.lower() in WEIGHTS:
+        print(describe_weights(read_weights(arguments.path, flag="PATH")))
 
 
 def export(arguments: argparse.Namespace) -> None:
+    from utils_architecture import ARCHITECTURES
     from zoo.export import export as write
     from zoo.export import push
     from zoo.names import locate
@@ -127,7 +132,9 @@ def export(arguments: argparse.Namespace) -> None:
 
     located = locate(arguments.name, flag="NAME")
     trained = load_trained(located.path, located.describe(EvalModelConfig()), flag="NAME")
-    write(trained, arguments.to)
+    known = ARCHITECTURES.get(trained.description["arch"])
+    size = arguments.img_size or (known.img_size if known else 224)
+    write(trained, arguments.to, img_size=size, crop_pct=arguments.crop_pct)
     print(arguments.to)
     if arguments.push:
         print(push(arguments.to, arguments.push))

@@ -18,7 +18,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import write_atomically
-from utils_architecture import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
+from utils_architecture import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, TIMM_PREFIX
 from zoo.loading import has_normalizer
 from zoo.runs import EXPORT_KEY, EXPORTED, TrainedModel, run_sections
 
@@ -92,6 +92,8 @@ def config(
 def timm_name(description: Mapping[str, Any]) -> str | None:
     """timm's name of the architecture; None where ours is another one: a ConvStem, blurpool, or not in timm."""
     architecture = ARCHITECTURES.get(description["arch"])
+    if description["arch"].startswith(TIMM_PREFIX) and not description["use_blurpool"]:
+        return description["arch"].removeprefix(TIMM_PREFIX).split(".")[0]
     if description["not_original"] or description["updated"] or description["use_blurpool"]:
         return None
     if architecture is None or architecture.options or not isinstance(architecture.builder, str):

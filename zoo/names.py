@@ -17,7 +17,7 @@ from zoo.download import ShareUnavailable, choose, download_robustbench, downloa
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.models import ROBUSTBENCH_PREFIX
-from zoo.published import Published, find_published, nearest_published
+from zoo.published import PUBLISHED, Published, find_published, nearest_published
 from zoo.runs import find_weights
 
 CHECKPOINTS = PROJECT / "checkpoints"
@@ -52,12 +52,14 @@ def locate(name: str, *, flag: str, kind: str = "robust", folder: Path | None = 
         UserError: nothing is called so, or it cannot be downloaded.
     """
     path, folder = Path(name).expanduser(), folder or CHECKPOINTS
-    if path.exists():
-        return Located(find_weights(path, flag=flag), {})
     published = find_published(name)
+    known = published is not None or ROBUSTBENCH_ID.fullmatch(name) is not None
+    # A download's own folder bears the model's name, and is no run folder.
+    if _exists(path) and not (known and path.is_dir() and not _is_run(path)):
+        return Located(find_weights(path, flag=flag), {})
     if published is not None:
         return Located(
-            _published_weights(published, folder / published.name, kind=kind, flag=flag, force=force),
+            _published_weights(published, folder / _share_name(published), kind=kind, flag=flag, force=force),
             published.description,
             published,
         )
@@ -66,12 +68,33 @@ def locate(name: str, *, flag: str, kind: str = "robust", folder: Path | None = 
     if ROBUSTBENCH_ID.fullmatch(name):
         if kind == "clean":
             raise UserError(f"{flag}: RobustBench has no clean initialisation of {name}.")
-        return Located(download_robustbench(name, folder / name), {"arch": ROBUSTBENCH_PREFIX + name})
+        return Located(download_robustbench(name, folder / name, force=force), {"arch": ROBUSTBENCH_PREFIX + name})
     near = nearest_published(name)
     hint = f" (did you mean {near}?)" if near else ""
     raise UserError(
         f"{flag}: {name!r} is neither a file or run folder, nor a published model's name{hint}; `python -m zoo list` lists them."
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for a file
+        return False
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        find_weights(folder, flag="")
+    except UserError:
+        return False
+    return True
+
+
+def _share_name(published: Published) -> str:
+    """Name of the folder for a model's share: the model's, or the share's where several models lie in it."""
+    several = sum(model.links == published.links for model in PUBLISHED.values()) > 1
+    return published.links[0].rsplit("/", 1)[-1] if several else published.name
 
 
 def split_kind(name: str) -> tuple[str, str]:
@@ -83,13 +106,19 @@ def split_kind(name: str) -> tuple[str, str]:
 def _published_weights(published: Published, folder: Path, *, kind: str, flag: str, force: bool) -> Path:
     """The share's file; of robust weights RobustBench's copy where the share cannot be had."""
 
+    unreadable = []
+
     def fits(path: Path) -> bool:
         try:
             found = describe_weights(read_weights(path, flag=flag))
-        except UserError:
+        except UserError as error:
+            unreadable.append(str(error))
             return False
         return published.arch in found.candidates and found.not_original == published.not_original
 
+    copy = published.robustbench_id if kind == "robust" else None
+    if copy and not force and (folder / f"{copy}.pt").exists():  # downloaded before, when the share could not be had
+        return download_robustbench(copy, folder)
     problems = []
     for link in published.links:
         share = {"name": published.name, "hint": published.robustbench_id or "", "known": published.sha256}
@@ -101,8 +130,8 @@ def _published_weights(published: Published, folder: Path, *, kind: str, flag: s
         try:
             return choose(content, kind, fits)
         except UserError as error:
-            raise UserError(f"{flag}: {link}: {error}") from error
-    if published.robustbench_id and kind == "robust":
-        print(f"{problems[-1]} Trying RobustBench's copy, {published.robustbench_id}.", file=sys.stderr)
-        return download_robustbench(published.robustbench_id, folder)
+            raise UserError(" ".join([f"{flag}: {link}: {error}", *unreadable])) from error
+    if copy:
+        print(f"{problems[-1]} Trying RobustBench's copy, {copy}.", file=sys.stderr)
+        return download_robustbench(copy, folder, force=force)
     raise UserError(f"{flag}: {' '.join(problems)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 
+NEEDED = {"network", "norm", "eps", "seed", "attacks", "engine", "n", "clean_acc", "robust_acc", "check"}
 PLACEHOLDER = "(to be filled in)"
 
 
@@ -27,15 +28,20 @@ def check_report(report: Mapping[str, Any], source: str) -> None:
     """Refuse a report that RobustBench's ImageNet leaderboard would not take.
 
     Raises:
-        UserError: not the full AutoAttack, another threat model than its two, or not its 5,000 images.
+        UserError: not the full AutoAttack, another threat model, not 5,000 images, or images that are no adversarial ones.
     """
+    if not isinstance(report, Mapping) or not NEEDED <= report.keys():
+        raise UserError(f"{source}: expected the report.json of an evaluation.")
     wrong = []
-    if "square" not in report.get("attacks", ()):
+    if list(report["attacks"] or ()) != ["apgd-ce", "apgd-t", "fab-t", "square"]:
         wrong.append("all four attacks (eval.fullaa=1)")
-    if report.get("norm") not in ("Linf", "L2"):
-        wrong.append("norm Linf or L2")
-    if report.get("n") != 5000:
-        wrong.append(f"its 5,000 images, not {report.get('n')}")
+    if report["norm"] != "Linf" or abs(report["eps"] - 4 / 255) > 1e-9:
+        wrong.append(f"Linf with radius 4/255, not {report['norm']} {report['eps']:g}")
+    if report["n"] != 5000:
+        wrong.append(f"its 5,000 images, not {report['n']}")
+    failed = sorted(name for name, places in report["check"].items() if places and name != "not_misclassified")
+    if failed:
+        wrong.append(f"adversarial images that pass the check at the end ({', '.join(failed)})")
     if wrong:
         raise UserError(f"{source}: RobustBench's ImageNet leaderboard expects {'; '.join(wrong)}.")
 

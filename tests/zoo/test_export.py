@@ -127,6 +127,7 @@ REPORT = {
     "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"],
     "engine": "pyautoattack 0.2.0",
     "n": 5000,
+    "check": {"outside_ball": [], "not_misclassified": [17]},
     "clean_acc": 0.759,
     "robust_acc": 0.5614,
 }
@@ -158,7 +159,10 @@ def test_submission():
     ("change", "words"),
     [
         ({"attacks": ["apgd-ce"]}, "all four attacks"),
-        ({"norm": "L1"}, "norm Linf or L2"),
+        ({"attacks": None}, "all four attacks"),
+        ({"norm": "L2", "eps": 2.0}, "Linf with radius 4/255, not L2 2"),
+        ({"eps": 8 / 255}, "Linf with radius 4/255"),
+        ({"check": {"outside_ball": [3]}}, "pass the check"),
         ({"n": 100}, "5,000 images, not 100"),
     ],
 )
@@ -166,6 +170,8 @@ def test_reports_that_robustbench_would_not_take(change, words, tmp_path, capsys
     with pytest.raises(UserError, match=words):
         check_report(REPORT | change, "report.json")
     (tmp_path / "report.json").write_text(json.dumps(REPORT | change))
+    assert main(["submit", str(tmp_path / "report.json")]) == 2
+    (tmp_path / "report.json").write_text("[1]")
     assert main(["submit", str(tmp_path / "report.json")]) == 2
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
     assert main(["submit", str(tmp_path / "report.json"), "--title=T"]) == 0

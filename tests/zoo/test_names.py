@@ -20,8 +20,8 @@ from common.errors import UserError
 from tests.training.helpers import base_flags, run
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
-from zoo.names import locate, split_kind
-from zoo.published import Accuracies, Published
+from zoo.names import _share_name, locate, split_kind
+from zoo.published import PUBLISHED, Accuracies, Published
 from zoo.robust import load_robust_model
 
 NAME = "convnext_micro_cvst"
@@ -132,7 +132,7 @@ def test_robustbenchs_copy_where_the_share_cannot_be_had(published, files, tmp_p
     gone = dataclasses.replace(model, links=model.links[:1], robustbench_id="Some2023Model")
     monkeypatch.setattr(zoo.names, "find_published", {NAME: gone}.get)
 
-    def download(robustbench_id, folder):
+    def download(robustbench_id, folder, *, force):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{robustbench_id}.pt").write_bytes(files["micro/convnext_robust.pt"])
         return folder / f"{robustbench_id}.pt"
@@ -171,6 +171,27 @@ def test_ready_model(published, tmp_path):
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 4)
 
 
+def test_a_downloads_folder_does_not_hide_its_name(published, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["download", NAME, "--to", "."]) == 0
+    assert same(locate(NAME, flag="f", folder=tmp_path).path, files["micro/convnext_robust.pt"])
+
+
+def test_robustbenchs_copy_is_used_again_without_asking_the_share(published, tmp_path, monkeypatch):
+    server, model = published
+    monkeypatch.setattr(zoo.names, "find_published", {NAME: dataclasses.replace(model, robustbench_id="A2023B")}.get)
+    monkeypatch.setattr(zoo.names, "download_robustbench", lambda name, folder: folder / f"{name}.pt")
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "A2023B.pt").touch()
+    assert locate(NAME, flag="f", folder=tmp_path).path.name == "A2023B.pt" and server.requests == []
+
+
+def test_models_of_one_share_have_one_folder():
+    names = {_share_name(PUBLISHED[name]) for name in ("vit_s", "convnext_tiny", "vit_b", "convnext_base")}
+    assert len(names) == 1 and _share_name(PUBLISHED["vit_s_cvst"]) == "vit_s_cvst"
+
+
 def test_download_from_the_command_line(published, files, tmp_path, capsys):
     assert main(["download", NAME, "--to", str(tmp_path / "here"), "--clean"]) == 0
     assert same(next((tmp_path / "here").rglob("convnext_clean_init.pt")), files["micro/convnext_clean_init.pt"])
@@ -182,6 +203,7 @@ def test_download_from_the_command_line(published, files, tmp_path, capsys):
     [
         ("nowhere.pt", "expected a file of weights"),
         ("runs/nowhere", "expected a file of weights"),
+        ("é" * 300, "neither a file or run folder"),
         ("convnext_base_cvts", "did you mean convnext_base_cvst?"),
         ("Nobody2099Nothing", "RobustBench has no ImageNet model"),
     ],
