@@ -58,7 +58,7 @@ def check(config: TrainConfig) -> None:
     import torch
 
     from common.files import writable
-    from training.trainer import build_state, build_train_loader, check_image_sizes, open_sources
+    from training.build import build_state, build_train_loader, check_image_sizes, open_sources
     from utils_architecture import check_pretrained
     from zoo.names import split_kind
     from zoo.published import find_published

@@ -1,0 +1,139 @@
+"""What a run is built from: images, loader, network, optimiser. Every mistake in flags and files shows here, before training."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common.config import TrainConfig
+from common.distributed import Processes
+from common.errors import UserError
+from common.seeding import derive_seed
+from data.datasets import Source, StreamSource, open_source
+from data.loader import TrainLoader
+from training.ema import EMA
+from training.optim import build_optimizer
+from training.schedule import resolution_at_epoch
+from training.state import TrainState
+from utils_architecture import freeze_parameters
+from zoo.loading import load_weights, read_weights
+from zoo.models import build_model
+from zoo.names import locate, split_kind
+
+AnySource = Source | StreamSource
+
+
+def open_sources(config: TrainConfig, *, copies: int = 1, progress: bool = False) -> tuple[AnySource, AnySource]:
+    """Training and validation images; their classes are checked against each other and against the head.
+
+    `copies`: processes of this machine that open them, each with its own copy in memory (`data.in_memory`).
+    """
+    data = config.data
+    opened = partial(open_source, root=data.root, in_memory=data.in_memory, copies=copies, progress=progress)
+    train = opened(data.train_dataset, split="train", flag="data.train_dataset", split_name=data.train_split)
+    val = opened(
+        data.val_dataset,
+        split="val",
+        flag="data.val_dataset",
+        split_name=data.val_split,
+        class_names=train.class_names,
+    )
+    if isinstance(val, StreamSource) and config.validation.adv_n_ex:
+        raise UserError(
+            f"validation.adv_n_ex: the quick adversarial validation picks images by index, and {data.val_dataset} can only be "
+            "read in order; give --validation.adv_n_ex=0, or validation images of another kind."
+        )
+    for flag, source in (("data.train_dataset", train), ("data.val_dataset", val)):
+        if source.num_classes is not None and source.num_classes != config.model.num_classes:
+            raise UserError(
+                f"model.num_classes: the head has {config.model.num_classes} classes, {flag} has {source.num_classes}; "
+                f"give --model.num_classes={source.num_classes}."
+            )
+    return train, val
+
+
+def build_train_loader(config: TrainConfig, source: AnySource, processes: Processes) -> TrainLoader:
+    """Training batches of this process."""
+    return TrainLoader(
+        source,
+        augmentation=config.data.augmentations,
+        # Nothing is trained on with eval_only, which may come with any batch size.
+        batch_size=1 if config.training.eval_only else config.training.batch_size,
+        accum=config.training.grad_accum,
+        seed=config.data.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        num_workers=config.data.num_workers,
+        min_scale=config.data.min_scale,
+        flip=config.data.flip,
+        crop_pct=config.validation.crop_pct,
+        pin_memory=processes.device.type == "cuda",
+    )
+
+
+def build_state(config: TrainConfig, processes: Processes) -> TrainState:
+    """Network (initial weights a function of `data.seed`), its average, optimiser and loss scaler on the device."""
+    torch.manual_seed(derive_seed("init", config.data.seed))
+    m, training = config.model, config.training
+    model = build_model(
+        m.arch,
+        # Weights that ckpt_path replaces need no download.
+        pretrained=m.pretrained and not m.ckpt_path,
+        not_original=m.not_original,
+        updated=m.updated,
+        num_classes=m.num_classes,
+        drop_path=m.drop_path,
+        use_blurpool=training.use_blurpool,
+        add_normalization=m.add_normalization,
+    )
+    if m.ckpt_path:
+        path = initial_weights(m.ckpt_path, processes)
+        load_weights(model, read_weights(path, flag="model.ckpt_path"), flag="model.ckpt_path", source=path)
+    if m.freeze_some:
+        freeze_parameters(model, early=m.early)
+    dtype = torch.float64 if training.precision == "fp64" else torch.float32
+    memory_format = torch.channels_last if config.misc.use_channel_last else torch.contiguous_format
+    model = model.to(processes.device, dtype, memory_format=memory_format)
+    return TrainState(
+        model=model,
+        parallel=processes.parallel(model),
+        optimizer=build_optimizer(model, arch=m.arch, training=training),
+        scaler=torch.amp.GradScaler(processes.device.type, enabled=training.precision == "fp16"),
+        ema=EMA(model, decay=m.ema_decay, warmup=m.ema_warmup) if m.model_ema else None,
+    )
+
+
+def initial_weights(name: str, processes: Processes) -> Path:
+    """The file that `model.ckpt_path` means: a path, or a published model's clean weights (`NAME:robust`: its robust ones).
+
+    A published model is downloaded by the first process, while the others wait.
+    """
+    model, kind = split_kind(name)
+    if not processes.is_first:
+        processes.wait()
+    path = locate(model, flag="model.ckpt_path", kind=kind).path
+    if processes.is_first:
+        processes.wait()
+    return path
+
+
+def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
+    """One forward of a black image at every size the run will use, so that a size the network refuses shows at the start."""
+    sizes = {"validation.resolution": {config.validation.resolution}}
+    if not config.training.eval_only:
+        epochs = range(config.training.epochs)
+        sizes["resolution.min_res, resolution.max_res"] = {
+            resolution_at_epoch(epoch, resolution=config.resolution) for epoch in epochs
+        }
+    parameter = next(model.parameters())
+    model.eval()
+    for flag, values in sizes.items():
+        for size in sorted(values):
+            try:
+                with torch.no_grad():
+                    model(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+            except (RuntimeError, AssertionError, ValueError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise UserError(f"{flag}: {config.model.arch} cannot take images of {size} pixels: {reason}") from error
