@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import UserError
+
+# A file system without locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -53,3 +60,37 @@ def writable(flag: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{flag}: cannot write to {folder} ({error.strerror or error}).") from error
+
+
+def take_folder(folder: Path, *, flag: str, patience: float = 0.0) -> BinaryIO:
+    """Keep other runs from writing to an existing folder, until the file returned is closed or this process ends.
+
+    Args:
+        folder: gets a file `lock`.
+        flag: where the folder comes from, for the error.
+        patience: seconds to wait for a run that is about to end.
+
+    Raises:
+        UserError: another run holds it.
+        OSError: it cannot be written.
+    """
+    lock = open(folder / "lock", "ab")
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError as error:
+            if time.monotonic() < until:
+                time.sleep(0.2)
+                continue
+            lock.close()
+            raise UserError(
+                f"{flag}: another run is working in {folder}; wait for it to end, or give another {flag}."
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                lock.close()
+                raise
+            print(f"warning: {folder} cannot be locked: see to it that one run at a time uses it.", file=sys.stderr)
+            return lock

@@ -10,8 +10,6 @@ A record never changes once it is there, so a run can end at any moment and anot
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import sys
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import UserError
-from common.files import set_aside, write_atomically
+from common.files import set_aside, take_folder, write_atomically
 
 SHOWN_DIFFERENCES = 6
 # What a record must hold to count as one; those of `LISTS` an entry for each image.
@@ -36,8 +34,6 @@ RECORD_KEYS = {
     "device",
     *LISTS,
 }
-# A file system without locks.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class StateFolder:
@@ -56,7 +52,7 @@ class StateFolder:
         """
         try:
             self._chunks.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock = take_folder(self.folder, flag="eval.out")
             for half_written in [*self.folder.glob(".*.part"), *self._chunks.glob(".*.part")]:
                 half_written.unlink()
             file = self.folder / "identity.json"
@@ -100,23 +96,6 @@ class StateFolder:
 
     def _record_file(self, chunk: int) -> Path:
         return self._chunks / f"{chunk:05d}.json"
-
-    def _take_lock(self) -> None:
-        lock = open(self.folder / "lock", "ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                lock.close()
-                raise UserError(
-                    f"eval.out: another run is working in {self.folder}; wait for it to end, or give another eval.out."
-                ) from error
-            if error.errno not in NO_LOCKS:
-                raise
-            print(
-                f"warning: {self.folder} cannot be locked: see to it that one run at a time uses it.", file=sys.stderr
-            )
-        self._lock = lock
 
     def _compare(self, file: Path, identity: Mapping[str, Any]) -> None:
         try:
