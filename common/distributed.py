@@ -1,7 +1,8 @@
 """Processes of one training run: how they start, what they know of each other, how they add up. The only user of torch.distributed.
 
 Two ways lead to several processes: `training.distributed=1 dist.world_size=N` starts them here, and under `torchrun` they
-exist already. NCCL joins GPUs, gloo CPUs.
+exist already. NCCL joins GPUs, gloo CPUs. Processes started here are all on this machine and listen on no other address than
+the one asked for.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing import resource_tracker
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,8 +29,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
+from common.stop import REPEAT_SECONDS, SIGNALS, STOPPED
 
 TIMEOUT = timedelta(minutes=30)
+INTERRUPTED = 130  # exit status: ended at once by Ctrl-C, as shells report it
+FAILED_SECONDS = 10.0  # what is left to the others when a process fails: some can still say what they miss
+STOPPED_SECONDS = 120.0  # what is left to the others when a process has stopped on request: the first may be saving
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class Processes:
     def on_this_machine(self) -> int:
         """Number of the run's processes on this machine."""
         return int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else self.world_size
+
+    @property
+    def from_launcher(self) -> bool:
+        """Whether a launcher such as torchrun started this run's processes."""
+        return under_torchrun()
 
     @property
     def is_first(self) -> bool:
@@ -70,12 +85,83 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        """The first process's `value`, on every process.
+
+        Args:
+            value: dicts, lists and tuples, nested, of CPU tensors and picklable values; of the first process alone, the
+                others may pass anything.
+
+        Returns:
+            On the first process `value` itself, elsewhere an equal one; tensors keep dtype, shape and every bit.
+        """
+        if self.world_size == 1:
+            return value
+        tensors: list[Tensor] = []
+        plan = [_take_out(value, tensors)] if self.is_first else [None]
+        dist.broadcast_object_list(plan, src=0)
+        if self.is_first:
+            for tensor in tensors:
+                self._broadcast(tensor.contiguous().reshape(-1).view(torch.uint8))
+            return value
+        return _fill_in(plan[0], self._broadcast)
+
+    def _broadcast(self, raw: Tensor) -> Tensor:
+        """Bytes, as no backend knows every dtype; one tensor at a time, so that the device holds no second copy of them all."""
+        staged = raw.to(self.device)
+        if raw.numel():
+            dist.broadcast(staged, src=0)
+        return staged.cpu()
+
+    def connect(self, name: str, *, timeout: timedelta) -> dist.Store:
+        """A connection of its own to what all processes share, under `name`: for a thread, as a call on `store` may block all
+        others. `timeout` bounds the wait for a missing entry, not for a first process that is stopped."""
+        shared = self.store
+        while isinstance(shared, dist.PrefixStore):
+            shared = shared.underlying_store
+        if isinstance(shared, dist.TCPStore):
+            shared = dist.TCPStore(shared.host, shared.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        # Processes that torchrun has started anew must not meet what those before them left.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"{name}/{attempt}", shared)
+
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes; the model itself where there is only one."""
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor belongs in a nested value."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _take_out(value: Any, tensors: list[Tensor]) -> Any:
+    """A copy of `value` with a place for every tensor; the tensors are appended to `tensors` in the order of `_fill_in`."""
+    if isinstance(value, Tensor):
+        tensors.append(value.detach())
+        return _Place(value.shape, value.dtype)
+    if isinstance(value, dict):
+        return {key: _take_out(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_take_out(item, tensors) for item in value])
+    return value
+
+
+def _fill_in(plan: Any, receive: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(plan, _Place):
+        empty = torch.empty(plan.shape.numel() * plan.dtype.itemsize, dtype=torch.uint8)
+        return receive(empty).view(plan.dtype).reshape(plan.shape)
+    if isinstance(plan, dict):
+        return {key: _fill_in(item, receive) for key, item in plan.items()}
+    if isinstance(plan, (list, tuple)):
+        return type(plan)([_fill_in(item, receive) for item in plan])
+    return plan
 
 
 class Board:
@@ -121,6 +207,11 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def restarted_after_failure() -> bool:
+    """Whether torchrun starts processes again that end with another status than 0 (its --max-restarts)."""
+    return under_torchrun() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def check_processes(world_size: int) -> int:
     """Number of processes of the run; refuses more than GPUs on a machine with GPUs, and a number other than torchrun's."""
     total = world_size
@@ -137,72 +228,189 @@ def check_processes(world_size: int) -> int:
     return total
 
 
-def launch(main: Callable[[Any, Processes], None], config: Any, *, world_size: int, address: str, port: int) -> int:
+def launch(
+    main: Callable[[Any, Processes], None],
+    config: Any,
+    *,
+    world_size: int,
+    address: str,
+    port: int,
+    timeout: timedelta = TIMEOUT,
+) -> int:
     """Run `main(config, processes)` in as many processes as asked for, and wait for all.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the started processes, whose `main` may take them as a request to stop; a
+    second SIGINT ends them at once.
 
     Args:
         main: a module-level function; the started processes import it by name.
         config: picklable.
         world_size: number of processes, ignored under torchrun, which has started them.
         address, port: where the first process listens.
+        timeout: longest wait for the other processes, at the start and in each collective.
 
     Returns:
-        Exit status: 0, or the status of the first process that failed (the others are then ended).
+        Exit status: 0; `STOPPED` if a process ended with it and the others with it or 0; `INTERRUPTED`; else that of the
+        first process that failed (the others are then ended), where 1 stands for one killed by a signal.
     """
     check_processes(world_size)
     if under_torchrun():
-        with _joined(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://") as processes:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        with _joined(rank, world_size, timeout=timeout) as processes:
             main(config, processes)
         return 0
     if world_size == 1:
-        main(config, Processes.alone())
+        try:
+            main(config, Processes.alone())
+        except KeyboardInterrupt:
+            return INTERRUPTED
         return 0
-    check_rendezvous(address, port)
-    return _spawn(main, config, world_size, f"tcp://{address}:{port}")
+    with _listener(address, port) as listener:
+        return _spawn(main, config, world_size, listener, timeout)
 
 
 def check_rendezvous(address: str, port: int) -> None:
     """Refuse an address the first process cannot listen on, which would otherwise show as a time-out of all."""
+    _listener(address, port).close()
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    """A socket bound to this address alone."""
     try:
-        with socket.socket(socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((address, port))
+        family, _, _, _, numeric = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(numeric)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         raise UserError(
             f"dist.address, dist.port: the first process cannot listen on {address}:{port} ({error.strerror or error}); "
             "expected an address of this machine and a free port."
         ) from error
+    return listener
 
 
-def _spawn(main: Callable, config: Any, world_size: int, rendezvous: str) -> int:
+def _spawn(main: Callable, config: Any, world_size: int, listener: socket.socket, timeout: timedelta) -> int:
     context = mp.get_context("spawn")
     reported = context.Value("b", False)
-    children = [
-        context.Process(target=_spawned, args=(main, config, rank, world_size, rendezvous, reported))
-        for rank in range(world_size)
-    ]
+    rendezvous = listener.getsockname()[:2]
+    children = []
+    with _noted_signals() as noted:
+        try:
+            with _blocked_signals():
+                for rank in range(world_size):
+                    own = listener if rank == 0 else None
+                    arguments = (main, config, rank, world_size, rendezvous, own, timeout, reported)
+                    children.append(context.Process(target=_spawned, args=arguments))
+                    children[-1].start()
+            listener.close()  # the first process has it now
+            return _supervise(children, noted)
+        finally:
+            for child in children:
+                if child.pid is not None:
+                    child.kill()  # also ends a paused one, which SIGTERM would not
+                    child.join()
+
+
+def _supervise(children: list[Any], noted: list[tuple[int, float]]) -> int:
+    """Wait for the children and pass signals on; returns the run's exit status. Leaves children running that must be killed."""
+    passed_on, deadline, failed = 0, None, None
+    while running := [child for child in children if child.is_alive()]:
+        multiprocessing.connection.wait([child.sentinel for child in running], timeout=POLL_SECONDS)
+        interrupts = [at for number, at in noted if number == signal.SIGINT]
+        if interrupts and interrupts[-1] - interrupts[0] >= REPEAT_SECONDS:
+            return INTERRUPTED
+        for number, _ in noted[passed_on:]:
+            _signal_all(running, number)
+            passed_on += 1
+        ended = [child.exitcode for child in children]
+        if failed is None:
+            failed = next((rank for rank, code in enumerate(ended) if code not in (None, 0, STOPPED)), None)
+            if failed is not None:
+                _report_failure(failed, ended[failed], len(children))
+                _signal_all(running, signal.SIGTERM)
+                deadline = time.monotonic() + FAILED_SECONDS
+        if deadline is None and STOPPED in ended:
+            deadline = time.monotonic() + STOPPED_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            break
+    if failed is not None:
+        return max(children[failed].exitcode, 1)
+    if any(child.is_alive() for child in children):
+        late = ", ".join(str(rank) for rank, child in enumerate(children) if child.is_alive())
+        print(
+            f"error: process {late} of {len(children)} did not stop within {STOPPED_SECONDS:g} s of the others and is ended.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+    return STOPPED if any(child.exitcode == STOPPED for child in children) else 0
+
+
+def _signal_all(children: list[Any], number: int) -> None:
     for child in children:
-        child.start()
-    # A supervisor that signals only this process means all of them: leave by way of `finally`.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if child.is_alive():  # not yet waited for, so the number is still its own
+            os.kill(child.pid, number)
+
+
+def _report_failure(rank: int, exitcode: int, world_size: int) -> None:
+    if exitcode in (2, 3):  # bad input, diverged: the process has said so itself
+        return
+    how = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
+    if exitcode == -signal.SIGKILL:
+        how += " (the system does that when memory runs out)"
+    print(f"error: process {rank} of {world_size} {how}; the others are ended.", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[tuple[int, float]]]:
+    """The signals that ask for a stop, each with its time, as they come in."""
+    noted: list[tuple[int, float]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append((number, time.monotonic()))
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
-        while running := [child for child in children if child.is_alive()]:
-            multiprocessing.connection.wait([child.sentinel for child in running])
-            failed = [child for child in children if child.exitcode not in (None, 0)]
-            if failed:
-                return abs(failed[0].exitcode)
+        yield noted
     finally:
-        for child in children:
-            child.terminate()
-        for child in children:
-            child.join()
-        signal.signal(signal.SIGTERM, before)
-    return 0
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _spawned(main: Callable, config: Any, rank: int, world_size: int, rendezvous: str, reported: Any) -> None:
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """A process started in here meets signals only when it is ready for them: until then they wait."""
+    resource_tracker.ensure_running()  # its start would undo the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        with _joined(rank, world_size, rendezvous) as processes:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _spawned(
+    main: Callable,
+    config: Any,
+    rank: int,
+    world_size: int,
+    rendezvous: tuple[str, int],
+    listener: socket.socket | None,
+    timeout: timedelta,
+    reported: Any,
+) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for number in SIGNALS:  # until `main` takes them over there is nothing to save
+        signal.signal(number, lambda number, frame: os._exit(STOPPED))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # all processes are on this machine
+        os.environ.setdefault(name, loopback)
+    try:
+        with _joined(rank, world_size, _store(rendezvous, world_size, listener, timeout), timeout=timeout) as processes:
             main(config, processes)
     except UserError as error:
         with reported.get_lock():  # every process meets the same bad input: say it once
@@ -210,6 +418,22 @@ def _spawned(main: Callable, config: Any, rank: int, world_size: int, rendezvous
                 print(f"error: {error}", file=sys.stderr, flush=True)
             reported.value = True
         os._exit(2)  # without waiting for the others, which the parent ends
+    finally:
+        for number in SIGNALS:  # one that comes late must not change how this process ends
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _store(
+    rendezvous: tuple[str, int], world_size: int, listener: socket.socket | None, timeout: timedelta
+) -> dist.Store:
+    """What the started processes share; the one that has the `listener` keeps it. (tcp:// would listen on every address.)"""
+    keeper = {} if listener is None else {"is_master": True, "master_listen_fd": listener.detach()}
+    return dist.TCPStore(*rendezvous, world_size, timeout=timeout, **keeper)
 
 
 @contextmanager
@@ -218,16 +442,26 @@ def joined() -> Iterator[Processes]:
     if not under_torchrun():
         yield Processes(rank=0, world_size=1, device=torch.device("cpu"))
         return
-    with _joined(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", torch.device("cpu")) as processes:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with _joined(rank, world_size, device=torch.device("cpu")) as processes:
         yield processes
 
 
 @contextmanager
-def _joined(rank: int, world_size: int, rendezvous: str, device: torch.device | None = None) -> Iterator[Processes]:
+def _joined(
+    rank: int,
+    world_size: int,
+    store: dist.Store | None = None,
+    *,
+    device: torch.device | None = None,
+    timeout: timedelta = TIMEOUT,
+) -> Iterator[Processes]:
+    """This process among the others, who meet at `store`, or else where torchrun says."""
     device = _device(int(os.environ.get("LOCAL_RANK", rank))) if device is None else device
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store, rank, world_size = next(dist.rendezvous(rendezvous, rank, world_size, timeout=TIMEOUT))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    if store is None:
+        store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield Processes(rank=rank, world_size=world_size, device=device, store=store)
     finally:
