@@ -10,9 +10,11 @@ To add a source, write a function from `_Request` to one of them and name it in 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
+import posixpath
 import shutil
 import struct
 import tarfile
@@ -29,7 +31,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -216,7 +218,8 @@ def open_source(
     Args:
         spec: a folder of class folders, or one that holds such folders as `train/` and `val/` (or `validation/`);
             a `.tar` of class folders; `digits`; `hfds/NAME`, `hfids/NAME`, `tfds/NAME`, `torch/NAME`, `wds/FOLDER`.
-            A folder that is called like one of these is `./digits`.
+            A folder that is called like one of these is `./digits`. Links are followed, in a .tar those to files in it;
+            a link that leads back to a folder it lies in is left out.
         split: "train" or "val".
         flag: the flag `spec` came from, for error messages.
         root: where hfds, hfids, tfds and torch keep their files.
@@ -249,10 +252,11 @@ def open_source(
 
 class _Folder(Source):
     def __init__(self, root: Path, samples: list[tuple[str, int]], class_names: list[str]) -> None:
+        """`samples`: paths below `root`, and labels."""
         super().__init__([label for _, label in samples], class_names)
         self._root = str(root)
         # One array: Python strings would be copied into each worker, page by page, by their reference counts.
-        self._paths = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in samples])
+        self._paths = np.array([os.fsencode(path) for path, _ in samples])
 
     def image(self, i: int) -> bytes:
         return Path(self.name(i)).read_bytes()
@@ -276,7 +280,7 @@ def _open_path(request: _Request) -> Source:
             return _open_tar(path, request)
         found = "a file" if path.is_file() else "nothing"
     except OSError as error:
-        raise request.error(f"cannot read {path} ({error.strerror or error}).") from error
+        raise request.error(f"cannot read {error.filename or path} ({error.strerror or error}).") from error
     kinds = "a folder of class folders, a .tar of them, digits, or hfds/… hfids/… tfds/… torch/… wds/…"
     raise request.error(f"expected {kinds}, found {found} at {path}.")
 
@@ -286,8 +290,12 @@ def _open_folder(path: Path, request: _Request) -> Source:
     names = _folders(root)
     if not names:
         raise request.error(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
-    numbers = {name: number for number, name in enumerate(names)}
-    samples = make_dataset(root, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    lost = sorted(
+        e.name for e in os.scandir(root) if e.name[0] != "." and e.is_symlink() and not os.path.exists(e.path)
+    )
+    if lost:  # each may be a class
+        raise request.error(f"expected class folders in {root}, found links that lead nowhere: {_some(lost)}.")
+    samples = [(path, number) for number, name in enumerate(names) for path in _images_below(str(root), name)]
     empty = sorted(set(names) - {names[label] for _, label in samples})
     # A class without images is a mistake in the training set; a validation set may lack some.
     if empty and (request.split == "train" or not samples):
@@ -334,7 +342,50 @@ def _split_folder(path: Path, request: _Request) -> Path:
 
 
 def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+    here = [os.path.realpath(path)]
+    entries = [entry for entry in os.scandir(path) if entry.name[0] != "." and _is_folder(entry)]
+    return sorted(e.name for e in entries if not (e.is_symlink() and _leads_back(os.path.realpath(e.path), here)))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links in a circle lead nowhere
+            return False
+        raise
+
+
+def _leads_back(folder: str, above: list[str]) -> bool:
+    """Whether `folder` is one of the folders `above`, or holds one of them; all are real paths."""
+    return any(os.path.join(other, "").startswith(os.path.join(folder, "")) for other in above)
+
+
+def _images_below(root: str, folder: str) -> list[str]:
+    """Paths below `root` of the images in `root`/`folder` and deeper, by their folders, then by their names."""
+    above = [os.path.realpath(root), os.path.realpath(os.path.join(root, folder))]
+    return [
+        f"{below}/{name}"
+        for below, names in sorted(_walk(root, folder, above))
+        for name in sorted(names)
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
+
+
+def _walk(root: str, folder: str, above: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) for `root`/`folder` and all below. `above`: real paths on the way to it, and its own."""
+    names, folders = [], []
+    with os.scandir(os.path.join(root, folder)) as entries:
+        for entry in entries:
+            if not _is_folder(entry):
+                names.append(entry.name)
+                continue
+            real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
+            if not _leads_back(real, above):
+                folders.append((f"{folder}/{entry.name}", real))
+    yield folder, names
+    for below, real in folders:
+        yield from _walk(root, below, [*above, real])
 
 
 class _Tar(Source):
@@ -365,10 +416,10 @@ class _Tar(Source):
 def _open_tar(path: Path, request: _Request) -> Source:
     try:
         with tarfile.open(path, "r:") as tar:
-            files = sorted((file.name, file.offset_data, file.size) for file in tar if file.isreg())
+            members = list(tar)
     except tarfile.TarError as error:
         raise request.error(f"{path} is not a complete, uncompressed tar file ({error}).") from error
-    images = [file for file in files if file[0].lower().endswith(IMG_EXTENSIONS)]
+    images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]
     folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
     # A tar made from outside a data set's folder has that folder's name in front of everything.
     splits = {name for names in _SPLIT_FOLDERS.values() for name in names}
@@ -426,7 +477,7 @@ def open_listed(spec: str, keys: Sequence[str], class_names: list[str], *, flag:
             f"expected the {len(keys)} listed images in {root}, {len(missing)} are missing: {_some(missing)}."
         )
     numbers = {name: number for number, name in enumerate(class_names)}
-    return _Folder(root, [(str(root / key), numbers[key.split("/")[0]]) for key in keys], class_names)
+    return _Folder(root, [(key, numbers[key.split("/")[0]]) for key in keys], class_names)
 
 
 def class_folders(spec: str) -> list[str]:
@@ -436,6 +487,35 @@ def class_folders(spec: str) -> list[str]:
         return _folders(_split_folder(path, _Request(spec, "val", "", "", ""))) if path.is_dir() else []
     except (OSError, UserError):
         return []
+
+
+def _tar_files(members: list[tarfile.TarInfo], request: _Request) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of all files; a link to one of them is that file under another name."""
+    files = [(member.name, member.offset_data, member.size) for member in members if member.isreg()]
+    links = [member for member in members if member.islnk() or member.issym()]
+    places = {posixpath.normpath(name): place for name, *place in files} if links else {}
+    targets = {posixpath.normpath(link.name): _target(link) for link in links}
+    lost = []
+    for link in links:
+        target, hops = _target(link), 0
+        while target in targets and hops < len(links):  # links in a circle lead nowhere
+            target, hops = targets[target], hops + 1
+        if target in places:
+            files.append((link.name, *places[target]))
+        else:
+            lost.append(f"{link.name} → {link.linkname}")
+    if lost:
+        raise request.error(
+            f"expected links to files in {request.spec} itself, found links to folders, or out of it: {_some(sorted(lost))}. "
+            "Pack it with tar --dereference, which puts the files in the links' places."
+        )
+    return sorted(files)
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """The member that a link leads to: a hard link names it, a symbolic one says the way from its own folder."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, link.linkname))
 
 
 class _Digits(Source):

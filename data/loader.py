@@ -3,15 +3,23 @@
 Order is a function of (seed, epoch), a sample's augmentation of (seed, epoch, index). So neither the number of workers
 nor what ran before changes a batch, and n ranks together see what one rank sees with n times the batch size. Streams
 (`StreamSource`) are as repeatable as timm's readers: for the same numbers of ranks and workers.
+
+So worker processes that die (usually the kernel kills them for want of memory) are replaced, and the same batches go on.
+That is noticed where the next batch is awaited, at the latest after 5 s: see `_batches`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.seeding import derive_seed
@@ -26,6 +35,8 @@ from data.datasets import DECODE_ERRORS, Source, StreamSource, decode
 from data.transforms import ImageTransform, eval_transform, seeded, train_transform
 
 _MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
+_MAX_RESTARTS = 10  # of the workers, in one epoch
+_MAX_FRUITLESS_RESTARTS = 3  # without a batch in between
 
 Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
 Key = tuple[int, int, int]  # epoch, index in the source, image size
@@ -35,6 +46,15 @@ def spread_indices(length: int, count: int) -> list[int]:
     """`count` indices spread evenly over 0 … length − 1 (all of them where count ≥ length): a fixed subset of every class."""
     count = min(count, length)
     return [i * length // count for i in range(count)]
+
+
+def print_warning(text: str) -> None:
+    """Write `text` to stderr, above a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+class WorkerDied(RuntimeError):
+    """Worker processes ended that should not have; the message has their ids and how they ended."""
 
 
 class Batch(NamedTuple):
@@ -56,6 +76,11 @@ class TrainLoader:
     Step s takes the s-th global batch, `world_size * batch_size * accum` samples of the epoch's order; an incomplete
     last one is dropped. Micro-batch a of rank r is its block `a * world_size + r` of `batch_size` samples. An image
     that cannot be decoded is replaced by the next one of the source; `Batch.index` has the one that is shown.
+
+    Attributes:
+        steps_per_epoch: optimiser steps.
+        repeatable_for_any_workers: whether an epoch's global order is the same for any numbers of workers and ranks, so
+            that a run may go on with others in the middle of an epoch. Not so for streams.
     """
 
     def __init__(
@@ -73,6 +98,7 @@ class TrainLoader:
         flip: float = 0.5,
         crop_pct: float = 0.875,
         pin_memory: bool = False,
+        on_warning: Callable[[str], None] = print_warning,
     ) -> None:
         """Set the loader up; worker processes start with the first epoch and stay.
 
@@ -85,6 +111,7 @@ class TrainLoader:
             rank, world_size: of this process among those that train together.
             num_workers: worker processes; 0 loads in this process.
             pin_memory: put batches into page-locked memory, from where a GPU can fetch them meanwhile.
+            on_warning: is told, in a sentence, of workers that died and were replaced.
 
         Raises:
             UserError: the source is smaller than one global batch, or has fewer shards than there are workers.
@@ -102,12 +129,14 @@ class TrainLoader:
                 f"data.num_workers: {source.spec} has {source.shards} shards, expected at least one for each of the "
                 f"{readers} loading processes ({max(num_workers, 1)} × {world_size} processes)."
             )
+        self.repeatable_for_any_workers = not isinstance(source, StreamSource)
         self._source, self._seed, self._batch_size, self._accum = source, seed, batch_size, accum
         self._rank, self._world_size = rank, world_size
         self._make_transform = partial(train_transform, augmentation, min_scale=min_scale, flip=flip, crop_pct=crop_pct)
         self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
-        self._sampler = _EpochKeys()
-        self._loader: DataLoader | None = None
+        if self.repeatable_for_any_workers:
+            images = _Images(source, self._make_transform, seed, tries=_MAX_REPLACEMENTS)
+            self._images = _ImageLoader(images, keep_workers=num_workers > 0, on_warning=on_warning, **self._workers)
 
     def epoch(self, epoch: int, size: int, start_step: int = 0) -> Iterator[Batch]:
         """Micro-batches of `size` pixels, `accum` for each step from `start_step` on.
@@ -116,28 +145,27 @@ class TrainLoader:
 
         Raises:
             UserError: too many images in a row cannot be decoded.
+            RuntimeError: worker processes die again and again, or one that reads a stream died.
         """
         if isinstance(self._source, StreamSource):
             yield from self._stream(self._source, epoch, size, start_step)
             return
-        if self._loader is None:
-            images = _Images(self._source, self._make_transform, self._seed, tries=_MAX_REPLACEMENTS)
-            keep = self._workers["num_workers"] > 0
-            self._loader = _data_loader(images, batch_sampler=self._sampler, persistent_workers=keep, **self._workers)
-        self._sampler.keys = self._keys(epoch, size, start_step)
-        for batch in self._loader:
+        for batch in self._images.batches(lambda done: self._keys(epoch, size, start_step * self._accum + done)):
             if len(batch.y) < self._batch_size:
                 name, reason = batch.failures[-1]
                 count = f"{_MAX_REPLACEMENTS} images in a row"
                 raise UserError(f"data.train_dataset: {count} cannot be decoded, the last is {name} ({reason}).")
             yield batch
 
-    def _keys(self, epoch: int, size: int, start_step: int) -> Iterator[list[Key]]:
+    def _keys(self, epoch: int, size: int, first: int) -> Iterator[list[Key]]:
+        """Keys of this rank's micro-batches from number `first` of the epoch on."""
         bits = np.random.MT19937(derive_seed("order", self._seed, epoch))
         order = np.random.RandomState(bits).permutation(len(self._source))  # numpy never changes RandomState's results
-        for micro_step in range(start_step * self._accum, self.steps_per_epoch * self._accum):
-            start = (micro_step * self._world_size + self._rank) * self._batch_size
-            yield [(epoch, index, size) for index in order[start : start + self._batch_size].tolist()]
+        # No reference to this loader: in a circle of them, the workers would outlive it.
+        rank, world_size, batch_size = self._rank, self._world_size, self._batch_size
+        micro_steps = range(first, self.steps_per_epoch * self._accum)
+        starts = ((micro_step * world_size + rank) * batch_size for micro_step in micro_steps)
+        return ([(epoch, index, size) for index in order[start : start + batch_size].tolist()] for start in starts)
 
     def _stream(self, source: StreamSource, epoch: int, size: int, start_step: int) -> Iterator[Batch]:
         # Workers and readers are new in each epoch, so that nothing depends on the epochs before.
@@ -152,7 +180,7 @@ class TrainLoader:
             **self._workers,
         )
         came, wanted = 0, self.steps_per_epoch * self._accum
-        for batch in islice(loader, wanted):
+        for batch in islice(_stream_batches(loader, source), wanted):
             came += 1
             if came > start_step * self._accum:
                 yield batch
@@ -178,28 +206,68 @@ class EvalLoader:
         num_workers: int = 0,
         indices: Sequence[int] | None = None,
         pin_memory: bool = False,
+        on_warning: Callable[[str], None] = print_warning,
     ) -> None:
         """Arguments as in `TrainLoader` and `eval_transform`; `indices`: the images to show, by default all.
 
         Raises:
             ValueError: `indices` of a stream.
         """
-        options = {"batch_size": batch_size, "num_workers": num_workers, "pin_memory": pin_memory}
+        workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         if isinstance(source, StreamSource):
             if indices is not None:
                 raise ValueError(f"{source.spec} is a stream, it has no indices")
             # Every rank reads the whole stream: timm's own sharding would repeat or drop samples at the end.
             reader = {"training": False, "seed": 0, "batch_size": batch_size, "rank": 0, "world_size": 1}
             samples = _Stream(source, eval_transform(size, crop_pct), ("eval",), reader, (rank, world_size))
-            self._loader = _data_loader(samples, **options)
+            loader = _data_loader(samples, batch_size=batch_size, **workers)
+            self._batches = partial(_stream_batches, loader, source)
         else:
             shown = range(len(source)) if indices is None else indices
             keys = [(0, int(index), size) for index in shown[rank::world_size]]
+            parts = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
             images = _Images(source, partial(eval_transform, crop_pct=crop_pct), seed=0, tries=1)
-            self._loader = _data_loader(images, sampler=keys, **options)
+            loader = _ImageLoader(images, keep_workers=False, on_warning=on_warning, **workers)
+            self._batches = partial(loader.batches, lambda done: iter(parts[done:]))
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        """The batches. Raises RuntimeError where worker processes die again and again, or one that reads a stream died."""
+        return self._batches()
+
+
+class _ImageLoader:
+    """A DataLoader whose worker processes are replaced when they die, and may live on from one pass to the next."""
+
+    def __init__(
+        self, images: _Images, *, keep_workers: bool, on_warning: Callable[[str], None], **workers: int | bool
+    ) -> None:
+        self._images, self._on_warning = images, on_warning
+        self._workers = {"persistent_workers": keep_workers, **workers}
+        self._sampler = _EpochKeys()
+        self._loader = self._new()
+
+    def _new(self) -> DataLoader:
+        return _data_loader(self._images, batch_sampler=self._sampler, **self._workers)
+
+    def batches(self, keys: Callable[[int], Iterator[list[Key]]]) -> Iterator[Batch]:
+        """A batch for each of `keys(0)`; `keys(n)` are the same without the first n."""
+        done = restarts = fruitless = 0
+        while True:
+            self._sampler.keys = keys(done)
+            try:
+                for batch in _batches(self._loader):
+                    yield batch
+                    done, fruitless = done + 1, 0
+                return
+            except WorkerDied as death:
+                if restarts == _MAX_RESTARTS or fruitless == _MAX_FRUITLESS_RESTARTS:
+                    raise RuntimeError(
+                        f"{death}, after {restarts} restarts, {fruitless} of them since the last batch. The usual cause is a "
+                        f"lack of memory: give a smaller data.num_workers, now {self._workers['num_workers']}."
+                    ) from death
+                self._on_warning(f"{death}; new ones go on with batch {done + 1}.")
+            restarts, fruitless = restarts + 1, fruitless + 1
+            self._loader = self._new()
 
 
 class _EpochKeys:
@@ -282,6 +350,75 @@ def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoad
     # Its own generator, or it would draw from the global one. PyTorch itself gives each worker one thread.
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(dataset, collate_fn=_collate, worker_init_fn=_init_worker, generator=generator, **options)
+
+
+def _stream_batches(loader: DataLoader, source: StreamSource) -> Iterator[Batch]:
+    try:
+        yield from _batches(loader)
+    except WorkerDied as death:  # a new worker would have to read all again
+        raise RuntimeError(
+            f"{source.spec}: {death}. The usual cause is a lack of memory: give a smaller data.num_workers, now "
+            f"{loader.num_workers}. A stream's workers are not replaced."
+        ) from death
+
+
+def _batches(loader: DataLoader) -> Iterator[Batch]:
+    """Batches of `loader`; `WorkerDied` wherever a worker process has died, whatever error shows it first.
+
+    A worker dies before, while or after it hands a batch over: nothing comes any more, for it may take the queue's lock
+    along, or a connection breaks. DataLoader itself looks after its workers where nothing comes for 5 s.
+    """
+    iterator = loader._iterator  # that of workers that live on
+    try:
+        if not _dead_workers(iterator):
+            iterator = _started(loader)
+        while not _dead_workers(iterator):
+            if (batch := next(iterator, None)) is None:
+                return
+            yield batch
+    except Exception as error:
+        if _dead_workers(iterator, timeout=1.0):  # a connection breaks a moment before the process has ended
+            raise _ended(iterator) from error
+        raise
+    raise _ended(iterator)
+
+
+def _started(loader: DataLoader) -> Iterator[Batch]:
+    """iter(loader), without the SIGCHLD handler that comes with it.
+
+    That one raises in the main thread, wherever it is just then: in the middle of an optimiser's step, say.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        if signal.getsignal(signal.SIGCHLD) != before:
+            # Where SIGCHLD was ignored, Linux would throw the workers' exit codes away.
+            signal.signal(signal.SIGCHLD, before if callable(before) else signal.SIG_DFL)
+
+
+def _dead_workers(iterator: Any, timeout: float = 0.0) -> list[BaseProcess]:
+    workers = getattr(iterator, "_workers", [])  # there are none where this process loads
+    ended = wait([worker.sentinel for worker in workers], timeout)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()  # its files are closed a moment before it has an exit code
+    return [worker for worker in workers if worker.exitcode]
+
+
+def _ended(iterator: Any) -> WorkerDied:
+    """End what is left of the workers; the error that says which of them had died."""
+    dead = ", ".join(f"{worker.pid} ({_ending(worker.exitcode)})" for worker in _dead_workers(iterator))
+    iterator._shutdown_workers()
+    for worker in iterator._workers:
+        for file in Path("/dev/shm").glob(f"torch_{worker.pid}_*"):  # a batch that was being made
+            with suppress(OSError):
+                file.unlink()
+    return WorkerDied(f"worker processes of the data loader died: {dead}")
+
+
+def _ending(exitcode: int) -> str:
+    return f"signal {-exitcode}: {signal.strsignal(-exitcode)}" if exitcode < 0 else f"exit status {exitcode}"
 
 
 def _init_worker(_: int) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import folder
 
 from common.errors import UserError
 from data import datasets as data_datasets
@@ -84,6 +85,93 @@ class TestFolder:
         write_folder(tmp_path / "pictures", {"a": 1})
         monkeypatch.setenv("HOME", str(tmp_path))
         assert len(opened("~/pictures")) == 1
+
+
+class TestLinks:
+    """Data sets on clusters are often folders of links."""
+
+    def test_links_to_images_and_folders_are_what_they_lead_to(self, tmp_path: Path) -> None:
+        pool = write_folder(tmp_path / "pool", {"x": 2, "y/z": 1, "loose": 1})
+        root = write_folder(tmp_path / "set", {"a": 1, "d": 1})
+        (root / "b").symlink_to(pool / "x")  # a class
+        (root / "c").symlink_to(pool / "x")  # another one of the same images
+        (root / "a" / "more").symlink_to("../../pool/y")  # a folder in a class; its images lie deeper
+        (root / "d" / "link.png").symlink_to(pool / "loose" / "000.png")
+        source = opened(root)
+        assert source.class_names == ["a", "b", "c", "d"]
+        assert [source.key(i) for i in range(len(source))] == [
+            *("a/000.png", "a/more/z/000.png", "b/000.png", "b/001.png", "c/000.png", "c/001.png"),
+            *("d/000.png", "d/link.png"),
+        ]
+        assert all(source.image(i) == (root / source.key(i)).read_bytes() for i in range(len(source)))
+        (tmp_path / "alias").symlink_to(root)
+        assert contents(opened(tmp_path / "alias")) == contents(source)
+
+    @pytest.mark.parametrize(
+        ("link", "target"),
+        [
+            ("a/self", "."),
+            ("a/deep/up", ".."),
+            ("a/root", ".."),
+            ("a/deep/outside", "../../.."),  # the folder that holds the set
+            ("loop", "."),  # would be a class
+            ("a/circle", "circle"),
+        ],
+    )
+    def test_a_way_round_is_left_out(self, tmp_path: Path, link: str, target: str) -> None:
+        root = write_folder(tmp_path / "set", {"a": 1, "a/deep": 1, "b": 1})
+        plain = contents(opened(root))
+        (root / link).symlink_to(target)
+        for split in ("train", "val"):
+            assert contents(opened(root, split)) == plain
+
+    def test_folders_that_lead_to_each_other(self, tmp_path: Path) -> None:
+        root = write_folder(tmp_path / "set", {"a": 1, "a/deep": 1, "b": 1})
+        (root / "a" / "there").symlink_to("../b")
+        (root / "b" / "back").symlink_to("../a")
+        source = opened(root)
+        assert [source.key(i) for i in range(len(source))] == [
+            *("a/000.png", "a/deep/000.png", "a/there/000.png"),
+            *("b/000.png", "b/back/000.png", "b/back/deep/000.png"),
+        ]
+
+    def test_dangling_image_is_reported_when_met(self, tmp_path: Path) -> None:
+        root = write_folder(tmp_path / "set", {"a": 1})
+        (root / "a" / "gone.png").symlink_to(tmp_path / "gone.png")
+        source = opened(root)
+        assert source.name(1) == str(root / "a" / "gone.png")
+        with pytest.raises(DECODE_ERRORS, match=r"No such file.*set/a/gone.png"):
+            source.read(1)
+
+    def test_dangling_class_is_an_error(self, tmp_path: Path) -> None:
+        """Left out, it would shift the numbers of all classes after it."""
+        root = write_folder(tmp_path / "set", {"a": 1})
+        (root / "b").symlink_to(tmp_path / "gone")
+        (root / ".hidden").symlink_to(tmp_path / "gone")
+        with pytest.raises(UserError, match=f"{FLAG}: .*set, found links that lead nowhere: b\\."):
+            opened(root)
+
+    def test_a_folder_in_a_class_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = write_folder(tmp_path / "set", {"a": 1, "a/shut": 1})
+        scandir = os.scandir
+
+        def refuse(path: object) -> object:
+            if str(path).endswith("shut"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(data_datasets.os, "scandir", refuse)
+        with pytest.raises(UserError, match=f"{FLAG}: cannot read .*set/a/shut .*Permission denied"):
+            opened(root)
+
+    def test_order_is_torchvisions(self, tmp_path: Path) -> None:
+        """Another order would make resumed runs skip and repeat samples."""
+        root = write_folder(tmp_path, {"b": 2, "a/x": 2, "a/x-y": 1, "a/x/z": 1, "a": 11, "a.b": 1})
+        (root / "a" / "link").symlink_to("../b")
+        numbers = {"a": 0, "a.b": 1, "b": 2}
+        expected = folder.make_dataset(root, numbers, extensions=folder.IMG_EXTENSIONS)
+        source = opened(root)
+        assert [(source.name(i), source.labels[i]) for i in range(len(source))] == expected
 
 
 def _empty(path: Path) -> None:
@@ -189,6 +277,53 @@ class TestTar:
         for name, words in {"zipped": "uncompressed tar", "cut": "complete", "loose": "1 loose"}.items():
             with pytest.raises(UserError, match=f"{FLAG}.*{words}"):
                 opened(tmp_path / f"{name}.tar")
+
+
+def add(tar: tarfile.TarFile, name: str, *, data: bytes = b"", link: str = "", kind: bytes = tarfile.REGTYPE) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(data), kind, link
+    tar.addfile(info, io.BytesIO(data))
+
+
+class TestLinksInTar:
+    def test_are_the_files_they_lead_to(self, tmp_path: Path) -> None:
+        root = write_folder(tmp_path / "set", {"a": 2, "b": 1})
+        (root / "b" / "hard.png").hardlink_to(root / "a" / "000.png")
+        (root / "b" / "soft.png").symlink_to("../a/001.png")
+        (root / "a" / "chain.png").symlink_to("../b/soft.png")
+        for prefix in ("", "prefix"):
+            path = pack(tmp_path / "set.tar", root, prefix)
+            with tarfile.open(path) as tar:
+                assert sum(member.islnk() for member in tar) == 1 and sum(member.issym() for member in tar) == 2
+            assert contents(opened(path)) == contents(opened(root))
+
+    @pytest.mark.parametrize(
+        ("kind", "target"),
+        [
+            (tarfile.SYMTYPE, "{}/secret.png"),
+            (tarfile.SYMTYPE, "../../secret.png"),
+            (tarfile.LNKTYPE, "{}/secret.png"),
+            (tarfile.LNKTYPE, "../secret.png"),
+            (tarfile.SYMTYPE, "gone.png"),
+            (tarfile.SYMTYPE, "."),
+            (tarfile.SYMTYPE, "link.png"),
+        ],
+    )
+    def test_out_of_the_archive_to_nothing_or_to_a_folder(self, tmp_path: Path, kind: bytes, target: str) -> None:
+        (tmp_path / "secret.png").write_bytes(encoded(1))
+        with tarfile.open(tmp_path / "set.tar", "w") as tar:
+            add(tar, "a/0.png", data=encoded(0))
+            add(tar, "a/link.png", link=target.format(tmp_path), kind=kind)
+        with pytest.raises(UserError, match=f"{FLAG}: .*set.tar.*a/link.png → .*tar --dereference"):
+            opened(tmp_path / "set.tar")
+
+    def test_a_class_that_is_a_link(self, tmp_path: Path) -> None:
+        root = write_folder(tmp_path / "set", {"a": 1})
+        (root / "b").symlink_to("a")
+        with pytest.raises(UserError, match="links to folders, or out of it: ./b → a"):
+            opened(pack(tmp_path / "set.tar", root))
+        subprocess.run(["tar", "-chf", tmp_path / "whole.tar", "-C", root, "."], check=True)
+        assert contents(opened(tmp_path / "whole.tar")) == contents(opened(root))
 
 
 class TestDigits:

@@ -9,14 +9,21 @@ import random
 import signal
 import struct
 import tarfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common.errors import UserError
 from data.datasets import Source, StreamSource, open_source
@@ -114,13 +121,30 @@ class TestOrder:
         assert len({x.sum().item() for x in shown.x}) == 8
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_starts_at_any_step(self, workers: int) -> None:
-        loader = basic(Pictures(16), accum=2, num_workers=workers)
-        everything = list(loader.epoch(0, 12))
-        for start in (1, 3, 4):
-            rest = list(loader.epoch(0, 12, start))
-            assert len(rest) == len(everything) - 2 * start
-            assert all(same(a, b) for a, b in zip(rest, everything[2 * start :], strict=True))
+    @pytest.mark.parametrize("world_size", [1, 2])
+    @pytest.mark.parametrize("accum", [1, 2])
+    def test_the_rest_of_an_epoch_is_the_undisturbed_ones(self, accum: int, world_size: int, workers: int) -> None:
+        source = Pictures(26)  # two of them are dropped
+        for rank in range(world_size):
+            options = {"accum": accum, "rank": rank, "world_size": world_size, "augmentation": 1}
+            whole = list(basic(source, **options).epoch(1, 12))
+            loader = basic(source, **options, num_workers=workers)  # a resumed process has no past
+            for start in (2, 1, loader.steps_per_epoch - 1, loader.steps_per_epoch):
+                rest = list(loader.epoch(1, 12, start))
+                assert len(rest) == (loader.steps_per_epoch - start) * accum
+                assert all(same(a, b) for a, b in zip(rest, whole[start * accum :], strict=True))
+
+    def test_another_number_of_processes_keeps_the_blocks(self) -> None:
+        """Block = micro-batch × processes + rank: a run may go on with two processes where one had two micro-batches."""
+        source = Pictures(26)
+        one = list(basic(source, accum=2).epoch(1, 12))
+        two = [basic(source, rank=rank, world_size=2) for rank in (0, 1)]
+        assert len(one) == 12 and {loader.steps_per_epoch for loader in two} == {6}
+        for start in (0, 4):
+            ranks = [list(loader.epoch(1, 12, start)) for loader in two]
+            blocks = [block for blocks in zip(*ranks, strict=True) for block in blocks]
+            assert all(same(a, b) for a, b in zip(blocks, one[2 * start :], strict=True))
+        assert all(loader.repeatable_for_any_workers for loader in two)
 
     def test_order_is_pinned(self) -> None:
         """Another order would make resumed runs skip and repeat samples."""
@@ -145,7 +169,7 @@ class TestWorkers:
         for epoch, size in enumerate([16, 32, 8]):
             shown = together(loader.epoch(epoch, size))
             assert shown.x.shape == (8, 3, size, size) and same(shown, together(fresh.epoch(epoch, size)))
-            workers.add(tuple(worker.pid for worker in loader._loader._iterator._workers))
+            workers.add(tuple(worker.pid for worker in loader._images._loader._iterator._workers))
         assert len(workers) == 1
 
     def test_an_epoch_may_be_left(self) -> None:
@@ -180,6 +204,150 @@ class TestWorkers:
             assert same(expected, together(basic(memory, augmentation=1, num_workers=1).epoch(0, 16)))
         finally:
             torch.multiprocessing.set_start_method(start, force=True)
+
+
+class Deadly(Pictures):
+    """The process that reads image `victim` ends at once, as long as it has lives left."""
+
+    def __init__(self, count: int, *, victim: int, lives: int, by_signal: bool = True) -> None:
+        super().__init__(count)
+        self.victim, self.by_signal, self.lives = victim, by_signal, torch.tensor([lives]).share_memory_()
+
+    def image(self, i: int) -> bytes:
+        if i == self.victim and self.lives > 0:
+            self.lives -= 1
+            os.kill(os.getpid(), signal.SIGKILL) if self.by_signal else os._exit(3)
+        return super().image(i)
+
+
+class Defect(Pictures):
+    def image(self, i: int) -> bytes:
+        raise ZeroDivisionError(f"picture {i}")
+
+
+def workers_of(loader: TrainLoader) -> list[BaseProcess]:
+    return loader._images._loader._iterator._workers
+
+
+def kill(worker: BaseProcess | psutil.Process) -> None:
+    worker.kill()
+    wait([worker.sentinel]) if isinstance(worker, BaseProcess) else time.sleep(0.2)
+
+
+class TestDeadWorkers:
+    @pytest.fixture(autouse=True)
+    def _polls_often_and_leaves_no_process(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))  # of 5 s
+        before = set(psutil.Process().children(recursive=True))
+        yield
+        assert set(psutil.Process().children(recursive=True)) <= before
+
+    def test_are_replaced_and_the_epoch_is_as_it_would_have_been(self) -> None:
+        source, warnings, victims = Pictures(16), [], []
+        plain = basic(source, augmentation=1)
+        loader = basic(source, augmentation=1, num_workers=2, on_warning=warnings.append)
+        for epoch, deaths in enumerate([(3, 4), (1,)]):
+            shown = []
+            for batch in loader.epoch(epoch, 12, start_step=1):
+                shown.append(batch)
+                if len(shown) in deaths:
+                    victims.append(workers_of(loader)[epoch])
+                    Path(f"/dev/shm/torch_{victims[-1].pid}_1_0").touch()  # of a batch that is being made
+                    kill(victims[-1])
+            assert same(together(shown), together(plain.epoch(epoch, 12, 1))) and len(shown) == 7
+            kill(workers_of(loader)[0])  # in between, as in a validation
+        assert same(together(loader.epoch(2, 12)), together(plain.epoch(2, 12)))
+        for victim, number, text in zip(victims, (4, 5, 2), (warnings[0], warnings[1], warnings[3]), strict=True):
+            assert f"died: {victim.pid} (signal 9: Killed); new ones go on with batch {number}." in text
+            assert not Path(f"/dev/shm/torch_{victim.pid}_1_0").exists()
+        assert [text.split()[-1] for text in warnings] == ["4.", "5.", "1.", "2.", "1."]
+
+    @pytest.mark.parametrize("keep_lock", [False, True])
+    def test_while_a_batch_is_awaited(self, keep_lock: bool) -> None:
+        """The dead one may even have taken along the lock that the others need to hand batches over."""
+        source, warnings = Deadly(32, victim=5, lives=0), []
+        loader = basic(source, num_workers=2, on_warning=warnings.append)
+        batches = loader.epoch(0, 8)
+        shown = [next(batches)]
+        if keep_lock:
+            loader._images._loader._iterator._worker_result_queue._wlock.acquire()
+            Timer(0.5, workers_of(loader)[0].kill).start()
+        else:
+            source.lives.fill_(1)
+        shown += batches
+        assert same(together(shown), together(basic(Pictures(32)).epoch(0, 8))) and len(warnings) == 1
+
+    @pytest.mark.parametrize(("by_signal", "how"), [(True, "signal 9: Killed"), (False, "exit status 3")])
+    def test_that_die_again_and_again(self, by_signal: bool, how: str) -> None:
+        warnings: list[str] = []
+        source = Deadly(8, victim=3, lives=99, by_signal=by_signal)
+        loader = EvalLoader(source, size=8, batch_size=2, num_workers=2, on_warning=warnings.append)
+        batches = iter(loader)
+        assert next(batches).index.tolist() == [0, 1]
+        words = rf"died: \d+ \({how}\), after [34] restarts, 3 of them.*lack of memory.*data.num_workers, now 2"
+        with pytest.raises(RuntimeError, match=words):
+            next(batches)
+        assert len(warnings) in (3, 4)  # image 3 may have been read before batch 1 was there
+
+    def test_that_die_after_every_batch(self) -> None:
+        warnings: list[str] = []
+        loader = basic(Pictures(64), num_workers=1, on_warning=warnings.append)
+        with pytest.raises(RuntimeError, match="after 10 restarts, 0 of them since the last batch"):
+            for _ in loader.epoch(0, 8):
+                kill(workers_of(loader)[0])
+        assert len(warnings) == 10
+
+    def test_in_an_evaluation(self, capsys: pytest.CaptureFixture[str]) -> None:
+        before = set(psutil.Process().children())
+        batches = iter(EvalLoader(Pictures(21), size=8, batch_size=2, num_workers=2))
+        shown = [next(batches)]
+        worker = (set(psutil.Process().children()) - before).pop()
+        kill(worker)
+        shown += batches
+        assert same(together(shown), together(EvalLoader(Pictures(21), size=8, batch_size=2)))
+        assert f"warning: worker processes of the data loader died: {worker.pid} (signal 9" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_of_a_stream_are_named(self, tmp_path: Path, training: bool) -> None:
+        pytest.importorskip("webdataset", reason="wds/ needs the package webdataset")
+        source = open_source(f"wds/{write_shards(tmp_path / 'Shards')}", split="train", flag="x")
+        before = set(psutil.Process().children())
+        evaluation = EvalLoader(source, size=8, batch_size=2, num_workers=2)
+        batches = basic(source, num_workers=2).epoch(0, 8) if training else iter(evaluation)
+        next(batches)
+        worker = (set(psutil.Process().children()) - before).pop()
+        kill(worker)
+        with pytest.raises(
+            RuntimeError, match=rf"wds/.*died: {worker.pid} \(signal 9: Killed\).*data.num_workers, now 2"
+        ):
+            list(batches)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_defects_are_raised_as_they_are(self, training: bool) -> None:
+        before, warnings = set(psutil.Process().children()), []
+        options = {"batch_size": 2, "num_workers": 2, "on_warning": warnings.append}
+        loader = basic(Defect(8), **options).epoch(0, 8) if training else EvalLoader(Defect(8), size=8, **options)
+        with pytest.raises(ZeroDivisionError, match="picture"):
+            list(loader)
+        assert not warnings
+        for worker in set(psutil.Process().children()) - before:  # PyTorch's error refers to itself, and so keeps them
+            worker.kill()
+            worker.wait()
+
+    @pytest.mark.parametrize("ignored", [False, True])
+    def test_no_signal_handler_stays(self, monkeypatch: pytest.MonkeyPatch, ignored: bool) -> None:
+        """DataLoader's raises in the main thread at any time, so that it would tear an optimiser's step."""
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # else it is set once a process
+        ours, calls = (signal.SIG_IGN if ignored else lambda *_: calls.append(1)), []
+        before = signal.signal(signal.SIGCHLD, ours)
+        try:
+            batches = basic(Pictures(8), num_workers=1).epoch(0, 8)
+            next(batches)
+            assert signal_handling._SIGCHLD_handler_set  # it was there for a moment
+            # If it stayed ignored, nobody would learn how a worker ended.
+            assert signal.getsignal(signal.SIGCHLD) == (signal.SIG_DFL if ignored else ours)
+        finally:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def broken_files() -> dict[str, bytes]:
@@ -327,6 +495,7 @@ class TestStreams:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_training_is_repeatable_and_epochs_differ(self, source: StreamSource, workers: int) -> None:
         loader = basic(source, num_workers=workers, augmentation=1, accum=2)
+        assert not loader.repeatable_for_any_workers
         first = list(loader.epoch(0, 16))
         assert loader.steps_per_epoch == 6 and len(first) == 12
         assert sorted(together(first).y.tolist()) == list(range(24))
