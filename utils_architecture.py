@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -399,7 +400,20 @@ def _weights_file(timm_name: str) -> dict[str, Any]:
     if not cfg.hf_hub_id:
         return {}
     file = hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+    if not file.endswith(".safetensors"):
+        _check_plain(file, timm_name)
     return {"file": file, "custom_load": False}
+
+
+def _check_plain(file: str, timm_name: str) -> None:
+    """UserError if a pickle holds more than tensors and plain values: timm would run it."""
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model.pretrained: the published weights of {timm_name!r} ({file}) hold Python objects or code, which are never "
+            "loaded. Give --model.pretrained=0, or other weights with --model.ckpt_path."
+        ) from error
 
 
 def _check_patches(name: str, model: nn.Module, img_size: int) -> None:

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,8 @@ def take_folder(folder: Path, *, flag: str, patience: float = 0.0) -> BinaryIO:
         OSError: it cannot be written.
     """
     lock = open(folder / "lock", "ab")
+    # A forked child, such as a loader worker that outlives its killed parent, would hold the lock too.
+    os.register_at_fork(after_in_child=lock.close)
     until = time.monotonic() + patience
     while True:
         try:
@@ -94,3 +97,17 @@ def take_folder(folder: Path, *, flag: str, patience: float = 0.0) -> BinaryIO:
                 raise
             print(f"warning: {folder} cannot be locked: see to it that one run at a time uses it.", file=sys.stderr)
             return lock
+
+
+def damaged_record(archive: zipfile.ZipFile) -> str | None:
+    """Name of the first record of a file of `torch.save` that is not as it was written; None if all are.
+
+    torch.load looks at no checksum, and no checksum covers the list of records. torch.save stores records as they are, without
+    attributes; torch.load takes one with the attribute "folder" for empty, and gives a tensor of whatever was in memory.
+
+    Raises what `zipfile` does for damage: nearly anything.
+    """
+    for record in archive.infolist():
+        if record.external_attr or record.compress_type or record.compress_size != record.file_size:
+            return record.filename
+    return archive.testzip()

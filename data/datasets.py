@@ -618,7 +618,8 @@ def _open_stream(request: _Request) -> StreamSource:
     request.require(*_STREAM_PACKAGES[kind])
     # Not timm's create_reader: that of 1.0.9 puts names, and so paths, into lower case.
     reader_class = getattr(importlib.import_module(f"timm.data.readers.reader_{kind}"), f"Reader{kind.capitalize()}")
-    place = os.path.expanduser(name) if kind == "wds" else request.root or None
+    # An absolute path: WebDataset runs "pipe:…" as a command.
+    place = os.path.abspath(os.path.expanduser(name)) if kind == "wds" else request.root or None
     make_reader = partial(reader_class, name=name, root=place, split=request.split_name)
     try:
         reader = make_reader()

@@ -141,13 +141,13 @@ class Mixup:
             num_classes=num_classes,
         )
 
-    def __call__(self, x: Tensor, y: Tensor, *, seed: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, y: Tensor, *, seed: int, step: int, block: int) -> tuple[Tensor, Tensor]:
         """Mix each image with its mirror in the batch: image i with image B − 1 − i.
 
         Args:
             x: (B, 3, H, W), B even; not changed, the result is a new tensor.
             y: int64 (B,).
-            seed, step, rank: all that the draws depend on; each micro-batch of a step needs a `step` of its own.
+            seed, step, block: all that the draws depend on; `block` numbers the micro-batches of a step over all processes.
 
         Returns:
             mixed x, and float32 soft labels (B, num_classes) whose rows sum to 1.
@@ -159,5 +159,5 @@ class Mixup:
             raise UserError(
                 f"training.batch_size: expected an even number, as mixup pairs the images of a batch, got {len(x)}."
             )
-        with seeded("mixup", seed, step, rank):
+        with seeded("mixup", seed, step, block):
             return self._mix(x.clone(), y)  # timm mixes in place

@@ -482,13 +482,15 @@ def _folded(path: list[str]) -> str:
 
 
 def _unsafe(info: zipfile.ZipInfo) -> str | None:
-    name, mode = info.orig_filename, info.external_attr >> 16
-    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
-        return "has an absolute path"
-    if any(part in ("", ".", "..") for part in re.split(r"[/\\]", name)):
-        return "leads out of the folder"
-    if "\\" in name or not name.isprintable():
-        return "has a name that cannot be a file's"
+    mode = info.external_attr >> 16
+    # The name in the list of members, and the one that Python takes instead of it where an extra field holds another.
+    for name in (info.orig_filename, info.filename):
+        if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
+            return "has an absolute path"
+        if any(part in ("", ".", "..") for part in re.split(r"[/\\]", name)):
+            return "leads out of the folder"
+        if "\\" in name or not name.isprintable():
+            return "has a name that cannot be a file's"
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
         return "is a symbolic link or a device"
     if info.flag_bits & 1:

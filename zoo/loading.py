@@ -21,6 +21,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.files import damaged_record
 
 Which = Literal["ema", "raw"]
 
@@ -95,7 +96,7 @@ def read_weights(path: str | Path, *, flag: str, which: Which | None = None) -> 
     except Exception as error:  # a damaged file makes the readers raise nearly anything: struct.error, IndexError, …
         raise UserError(
             f"{flag}: {path} cannot be read as weights (torch.save with tensors and plain values only, or safetensors): "
-            f"{_why_unreadable(path, head, error)}."
+            f"{_why_unreadable(head, error)}."
         ) from error
     return parse_weights(content, flag=flag, source=path, which=which)
 
@@ -197,37 +198,37 @@ def _what_is(path: Path) -> str:
 
 def _read(path: Path, head: bytes) -> Any:
     if head.startswith(b"PK"):
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(
-                f"the checksum of {damaged} is wrong: it is damaged, or was saved without checksums"
-            )
+        with zipfile.ZipFile(path) as archive:
+            if (reason := _why_not_weights(archive)) is not None:
+                raise zipfile.BadZipFile(reason)
     elif path.suffix == ".safetensors" or head[8:9] == b"{":
         return safetensors.torch.load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _why_unreadable(path: Path, head: bytes, error: Exception) -> str:
+def _why_not_weights(archive: zipfile.ZipFile) -> str | None:
+    names = archive.namelist()
+    if not any(name.endswith("/data.pkl") for name in names):
+        return f"it is an archive of other files ({listed([repr(name) for name in names])})"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "it is TorchScript, a program; expected the state_dict() of the model"
+    if (record := damaged_record(archive)) is not None:
+        return f"the checksum or header of {record!r} is wrong: it is damaged, or was saved without checksums"
+    return None
+
+
+def _why_unreadable(head: bytes, error: Exception) -> str:
     if not head:
         return "it is empty"
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, such as a link answers with that is not the file's own"
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; `git lfs pull` brings the file"
-    if head.startswith(b"PK"):
-        if not zipfile.is_zipfile(path):
-            return "its end is missing, so it was not copied or downloaded completely"
-        if isinstance(error, zipfile.BadZipFile):
-            return str(error)
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if not any(name.endswith("/data.pkl") for name in names):
-            return f"it is an archive of other files ({listed(names)})"
+    if isinstance(error, zipfile.BadZipFile):
+        cut = str(error) == "File is not a zip file"
+        return "its end is missing, so it was not copied or downloaded completely" if cut else str(error)
     if objects := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"it holds Python objects or code ({objects[1]}), which are never loaded"
-    if "TorchScript" in str(error):
-        return "it is TorchScript, a program; expected the state_dict() of the model"
     if head.isascii() and head.decode("ascii").isprintable():
         return "it is text"
     return f"it is damaged or of another format ({type(error).__name__})"

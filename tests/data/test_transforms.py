@@ -182,7 +182,7 @@ class TestMixup:
         off = smoothing / self.CLASSES
         kinds, shares = [], []
         for step in range(300):
-            x_mixed, y_mixed = mix(x, y, seed=1, step=step, rank=0)
+            x_mixed, y_mixed = mix(x, y, seed=1, step=step, block=0)
             assert y_mixed.shape == (6, self.CLASSES) and y_mixed.dtype == x_mixed.dtype == torch.float32
             lam = ((y_mixed[0, y[0]] - off) / (1 - smoothing)).item()
             # Soft labels: lam of the own class, the rest of the partner's, smoothing spread over all.
@@ -207,11 +207,11 @@ class TestMixup:
     def test_depends_on_seed_step_and_rank_only(self) -> None:
         mix, (x, y) = Mixup(num_classes=self.CLASSES, label_smoothing=0.1), self.batch()
         x_before, y_before = x.clone(), y.clone()
-        first = mix(x, y, seed=1, step=2, rank=3)
+        first = mix(x, y, seed=1, step=2, block=3)
         np.random.seed(5)
         expected = np.random.rand()
         np.random.seed(5)
-        again = mix(x, y, seed=1, step=2, rank=3)
+        again = mix(x, y, seed=1, step=2, block=3)
         assert np.random.rand() == expected
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
         for key in (
@@ -224,25 +224,25 @@ class TestMixup:
 
     def test_options(self) -> None:
         x, y = self.batch()
-        never = Mixup(num_classes=self.CLASSES, label_smoothing=0.0, prob=0.0)(x, y, seed=0, step=0, rank=0)
+        never = Mixup(num_classes=self.CLASSES, label_smoothing=0.0, prob=0.0)(x, y, seed=0, step=0, block=0)
         assert torch.equal(never[0], x) and torch.equal(never[1], torch.eye(self.CLASSES)[y])
         for step in range(20):
             cut, _ = Mixup(num_classes=self.CLASSES, label_smoothing=0.0, switch_prob=1.0)(
-                x, y, seed=0, step=step, rank=0
+                x, y, seed=0, step=step, block=0
             )
             assert ((cut == x) | (cut == x.flip(0))).all()
 
     def test_odd_batch(self) -> None:
         x, y = self.batch()
         with pytest.raises(UserError, match="training.batch_size: expected an even number.*got 5"):
-            Mixup(num_classes=self.CLASSES, label_smoothing=0.0)(x[:5], y[:5], seed=0, step=0, rank=0)
+            Mixup(num_classes=self.CLASSES, label_smoothing=0.0)(x[:5], y[:5], seed=0, step=0, block=0)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_same_on_a_gpu(self) -> None:
         mix, (x, y) = Mixup(num_classes=self.CLASSES, label_smoothing=0.1), self.batch()
         for step in range(10):
-            here = mix(x, y, seed=0, step=step, rank=0)
-            there = mix(x.cuda(), y.cuda(), seed=0, step=step, rank=0)
+            here = mix(x, y, seed=0, step=step, block=0)
+            there = mix(x.cuda(), y.cuda(), seed=0, step=step, block=0)
             for a, b in zip(here, there, strict=True):
                 assert b.is_cuda
                 torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-6)

@@ -13,11 +13,13 @@ import os
 import re
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from common.errors import UserError
 from zoo.download import (
     LOCK,
     ShareContent,
+    _unsafe,
     _writing,
     choose,
     download_robustbench,
@@ -575,6 +578,30 @@ def test_members_with_unsafe_names(share: Share, tmp_path: Path, name: str) -> N
     )
     check_nothing_final(folder)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".download.lock"]
+
+
+@pytest.mark.parametrize("other", ["../../../evil.pt", "/evil.pt"])
+def test_member_with_another_name_in_an_extra_field(share: Share, tmp_path: Path, other: str) -> None:
+    """Python takes that one from 3.12 on, and leaves it as it is."""
+    stream, info = io.BytesIO(), zipfile.ZipInfo("robust.pt")
+    field = struct.pack("<BL", 1, zlib.crc32(info.filename.encode())) + other.encode()
+    info.extra = struct.pack("<HH", 0x7075, len(field)) + field
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(info, b"good")
+    with zipfile.ZipFile(stream) as archive:
+        taken = archive.infolist()[0].filename
+    folder = tmp_path / "a" / "b" / "net"
+    if taken == other:
+        share.fails(
+            folder, whole(stream.getvalue()), match="whose member .* (leads out|has an absolute).*nothing was unpacked"
+        )
+    else:
+        share.download(folder, whole(stream.getvalue()))
+        assert (folder / "robust.pt").read_bytes() == b"good"
+    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {folder}
+    info = zipfile.ZipInfo("robust.pt")
+    info.filename = other  # as Python 3.12 makes it
+    assert _unsafe(info) is not None
 
 
 @pytest.mark.parametrize("mode", [0o120777, 0o010644, 0o020644])

@@ -457,6 +457,28 @@ def test_wrong_files(tmp_path, case, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
+def test_list_of_records(tmp_path):
+    """No checksum covers it: whatever byte of it is wrong, the file is refused or the weights are right."""
+    path, expected = tmp_path / "w.pt", {"weight": torch.arange(300.0), "bias": torch.full((7,), 2.0)}
+    torch.save(expected, path)
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as content:
+        start = content.start_dir
+        tensor = data.index(b"/data/0", start)
+    refused = []
+    for place in range(start, len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        try:
+            found = read_weights(path, flag=FLAG).network
+        except UserError as error:
+            assert str(error).startswith(f"{FLAG}: {path} cannot be read as weights")
+            refused.append(place)
+        else:
+            assert found.keys() == expected.keys() and all(map(torch.equal, found.values(), expected.values())), place
+    # The attribute that makes a folder of a tensor, 38 bytes after the record's beginning, 46 before its name.
+    assert data.rindex(b"PK\x01\x02", 0, tensor) + 38 in refused
+
+
 @pytest.mark.parametrize("kind, words", [("missing", "does not exist"), ("folder", "is a folder")])
 def test_no_file(tmp_path, kind, words):
     path = tmp_path / "w.pt"
