@@ -148,6 +148,10 @@ class LoggingConfig:
     keep: int = flag(
         5, "saved epochs that are kept (raw and EMA each), oldest deleted first; 0: all", at_least=0, harmless=True
     )
+    ckpt_minutes: float = flag(
+        15.0, "minutes between two saved training states; 0: none by time", at_least=0, harmless=True
+    )
+    ckpt_steps: int = flag(0, "steps between two saved training states; 0: none by steps", at_least=0, harmless=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,11 @@ class ValidationConfig:
     )
     adv_n_iter: int = flag(10, "APGD updates of the quick adversarial validation", at_least=1, harmless=True)
     crop_pct: float = flag(0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1)
+    stop_on_overfitting: bool = flag(
+        False,
+        "1: stop when robustness to the training attack rises while that to a stronger one is lost",
+        harmless=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,20 +186,37 @@ class TrainingConfig:
     weight_decay: float = flag(0.05, "decoupled (AdamW) or coupled (SGD) weight decay", at_least=0)
     epochs: int = flag(100, "passes over the training images", at_least=1)
     label_smoothing: float = flag(0.1, "with mixup: 0 off, 1 on (0.1), between: the value", at_least=0, at_most=1)
-    distributed: bool = flag(False, "1: dist.world_size processes; implied under torchrun")
+    distributed: bool = flag(False, "1: dist.world_size processes; implied under torchrun", harmless=True)
     use_blurpool: bool = flag(False, "1: blur before strided convolutions of at least 16 channels")
     precision: str = flag("fp16", "autocast of attack and training; fp16 with loss scaling", choices=PRECISIONS)
     grad_clip: float = flag(0.0, "largest L2 norm of the gradient; 0: no clipping", at_least=0)
     grad_accum: int = flag(1, "forward passes summed into one optimiser step", at_least=1)
+    resume: str = flag(
+        "auto",
+        "auto: go on from the run folder's state, if any; none: start anew; or a run folder, or state file",
+        harmless=True,
+    )
+    resume_force: bool = flag(False, "1: go on although flags that alter the numbers have changed", harmless=True)
+    max_bad_steps: int = flag(
+        20,
+        "steps skipped in a row (loss or gradient not finite) before going back or stopping",
+        at_least=1,
+        harmless=True,
+    )
+    deterministic: bool = flag(False, "1: only deterministic algorithms, for exact resume on a GPU")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistConfig:
     """Processes of training.distributed=1; under torchrun its own settings hold."""
 
-    world_size: int = flag(1, "number of processes", at_least=1)
+    world_size: int = flag(1, "number of processes; a resumed run keeps its global batch", at_least=1, harmless=True)
     address: str = flag("localhost", "address of the first process", harmless=True)
     port: int = flag(12355, "port of the first process", at_least=1, at_most=65535, harmless=True)
+    timeout_minutes: float = flag(10.0, "a process that shows no progress so long ends the run", above=0, harmless=True)
+    end_margin_minutes: float = flag(
+        3.0, "minutes before the end of a Slurm job to save and stop", at_least=0, harmless=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +293,13 @@ class TrainConfig:
                 f"resolution.max_res: expected at least resolution.min_res={self.resolution.min_res}, "
                 f"got {self.resolution.max_res}."
             )
+        if self.training.resume == "":
+            raise UserError("training.resume: expected auto, none or a path, got nothing (an unset shell variable?).")
+        if self.training.eval_only and self.training.resume not in ("auto", "none"):
+            raise UserError(
+                "training.resume: training.eval_only=1 trains nothing that could be resumed; give the weights to validate as "
+                "model.ckpt_path (a run folder will do)."
+            )
         if self.dist.world_size > 1 and not self.training.distributed:
             raise UserError(
                 f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; "
@@ -297,6 +330,11 @@ class TrainConfig:
         if self.logging.addendum:
             parts.append("".join(c if c.isalnum() or c in "-_.=" else "-" for c in self.logging.addendum))
         return "_".join(parts)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run leaves everything."""
+        return Path(self.logging.folder) / self.run_name
 
 
 @dataclass(frozen=True, kw_only=True)

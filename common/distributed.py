@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class Processes:
     world_size: int
     device: torch.device
     store: dist.Store = field(default_factory=dist.HashStore, repr=False)
+    start: str = ""  # name of this start of all processes, where a launcher may start them again
 
     @classmethod
     def alone(cls, device: torch.device | str | None = None) -> Processes:
@@ -121,9 +123,7 @@ class Processes:
             shared = shared.underlying_store
         if isinstance(shared, dist.TCPStore):
             shared = dist.TCPStore(shared.host, shared.port, is_master=False, wait_for_workers=False, timeout=timeout)
-        # Processes that torchrun has started anew must not meet what those before them left.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"{name}/{attempt}", shared)
+        return dist.PrefixStore(f"{self.start}/{name}", shared)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes; the model itself where there is only one."""
@@ -436,6 +436,31 @@ def _store(
     return dist.TCPStore(*rendezvous, world_size, timeout=timeout, **keeper)
 
 
+def _agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that only the processes started together know.
+
+    torchrun keeps one store for all its restarts, in which processes would meet the addresses of those before them. Its own
+    count of restarts differs from node to node. So the first process draws a name, and tells who has answered to it.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        answers = [f"{own}/{other}" for other in range(1, world_size)]
+        store.set("start", own)
+        store.wait(answers, timeout)
+        store.set(f"{own}/all", b" ".join(store.get(answer) for answer in answers))
+        return own
+    answered = None
+    while time.monotonic() < deadline:
+        name = store.get("start").decode()  # perhaps of a start before this one
+        if name != answered:
+            store.set(f"{name}/{rank}", own)
+            answered = name
+        if store.check([f"{name}/all"]) and own in store.get(f"{name}/all").decode().split():
+            return name
+        time.sleep(POLL_SECONDS)
+    raise RuntimeError(f"process {rank} of {world_size}: the first process has not answered for {timeout}")
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """This process among those of torchrun, without opening its GPU (gloo); alone where no launcher started it."""
@@ -459,11 +484,14 @@ def _joined(
     """This process among the others, who meet at `store`, or else where torchrun says."""
     device = _device(int(os.environ.get("LOCAL_RANK", rank))) if device is None else device
     backend = "nccl" if device.type == "cuda" else "gloo"
+    start = ""
     if store is None:
-        store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        shared, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        start = _agree_on_start(shared, rank, world_size, timeout)
+        store = dist.PrefixStore(start, shared)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        yield Processes(rank=rank, world_size=world_size, device=device, store=store)
+        yield Processes(rank=rank, world_size=world_size, device=device, store=store, start=start)
     finally:
         dist.destroy_process_group()
 
