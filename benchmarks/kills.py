@@ -1,37 +1,30 @@
-"""An evaluation that is killed at random moments and started again, against one that is left alone.
+"""Programs killed at random moments and started again, against ones that are left alone.
 
     python -m benchmarks.kills evaluation [--kills 20] [--workers 2] [--seed 0] [--quick] [--json FILE]
+    python -m benchmarks.kills training [--kills 20] [--processes 1,2] [--seed 0] [--quick] [--json FILE]
 
-SIGKILL goes to the main process, which can do nothing about it: its workers have to end by themselves, and what is on disk has
-to be whole. Linux only (processes are found in /proc).
+SIGKILL goes to the main process, which can do nothing about it (in training with several processes, to any one of them): the
+others have to end by themselves, and what is on disk has to be whole. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.harness import TAIL, Row, environment, main, options, row, train_on_digits
-from common.errors import UserError
-from common.provenance import PROJECT
+from benchmarks.harness import Row, main, options, row, train_on_digits
+from benchmarks.killing import PATIENCE, POLL_SECONDS, Run
+from benchmarks.kills_training import FLAGS, GLOBAL_BATCH, kill_training, training_rows
 from evaluation.records import RECORD_KEYS
 
-MARK = "KILLS_BENCHMARK_MARK"  # in the environment of every process of a run, so that none is overlooked
-PATIENCE = 10.0  # seconds that workers have to notice that their parent is gone
-POLL_SECONDS = 0.02
 TRAINING = ("--training.epochs=4", "--validation.freq=4", "--validation.adv_n_ex=0")
 DIGITS = (
     "--data.val_dataset=digits",
@@ -93,9 +86,13 @@ def kill_evaluation(flags: Sequence[str], folder: Path, *, kills: int, seed: int
     while outcome.kills < kills or unfinished:
         state = folder / f"killed_{number}"
         moment = moments.uniform(0, latest) if outcome.kills < kills else None
-        with _Run(flags, state) as run:
-            unfinished = not run.ends_before(moment) and run.kill(outcome)
+        with _start(flags, state) as run:
+            death = None if run.ends_before(moment) else run.kill()
+        unfinished = death is not None
         if unfinished:
+            outcome.kills += 1
+            outcome.vanish_seconds.append(death.seconds)
+            outcome.left_behind += death.left
             known = _compare(state, known, outcome)
             outcome.kept.append(len(known))
             continue
@@ -108,6 +105,10 @@ def kill_evaluation(flags: Sequence[str], folder: Path, *, kills: int, seed: int
     return outcome
 
 
+def _start(flags: Sequence[str], state: Path) -> Run:
+    return Run(["runner_aa_eval.py", *flags, f"--eval.out={state}"])
+
+
 def _undisturbed(flags: Sequence[str], state: Path, outcome: Outcome, kills: int) -> tuple[bytes, float]:
     """Verdicts of an evaluation left alone, and the latest moment for a kill: so that most of the work is under fire.
 
@@ -115,7 +116,7 @@ def _undisturbed(flags: Sequence[str], state: Path, outcome: Outcome, kills: int
     that is the work divided by the kills; some of it is lost with every kill, so there is work left for the last one.
     """
     begin = time.perf_counter()
-    with _Run(flags, state) as run:
+    with _start(flags, state) as run:
         while not run.ends_before(POLL_SECONDS) and not _records(state):
             pass
         start = time.perf_counter() - begin
@@ -129,70 +130,6 @@ def _undisturbed(flags: Sequence[str], state: Path, outcome: Outcome, kills: int
         broken_by = [line["broken_by"] for line in csv.DictReader(file)]
     outcome.verdicts, outcome.broken = len(broken_by), sum(b not in ("", "clean") for b in broken_by)
     return verdicts.read_bytes(), start + share + (share**2 + 2 * share * start) ** 0.5
-
-
-class _Run:
-    """One start of the runner."""
-
-    def __init__(self, flags: Sequence[str], state: Path) -> None:
-        self._mark = uuid.uuid4().hex
-        self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "runner_aa_eval.py", *flags, f"--eval.out={state}"],
-            cwd=PROJECT,
-            env=environment(**{MARK: self._mark}),
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-        )
-
-    def ends_before(self, seconds: float | None) -> bool:
-        """Wait so long, or without end; returns whether it has ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        return self._process.returncode is not None
-
-    def __enter__(self) -> _Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End it where the benchmark itself is interrupted."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-    def check(self) -> None:
-        """Raise UserError if it failed."""
-        if self._process.returncode != 0:
-            self._errors.seek(0)
-            text = self._errors.read().decode(errors="replace")[-TAIL:]
-            raise UserError(f"runner_aa_eval.py ended with status {self._process.returncode}: {text}")
-
-    def kill(self, outcome: Outcome) -> bool:
-        """Kill the main process and see that all others end, or end them; False where it had just come to its end."""
-        self._process.kill()
-        self._process.wait()
-        if self._process.returncode != -signal.SIGKILL:
-            return False
-        outcome.kills += 1
-        begin = time.perf_counter()
-        while (left := marked(self._mark)) and time.perf_counter() - begin < PATIENCE:
-            time.sleep(POLL_SECONDS)
-        outcome.vanish_seconds.append(time.perf_counter() - begin)
-        outcome.left_behind += len(left)
-        for process in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        return True
-
-
-def marked(mark: str) -> list[int]:
-    """The running processes whose environment holds the mark."""
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for file in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # of another user, or gone meanwhile
-            if wanted in file.read_bytes().split(b"\0"):
-                found.append(int(file.parent.name))
-    return found
 
 
 def _records(state: Path) -> list[Path]:
@@ -237,20 +174,55 @@ def evaluation_rows(outcome: Outcome, kills: int) -> list[Row]:
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    """All rows, with a small network for digits."""
+    """All rows."""
     kills = arguments.kills or (4 if arguments.quick else 20)
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
-        network = arguments.model or train_on_digits(Path(folder), "demo_clean", *TRAINING)
-        size = ("--eval.batch_size=1", f"--eval.n_ex={8 if arguments.quick else 48}")
-        flags = [f"--eval.model_in={network}", *DIGITS, *size, f"--eval.workers={arguments.workers}"]
-        return evaluation_rows(kill_evaluation(flags, Path(folder), kills=kills, seed=arguments.seed), kills)
+        of = measure_training if arguments.what == "training" else measure_evaluation
+        return of(arguments, Path(folder), kills)
+
+
+def measure_evaluation(arguments: argparse.Namespace, folder: Path, kills: int) -> list[Row]:
+    """With a small network for digits."""
+    network = arguments.model or train_on_digits(folder, "demo_clean", *TRAINING)
+    size = ("--eval.batch_size=1", f"--eval.n_ex={8 if arguments.quick else 48}")
+    flags = [f"--eval.model_in={network}", *DIGITS, *size, f"--eval.workers={arguments.workers}"]
+    return evaluation_rows(kill_evaluation(flags, folder, kills=kills, seed=arguments.seed), kills)
+
+
+def measure_training(arguments: argparse.Namespace, folder: Path, kills: int) -> list[Row]:
+    """On digits, with each number of processes and the same global batch."""
+    rows = []
+    for processes in arguments.processes:
+        flags = (
+            *FLAGS,
+            f"--training.batch_size={GLOBAL_BATCH // processes}",
+            f"--training.epochs={2 if arguments.quick else 8}",
+        )
+        outcome = kill_training(
+            flags, folder / f"processes_{processes}", processes=processes, kills=kills, seed=arguments.seed
+        )
+        rows += training_rows(outcome, kills, suffix=f"_{processes}p")
+    return rows
+
+
+def process_counts(text: str) -> list[int]:
+    """Numbers from text such as "1,2"; for argparse."""
+    counts = [int(number) for number in text.split(",")]
+    if any(count < 1 or GLOBAL_BATCH % (2 * count) for count in counts):  # mixup needs even batches
+        raise ValueError(text)
+    return counts
 
 
 if __name__ == "__main__":
     parser = options(__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["evaluation"], help="what is killed")
+    parser.add_argument("what", choices=["evaluation", "training"], help="what is killed")
     parser.add_argument("--kills", type=int, help="how many (default 20; 4 with --quick)")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
-    parser.add_argument("--model", type=Path, help="run folder or weights of a network for digits; default: train one")
+    parser.add_argument("--workers", type=int, default=2, help="evaluation: worker processes (default 2)")
+    parser.add_argument(
+        "--model", type=Path, help="evaluation: run folder or weights of a network for digits; default: train one"
+    )
+    parser.add_argument(
+        "--processes", type=process_counts, default=[1, 2], metavar="N,N", help="training: processes (default 1,2)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     sys.exit(main(measure, parser.parse_args()))
