@@ -2,16 +2,24 @@
 """Adversarial training of image classifiers.
 
 Every flag is `--section.name=value` (`--section.name value` works too); `--help` lists them, `--config-file FILE` reads them
-from YAML, and flags override the file. Errors of input end with exit status 2, a diverged run with 3.
+from YAML, and flags override the file.
 
     python train.py --config-file configs/convnext_tiny_cvst.yaml --data.train_dataset=/data/imagenet …
     python train.py … --training.distributed=1 --dist.world_size=8      eight processes on this machine
     torchrun --nproc_per_node=8 train.py …                              the same, started by torchrun (several machines too)
     bash run_train.sh …                                                 sets up, checks, and takes all visible GPUs
     python train.py --check …                                           looks at flags, files and folders, starts nothing
+    python train.py --where …                                           prints the run's folder
 
 A run: images in [0, 1] → mixup → attack on the network in eval mode → forward, loss, backward → optimiser → EMA; after every
-epoch validation on clean and attacked images; weights and log in <logging.folder>/<run name>.
+epoch validation on clean and attacked images; weights, log and training state in <logging.folder>/<run name>.
+
+SIGTERM, SIGINT, SIGUSR1, a file `stop` in the run's folder, or the end of a Slurm job: the step is finished, the state saved. The
+same command goes on from there, and after any crash from the state saved last (`training.resume`).
+
+Exit status: 0 the run is finished; 2 wrong input; 3 training diverged; 75 stopped on request, the same command goes on; 130 stopped
+at once by a second Ctrl-C; 1 anything else. `status.json` in the run's folder tells the same, also where torchrun loses the status
+(with --max-restarts it would start a run again that ends with 75, so there a stop is 0).
 """
 
 from __future__ import annotations
@@ -19,37 +27,91 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.config import TrainConfig, load_config
-from common.distributed import Processes, check_processes, check_rendezvous, launch, under_torchrun
+from common.distributed import (
+    INTERRUPTED,
+    TIMEOUT,
+    Processes,
+    check_processes,
+    check_rendezvous,
+    launch,
+    restarted_after_failure,
+    under_torchrun,
+)
 from common.errors import UserError
+from common.stop import STOPPED
+
+if TYPE_CHECKING:
+    from training.resume import Start
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit status."""
-    arguments = [a for a in argv if a != "--check"]
+    arguments = [a for a in argv if a not in ("--check", "--where")]
     try:
         config = load_config(TrainConfig, arguments)
-        if len(arguments) < len(argv):
+        if "--where" in argv:
+            print(config.run_folder)
+            return 0
+        if "--check" in argv:
             check(config)
             return 0
+        dist = config.dist
         return launch(
-            train, config, world_size=config.dist.world_size, address=config.dist.address, port=config.dist.port
+            train,
+            config,
+            world_size=dist.world_size,
+            address=dist.address,
+            port=dist.port,
+            # Longer than the watch over hanging processes, which says more than a collective that gives up.
+            timeout=max(TIMEOUT, 2 * timedelta(minutes=dist.timeout_minutes)),
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
     """One process of the run."""
-    from training.trainer import Diverged, Trainer
+    from training.resume import begin
+
+    start = begin(config, processes)
+    try:
+        if not start.finished:
+            train_from(start, config, processes)
+        elif processes.is_first:
+            print(f"{config.run_folder} is finished; --training.resume=none trains it anew.")
+    finally:
+        start.release()
+
+
+def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
+    """Build the run and let it go; leaves by SystemExit where it does not come to its end."""
+    from training.log import mark_status
+    from training.trainer import Diverged, Stopped, Trainer, deterministic
 
     try:
-        Trainer(config, processes).run()
+        with deterministic(config.training.deterministic):
+            try:
+                trainer = Trainer(config, processes, start)
+            except UserError as error:
+                if start.lock is not None:
+                    mark_status(config.run_folder, "failed", str(error))
+                raise
+            trainer.run()
+    except Stopped as reason:
+        if processes.is_first:
+            print(f"stopped: {reason}", file=sys.stderr)
+        raise SystemExit(0 if restarted_after_failure() else STOPPED) from reason
     except Diverged as error:
-        print(f"error: process {processes.rank}: {error}", file=sys.stderr)
+        if processes.is_first:
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3) from error
 
 

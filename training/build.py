@@ -54,14 +54,16 @@ def open_sources(config: TrainConfig, *, copies: int = 1, progress: bool = False
     return train, val
 
 
-def build_train_loader(config: TrainConfig, source: AnySource, processes: Processes) -> TrainLoader:
-    """Training batches of this process."""
+def build_train_loader(
+    config: TrainConfig, source: AnySource, processes: Processes, *, accum: int | None = None
+) -> TrainLoader:
+    """Training batches of this process; `accum` replaces `training.grad_accum`."""
     return TrainLoader(
         source,
         augmentation=config.data.augmentations,
         # Nothing is trained on with eval_only, which may come with any batch size.
         batch_size=1 if config.training.eval_only else config.training.batch_size,
-        accum=config.training.grad_accum,
+        accum=accum or config.training.grad_accum,
         seed=config.data.seed,
         rank=processes.rank,
         world_size=processes.world_size,
@@ -73,14 +75,17 @@ def build_train_loader(config: TrainConfig, source: AnySource, processes: Proces
     )
 
 
-def build_state(config: TrainConfig, processes: Processes) -> TrainState:
-    """Network (initial weights a function of `data.seed`), its average, optimiser and loss scaler on the device."""
+def build_state(config: TrainConfig, processes: Processes, *, initial: bool = True) -> TrainState:
+    """Network (initial weights a function of `data.seed`), its average, optimiser and loss scaler on the device.
+
+    `initial`: load the weights that training starts from; they are not needed where a training state follows.
+    """
     torch.manual_seed(derive_seed("init", config.data.seed))
     m, training = config.model, config.training
     model = build_model(
         m.arch,
         # Weights that ckpt_path replaces need no download.
-        pretrained=m.pretrained and not m.ckpt_path,
+        pretrained=initial and m.pretrained and not m.ckpt_path,
         not_original=m.not_original,
         updated=m.updated,
         num_classes=m.num_classes,
@@ -88,7 +93,7 @@ def build_state(config: TrainConfig, processes: Processes) -> TrainState:
         use_blurpool=training.use_blurpool,
         add_normalization=m.add_normalization,
     )
-    if m.ckpt_path:
+    if initial and m.ckpt_path:
         path = initial_weights(m.ckpt_path, processes)
         load_weights(model, read_weights(path, flag="model.ckpt_path"), flag="model.ckpt_path", source=path)
     if m.freeze_some:

@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from common.files import write_atomically
+
 CURVES = {
     "loss": (("train_loss", "training"), ("loss", "validation"), ("ema_loss", "validation, EMA")),
     "accuracy": (
@@ -38,4 +40,4 @@ def draw_curves(log: Path, picture: Path) -> None:
             axes.legend(fontsize=8)
         if title == "accuracy":
             axes.set_ylim(0, 1)
-    figure.savefig(picture, dpi=110)
+    write_atomically(picture, lambda file: figure.savefig(file, dpi=110, format="png"))

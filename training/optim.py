@@ -31,8 +31,16 @@ def parameter_groups(model: nn.Module, *, arch: str, weight_decay: float) -> lis
 
 
 def build_optimizer(model: nn.Module, *, arch: str, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over the groups of `model`; the learning rate is set at every step."""
+    """AdamW or SGD over the groups of `model`; the learning rate is set at every step.
+
+    Fused: one kernel for all weights, and a step can be skipped on the device.
+    """
     groups = parameter_groups(model, arch=arch, weight_decay=training.weight_decay)
     if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum)
-    return torch.optim.AdamW(groups, lr=0.0, betas=ADAMW_BETAS)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, fused=True)
+        if training.momentum:
+            # torch leaves the momentum uninitialised if the very first step is skipped; zeros give the same first step.
+            for parameter in (p for group in groups for p in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+    return torch.optim.AdamW(groups, lr=0.0, betas=ADAMW_BETAS, fused=True)

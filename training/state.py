@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.ema import EMA
 
@@ -19,7 +22,8 @@ class TrainState:
         parallel: the same network as training calls it: wrapped for several processes, else `model` itself.
         optimizer, scaler: of torch; the scaler is disabled unless training runs in float16.
         ema: None without `model.model_ema`.
-        step: optimiser steps done.
+        step: optimiser steps done, skipped ones included.
+        statistics: running means and variances of batch normalisation, which a forward pass changes.
     """
 
     model: nn.Module
@@ -28,7 +32,44 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: EMA | None
     step: int = 0
+    statistics: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        both = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+        self.statistics = [buffer for buffer in both if buffer is not None]
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to validate and save: "raw", and "ema" where there is one."""
         return {"raw": self.model} | ({"ema": self.ema.model} if self.ema is not None else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything by name: tensors and plain values. Randomness is a function of the step, so there is none to keep."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, strictly.
+
+        Raises:
+            RuntimeError, ValueError, KeyError: it belongs to another network, optimiser or setting of the average.
+        """
+        if (state["ema"] is None) != (self.ema is None):
+            raise ValueError("one of them has an average of the weights, the other has none")
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.model.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    # A fused optimiser reads all of them in the order of memory, channels_last or not.
+                    moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]

@@ -74,7 +74,13 @@ def train_step(
     """One optimiser step over the micro-batches of this process; advances `state`.
 
     The attack runs on the bare network, so that DistributedDataParallel sees one forward and one backward pass of each
-    micro-batch and averages gradients once, at the last one. Nothing is read back from the device, except by the loss scaler.
+    micro-batch and averages gradients once, at the last one. Nothing is read back from the device.
+
+    Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
+    (seed, step, block): as many blocks on another number of processes see the same.
+
+    A step whose loss or averaged gradient is not finite on any process is skipped on all: weights, optimiser and batch-norm
+    statistics stay, while the step counts for the schedule and the average.
 
     Args:
         state: changed in place.
@@ -86,39 +92,53 @@ def train_step(
         on_attack_step: passed to the attack.
 
     Returns:
-        Mean loss of this process, a scalar on the device; it may be non-finite, which the caller must look at.
+        On the device, float64 (2,): mean loss of this process, which may be non-finite, and 1 where the step was skipped, else 0.
     """
-    # Drop path and random starts draw from here: a function of the step, not of what ran before.
-    torch.manual_seed(derive_seed("step", config.data.seed, state.step, processes.rank))
     precision, device = config.training.precision, processes.device
+    statistics = [(buffer, buffer.clone()) for buffer in state.statistics]
     state.model.train()
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
+        block = i * processes.world_size + processes.rank
+        # Drop path and random starts draw from here: a function of the step, not of what ran before.
+        torch.manual_seed(derive_seed("step", config.data.seed, state.step, block))
         x = to_device(batch.x, device=device, precision=precision, channels_last=config.misc.use_channel_last)
         y = batch.y.to(device, non_blocking=True)
         if mixup is not None:
-            x, y = mixup(x, y, seed=config.data.seed, step=state.step * len(batches) + i, rank=processes.rank)
+            x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)
         with autocast(device, precision):
             x = attack_batch(state.model, x, y, adv=config.adv, eps=eps, on_step=on_attack_step)
         last = i + 1 == len(batches)
         with nullcontext() if last or processes.world_size == 1 else state.parallel.no_sync():
             with autocast(device, precision):
                 loss = cross_entropy(state.parallel(x), y).mean() / len(batches)
-            state.scaler.scale(loss).backward()
+            # A loss that is not finite makes every gradient so: averaged, it tells all processes to skip the step.
+            poison = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
+            state.scaler.scale(loss).backward(poison)
         total += loss.detach()
-    _update(state, grad_clip=config.training.grad_clip)
-    return total
+    skipped = _update(state, grad_clip=config.training.grad_clip)
+    for buffer, before in statistics:
+        buffer.copy_(torch.where(skipped, before, buffer))
+    return torch.stack([total.double(), skipped.double()])
 
 
-def _update(state: TrainState, *, grad_clip: float) -> None:
+def _update(state: TrainState, *, grad_clip: float) -> Tensor:
+    """Optimiser, scaler and average; returns whether the step was skipped, a bool on the device."""
+    state.scaler.unscale_(state.optimizer)
+    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # The largest absolute value is finite if and only if all are.
+    skipped = ~torch.stack(torch._foreach_norm(gradients, torch.inf)).max().isfinite()
     if grad_clip > 0:
-        state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), grad_clip)
+    if not state.scaler.is_enabled():
+        # What the scaler tells a fused optimiser in float16: leave everything as it is where this is 1.
+        state.optimizer.found_inf = skipped.float()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     if state.ema is not None:
         state.ema.update(state.model, state.step)
+    return skipped

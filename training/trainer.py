@@ -1,32 +1,85 @@
-"""The run: build everything, train epoch by epoch, validate, save."""
+"""The run: train epoch by epoch, validate, save, and stop or go on wherever it is interrupted."""
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from common.config import TrainConfig
+from common.config import TrainConfig, config_to_dict
 from common.distributed import Processes
 from common.errors import UserError
+from common.files import take_folder
+from common.liveness import Liveness
 from common.provenance import provenance
+from common.stop import StopRequest
 from data.loader import Batch, EvalLoader, spread_indices
 from data.transforms import Mixup
 from training.build import build_state, build_train_loader, check_image_sizes, open_sources
+from training.checkpoint import StateFiles, newest_state
 from training.log import RunFolder
+from training.overfitting import OverfittingWatch
+from training.resume import FORMAT, STOP, Start, accumulation
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.step import train_step
-from training.validation import adversarial_accuracy, clean_accuracy
+from training.validation import adversarial_accuracy, clean_accuracy, training_attack_accuracy
 
-FLUSH_STEPS = 20  # steps whose losses are read from the device together, so that the device never waits for the log
+# The processes exchange losses and whether to stop about so often, in between they only meet in the gradients: reading
+# losses makes the host wait for the device.
+LOOK_SECONDS = 1.0
+MAX_STEPS_UNSEEN = 50
+MAX_GOING_BACK = 3  # times from the same steps
+SCALE_DIVISOR = 16  # of the loss scale, each time
 
 
 class Diverged(Exception):
-    """The loss became infinite or NaN; the entry ends with exit status 3."""
+    """Training went wrong for good; the entry ends with exit status 3."""
+
+
+class Stopped(Exception):
+    """Ended on request, with everything saved; the entry ends with `common.stop.STOPPED`."""
+
+
+class _GoBack(Exception):
+    """To the last good state, with a lower loss scale."""
+
+
+@dataclass
+class Progress:
+    """Where a run is, apart from its weights: what a training state keeps beside them.
+
+    Attributes:
+        epochs_done: epochs trained, saved, validated and logged.
+        loss_sum, loss_count: of the present epoch's steps, without skipped ones.
+        seconds, bad_images, skipped: of the present epoch: training time, undecodable images met, steps skipped.
+        bad_in_a_row: steps skipped since the last good one.
+        best: network → {"epoch", "value"}: its best robust (clean training: clean) accuracy so far.
+        watch: state of the `OverfittingWatch`.
+    """
+
+    epochs_done: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    seconds: float = 0.0
+    bad_images: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    best: dict[str, dict[str, float]] = field(default_factory=dict)
+    watch: dict[str, Any] = field(default_factory=dict)
+
+    def finish_epoch(self) -> None:
+        """Count the present epoch as done."""
+        self.epochs_done += 1
+        self.loss_sum, self.loss_count, self.seconds, self.bad_images, self.skipped = 0.0, 0, 0.0, 0, 0
 
 
 class Trainer:
@@ -35,86 +88,201 @@ class Trainer:
     Args:
         config: all flags.
         processes: this process among all of the run.
+        start: where the run begins, the same on all processes.
 
     Raises:
-        UserError: data, weights or model do not fit the flags.
+        UserError: data, weights, model or training state do not fit the flags.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self.config, self.processes = config, processes
+    def __init__(self, config: TrainConfig, processes: Processes, start: Start) -> None:
+        self.config, self.processes, self.start = config, processes, start
         torch.backends.cudnn.allow_tf32 = False  # otherwise "fp32" convolutions are not float32
         train_source, val_source = open_sources(config, copies=processes.on_this_machine, progress=processes.is_first)
-        self.state = build_state(config, processes)
+        self.accum = config.training.grad_accum
+        if start.state is not None:
+            self.accum = accumulation(start.state, config, processes.world_size)
+        self.loader = build_train_loader(config, train_source, processes, accum=self.accum)
+        self.images = len(train_source)
+        self.state = build_state(config, processes, initial=start.state is None)
+        self.progress, self.watch = Progress(), OverfittingWatch(chance=1 / config.model.num_classes)
+        self.times_back, self._failed_at = 0, 0  # going back to a state: how often, and the step last given up
         check_image_sizes(self.state.model, config)
-        data, validation = config.data, config.validation
-        self.loader = build_train_loader(config, train_source, processes)
-        eval_loader = {
-            "size": validation.resolution,
-            "crop_pct": validation.crop_pct,
-            "batch_size": validation.batch_size,
-            "rank": processes.rank,
-            "world_size": processes.world_size,
-            "num_workers": data.num_workers,
-            "pin_memory": processes.device.type == "cuda",
-        }
         self.class_names = train_source.class_names
-        self.val_loader = EvalLoader(val_source, **eval_loader)
+        self.val_loader = self._eval_loader(val_source)
         self.adv_loader = None
-        if validation.adv_n_ex:
-            subset = spread_indices(len(val_source), validation.adv_n_ex)
-            self.adv_loader = EvalLoader(val_source, **eval_loader, indices=subset)
+        if config.validation.adv_n_ex:
+            shown = spread_indices(len(val_source), config.validation.adv_n_ex)
+            self.adv_loader, self.adv_images = self._eval_loader(val_source, indices=shown), len(shown)
+        self.folder: RunFolder | None = None
+        self.states: StateFiles | None = None  # on the first process, like the folder
+        self._bad_losses: deque[tuple[int, float]] = deque(maxlen=5)  # steps skipped since the last good one
+        self._stored_step = start.state["step"] if start.own and start.state else 0  # of the newest state on disk
         self.mixup = None
-        if data.augmentations == 1:
+        if config.data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
-        self.folder = self._open_folder()
+        notes = list(start.notes)
+        if start.state is not None:
+            notes += self._check_run(start.state["run"])
+            self._restore(start.state)
+        self._together(lambda: self._open_folder(notes))
 
-    def _open_folder(self) -> RunFolder | None:
-        """The run folder, on the first process; if it cannot be made, every process ends with the same error."""
-        folder, problem = None, None
+    def _eval_loader(self, source: Any, **options: Any) -> EvalLoader:
+        data, validation = self.config.data, self.config.validation
+        return EvalLoader(
+            source,
+            size=validation.resolution,
+            crop_pct=validation.crop_pct,
+            batch_size=validation.batch_size,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            num_workers=data.num_workers,
+            pin_memory=self.processes.device.type == "cuda",
+            **options,
+        )
+
+    # --- beginning ----------------------------------------------------------------------------------------------------
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """`action` on the first process; if it meets bad input, every process ends with the same error."""
+        problem = None
         if self.processes.is_first:
             try:
-                folder = RunFolder(self.config, self._provenance())
+                action()
             except UserError as error:
                 problem = str(error)
         if (problem := self.processes.gather(problem)[0]) is not None:
             raise UserError(problem)
-        return folder
+
+    def _open_folder(self, notes: list[str]) -> None:
+        start, facts = self.start, self._provenance()
+        if start.state is not None:
+            facts |= {"step": start.state["step"], "from": str(start.source), "notes": notes}
+        position = start.state["log"] | {"step": start.state["step"]} if start.own and start.state else None
+        self.folder = RunFolder(self.config, facts, warn=self._warn, resume=position)
+        if self.start.lock is None or self.folder.set_aside:
+            self.start.release()
+            self.start.lock = take_folder(self.folder.path, flag="logging.folder")
+        for note in notes:
+            self._warn(note)
+        self.states = StateFiles(self.folder.path)
+
+    def _check_run(self, run: dict[str, Any]) -> list[str]:
+        """Hold the data and processes of a training state against this start's; returns what the user should know."""
+        force, notes = self.config.training.resume_force, []
+        differences = []
+        if run["images"] != self.images:
+            differences.append(f"data.train_dataset had {run['images']} images and has {self.images}")
+        readers = [self.processes.world_size, self.config.data.num_workers]
+        if not self.loader.repeatable_for_any_workers and run["readers"] != readers:
+            differences.append(
+                f"a stream is read by {readers[0]} processes with {readers[1]} loader workers each, it was by "
+                f"{run['readers'][0]} with {run['readers'][1]}, which makes another order"
+            )
+        if differences and not force:
+            raise UserError(
+                f"training.resume: {'; '.join(differences)}. Put back what was there, give --training.resume_force=1 to go on "
+                "all the same, or --training.resume=none to start anew."
+            )
+        if run["threads"] != torch.get_num_threads() and self.processes.device.type == "cpu":
+            notes.append(
+                f"a process has {torch.get_num_threads()} threads, it had {run['threads']}: the last digits may differ from an "
+                "undisturbed run's (OMP_NUM_THREADS)"
+            )
+        return notes + differences
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take over a training state."""
+        try:
+            self.state.load_state_dict(saved["train"])
+            self.progress = Progress(**saved["progress"])
+            self.watch.load_state_dict(self.progress.watch)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"training.resume: {self.start.source} does not fit the model: {error}") from error
+        before, now = saved["run"]["steps_per_epoch"], self.loader.steps_per_epoch
+        if before != now:  # by force: go on at the same share of the run
+            self.state.step = round(self.state.step / before * now)
+
+    # --- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train from the first epoch to the last (or only validate, with `training.eval_only`)."""
-        epochs = self.config.training.epochs
+        """Train to the last epoch (or only validate, with `training.eval_only`).
+
+        Raises:
+            Stopped: on request; the state is saved.
+            Diverged: non-finite losses that going back does not cure, or overfitting with `validation.stop_on_overfitting`.
+            UserError: too many images that cannot be decoded.
+        """
         self._say(self._headline())
-        try:
-            if self.config.training.eval_only:
-                self._validate(epoch=0)
-                return
-            for epoch in range(epochs):
-                summary = self._train_epoch(epoch)
-                last = epoch + 1 == epochs
-                if last or (epoch + 1) % self.config.logging.save_freq == 0:
-                    self._save(epoch + 1)
-                if last or (epoch + 1) % self.config.validation.freq == 0:
-                    self._validate(epoch=epoch + 1, summary=summary)
-        finally:
-            if self.folder is not None:
-                self.folder.close()
+        stop_file = self.folder.path / STOP if self.folder else None
+        with (
+            StopRequest(self.processes, file=stop_file, end_time=end_of_job(self.config)) as self.stop,
+            Liveness(self.processes, timeout=60 * self.config.dist.timeout_minutes) as self.alive,
+        ):
+            try:
+                self._status("running")
+                self._run()
+            except Stopped as reason:
+                self._end("stopped", str(reason))
+                self.stop.clear_file()
+                raise
+            except Diverged as reason:
+                self._end("diverged", str(reason))
+                raise
+            except UserError as error:
+                self._end("failed", str(error))
+                raise
+            except Exception as error:
+                missing = self.alive.explain()
+                if missing is not None:  # not this process's fault: the run may well go on
+                    self._warn(missing)
+                self._end("running" if missing else "failed", missing or f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                self._close()
         self._say(f"run folder: {self.folder.path}" if self.folder else "")
 
+    def _run(self) -> None:
+        epochs, freq = self.config.training.epochs, self.config.validation.freq
+        if self.config.training.eval_only:
+            self._validate(epoch=0)
+            self._status("finished")
+            return
+        self._saved_at, self._saved_step = time.monotonic(), self.state.step
+        while self.progress.epochs_done < epochs:
+            epoch = self.progress.epochs_done
+            try:
+                summary = self._train_epoch(epoch)
+            except _GoBack:
+                self._go_back()
+                continue
+            last = epoch + 1 == epochs
+            if self.folder is not None and (last or (epoch + 1) % self.config.logging.save_freq == 0):
+                self.folder.save_weights(self.state.networks(), epoch + 1)
+            if last or (epoch + 1) % freq == 0:
+                self._validate(epoch=epoch + 1, summary=summary)
+            self.progress.finish_epoch()
+            if self.state.step > self._failed_at:
+                self.times_back = 0
+        self._save_state()
+        self._finish_writing()
+        self._status("finished")
+
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
-        """One pass over the training images; returns the epoch's part of its record."""
-        config, state = self.config, self.state
+        """What is left of one pass over the training images; returns the epoch's part of its record."""
+        config, state, progress = self.config, self.state, self.progress
         size = resolution_at_epoch(epoch, resolution=config.resolution)
         steps = self.loader.steps_per_epoch
-        losses = LossLog(self, epoch=epoch, size=size)
-        begin, bad_images = time.perf_counter(), set()
-        with self._bar(steps, epoch) as bar:
-            for step, batches in enumerate(grouped(self.loader.epoch(epoch, size), config.training.grad_accum)):
-                self._note_failures(batches, bad_images)
-                lr = lr_at(epoch + step / steps, lr=config.lr, epochs=config.training.epochs)
-                # eps grows to the step's end, so that the very first step has a ball to search.
-                eps = eps_at(epoch + (step + 1) / steps, eps=config.adv.eps, warmup_epochs=config.adv.eps_warmup_epochs)
+        first = state.step - epoch * steps
+        losses = StepLog(epoch=epoch, shape=[config.training.batch_size, 3, size, size])
+        self._begin, self._counted, bad_names = time.perf_counter(), set(), set()
+        lr, eps = self._schedule(epoch, max(first - 1, 0))
+        with self._bar(epoch, first) as bar:
+            for step, batches in enumerate(grouped(self.loader.epoch(epoch, size, first), self.accum), first):
+                self.alive.beat("training", state.step)
+                self._note_failures(batches, bad_names)
+                lr, eps = self._schedule(epoch, step)
                 attack_log = AttackLog() if config.adv.verbose else None
-                loss = train_step(
+                result = train_step(
                     state,
                     batches,
                     config=config,
@@ -124,21 +292,224 @@ class Trainer:
                     eps=eps,
                     on_attack_step=attack_log,
                 )
-                losses.add(loss, lr=lr, attack=attack_log)
-                if (step + 1) % FLUSH_STEPS == 0 or step + 1 == steps:
-                    bar.set_postfix(loss=f"{losses.flush():.3f}", lr=f"{lr:.2g}", refresh=False)
-                    bad_count = self._count_bad(bad_images)
+                losses.add(result, step=state.step, lr=lr, attack=attack_log)
                 bar.update(self._images_per_step)
-        seconds = time.perf_counter() - begin
+                if losses.is_due or step + 1 == steps or self._is_time_to_look():
+                    bar.set_postfix(loss=f"{self._look(losses, bad_names):.3f}", lr=f"{lr:.2g}", refresh=False)
         return {
-            "train_loss": losses.mean,
+            "train_loss": progress.loss_sum / max(progress.loss_count, 1),
             "lr": lr,
             "eps": eps,
             "resolution": size,
-            "seconds": round(seconds, 3),
-            "images_per_second": round(steps * self._images_per_step / seconds, 2),
-            "bad_images": bad_count,
+            "seconds": round(progress.seconds, 3),
+            "images_per_second": round(steps * self._images_per_step / max(progress.seconds, 1e-9), 2),
+            "bad_images": progress.bad_images,
+            "skipped_steps": progress.skipped,
         }
+
+    def _is_time_to_look(self) -> bool:
+        """Whether something is known to be up after this step; the same on all processes."""
+        every = self.config.logging.ckpt_steps
+        alone = self.processes.world_size == 1
+        return bool(every and self.state.step % every == 0) or (alone and self.stop.here() is not None)
+
+    def _schedule(self, epoch: int, step: int) -> tuple[float, float]:
+        """Learning rate and radius of one step."""
+        config, steps = self.config, self.loader.steps_per_epoch
+        lr = lr_at(epoch + step / steps, lr=config.lr, epochs=config.training.epochs)
+        # eps grows to the step's end, so that the very first step has a ball to search.
+        return lr, eps_at(epoch + (step + 1) / steps, eps=config.adv.eps, warmup_epochs=config.adv.eps_warmup_epochs)
+
+    def _look(self, losses: StepLog, bad_names: set[str]) -> float:
+        """All that the processes have to agree on, in one exchange: losses, skipped steps, undecodable images, requests to stop.
+
+        Returns the mean loss of the steps since the last look.
+        """
+        progress, pending = self.progress, losses.take()
+        now = time.perf_counter()
+        seconds, self._begin = now - self._begin, now
+        until = min(max(int(LOOK_SECONDS * len(pending) / max(seconds, 1e-9)), 1), MAX_STEPS_UNSEEN)
+        mine = [self.stop.here() is not None, until if self.processes.is_first else 0, len(bad_names - self._counted)]
+        self._counted |= bad_names
+        results = torch.stack([result for _, result in pending]).flatten()
+        mine = torch.tensor(mine, dtype=results.dtype, device=results.device)
+        *values, stops, until, bad = self.processes.sum(torch.cat([results, mine])).tolist()
+        losses.until = int(until)
+        progress.seconds += seconds
+        progress.bad_images += int(bad)
+        mean = [loss / self.processes.world_size for loss in values[::2]]
+        skipped = [count > 0 for count in values[1::2]]
+        for (record, _), loss, skip in zip(pending, mean, skipped, strict=True):
+            self._count_step(record, loss, skip)
+        self._note_writes()
+        if progress.bad_in_a_row >= self.config.training.max_bad_steps:
+            self._skipped_too_often()
+        if progress.bad_images > (limit := self.config.data.max_bad_images):
+            raise UserError(
+                f"data.max_bad_images: {progress.bad_images} images of data.train_dataset could not be decoded in one epoch, "
+                f"{limit} are allowed; they are named above. Repair the data set or raise the limit."
+            )
+        if stops:
+            self._stop()
+        if self._is_due():
+            self._save_state()
+        return sum(mean) / len(mean)
+
+    def _count_step(self, record: dict[str, Any], loss: float, skipped: bool) -> None:
+        progress, level = self.progress, self.config.logging.log_level
+        if skipped:
+            # A float16 gradient that overflows makes the scaler lower its scale: no news.
+            if not math.isfinite(loss) and not progress.bad_in_a_row and self.processes.is_first:
+                self._warn(f"the loss is {loss} at step {record['step']}; the step is skipped.")
+            progress.skipped += 1
+            progress.bad_in_a_row += 1
+            self._bad_losses.append((record["step"], loss))
+        else:
+            progress.bad_in_a_row = 0
+            self._bad_losses.clear()
+            progress.loss_sum += loss
+            progress.loss_count += 1
+        if self.folder is None:
+            return
+        shown = {"epoch", "step", "attack"} if level == 0 else record.keys()
+        line = {key: value for key, value in record.items() if key in shown}
+        if level > 1 or skipped:
+            line["loss"] = loss
+        if skipped:
+            line["skipped"] = True
+        if level or skipped or "attack" in record:
+            self.folder.write(line)
+
+    def _skipped_too_often(self) -> None:
+        numbers = ", ".join(f"{loss:.4g} at step {step}" for step, loss in self._bad_losses)
+        text = (
+            f"{self.progress.bad_in_a_row} steps in a row were skipped, as loss or gradient were not finite (loss {numbers}); "
+            "lr.lr, adv.eps and training.precision are where to look"
+        )
+        # Without a loss scale the same steps would give the same numbers again.
+        if self.state.scaler.is_enabled() and self.times_back < MAX_GOING_BACK:
+            self._warn(f"{text}.")
+            raise _GoBack(text)
+        raise Diverged(f"{text}; states and weights saved before are untouched")
+
+    def _go_back(self) -> None:
+        """To the newest state on disk, with a lower loss scale."""
+        self.times_back += 1
+        self._failed_at = self.state.step
+        self._bad_losses.clear()
+        found: dict[str, Any] = {}
+
+        def read() -> None:
+            self.states.wait()
+            if (newest := newest_state(self.folder.path)) is not None:
+                found.update(newest[0])
+
+        self._together(read)
+        saved = self.processes.broadcast(found)
+        if not saved:
+            raise Diverged(
+                f"{self.progress.bad_in_a_row} steps in a row were skipped, as loss or gradient were not finite, and no training "
+                "state to go back to has been saved yet; lr.lr, adv.eps and training.precision are where to look"
+            )
+        saved["train"]["scaler"]["scale"] /= SCALE_DIVISOR**self.times_back
+        self._restore(saved)
+        note = f"gone back to step {self.state.step} with the loss scale divided by {SCALE_DIVISOR**self.times_back}"
+        if self.folder is not None:
+            self._warn(f"{note}.")
+            self.folder.close()
+            facts = self._provenance() | {"step": self.state.step, "notes": [note]}
+            position = saved["log"] | {"step": self.state.step}
+            self.folder = RunFolder(self.config, facts, warn=self._warn, resume=position)
+        self._saved_at, self._saved_step = time.monotonic(), self.state.step
+
+    # --- saving and stopping ------------------------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        """Whether a state is to be saved now: by time or steps, and not while steps are being skipped."""
+        logging = self.config.logging
+        by_time = logging.ckpt_minutes and time.monotonic() - self._saved_at >= 60 * logging.ckpt_minutes
+        by_steps = logging.ckpt_steps and self.state.step - self._saved_step >= logging.ckpt_steps
+        return bool(by_time or by_steps) and not self.progress.bad_in_a_row
+
+    def _save_state(self) -> None:
+        """Hand everything to the writer; the first process's part alone, the others hold the same."""
+        self._saved_at, self._saved_step = time.monotonic(), self.state.step
+        if self.folder is None:
+            return
+        self.progress.watch = self.watch.state_dict()
+        self.states.save(
+            {
+                "format": FORMAT,
+                "step": self.state.step,
+                "train": self.state.state_dict(),
+                "config": config_to_dict(self.config),
+                "run": self._run_facts(),
+                "progress": asdict(self.progress),
+                "log": self.folder.position(),
+            }
+        )
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What a later start is held against, beside the flags."""
+        return {
+            "images": self.images,
+            "steps_per_epoch": self.loader.steps_per_epoch,
+            "global_batch": self._images_per_step,
+            "grad_accum": self.accum,
+            "world_size": self.processes.world_size,
+            "readers": [self.processes.world_size, self.config.data.num_workers],
+            "threads": torch.get_num_threads(),
+        }
+
+    def _note_writes(self) -> None:
+        """Tell what became of the states handed to the writer."""
+        if self.folder is None:
+            return
+        for outcome in self.states.outcomes():
+            if outcome.error is None:
+                self._stored_step = outcome.step
+                self._status("running")
+            else:
+                self._warn(
+                    f"the training state of step {outcome.step} cannot be written ({outcome.error}); training goes on, and the "
+                    f"state of step {self._stored_step} stays."
+                )
+
+    def _end(self, status: str, reason: str) -> None:
+        self._finish_writing()
+        self._status(status, reason)
+
+    def _close(self) -> None:
+        if self.folder is not None:
+            self.states.wait()
+            self.folder.close()
+
+    def _finish_writing(self) -> None:
+        """Wait for the state that is being written, if any."""
+        if self.folder is not None:
+            self.states.wait()
+            self._note_writes()
+
+    def _status(self, status: str, reason: str = "") -> None:
+        if self.folder is not None:
+            self.folder.set_status(status, step=self._stored_step, epoch=self.progress.epochs_done, reason=reason)
+
+    def _stop(self) -> None:
+        """Save everything and end."""
+        reason = self.stop.here() or "another process was asked to stop"
+        if self.config.training.eval_only:
+            raise Stopped(f"{reason}: nothing was validated")
+        self._save_state()
+        self._finish_writing()
+        # torchrun ends all when one has ended; so none ends before everything is saved.
+        self.alive.beat("waiting for the first process to save", self.state.step)
+        self.processes.wait()
+        raise Stopped(
+            f"{reason}: saved at step {self._stored_step} of {self.config.training.epochs * self.loader.steps_per_epoch}; the "
+            "same command goes on from there"
+        )
+
+    # --- validation ---------------------------------------------------------------------------------------------------
 
     def _validate(self, *, epoch: int, summary: dict[str, Any] | None = None) -> None:
         """Clean and quick adversarial accuracy of raw and EMA weights: one record of the log, one line on the screen."""
@@ -146,60 +517,89 @@ class Trainer:
         begin = time.perf_counter()
         for kind, network in self.state.networks().items():
             prefix = "" if kind == "raw" else f"{kind}_"
-            clean = clean_accuracy(
-                network, self._checked(self.val_loader), config=self.config, processes=self.processes
-            )
+            clean = self._measure(clean_accuracy, network, self.val_loader)
             record.update({prefix + key: value for key, value in clean.items()})
             if self.adv_loader is not None:
-                record[f"{prefix}adv_top1"] = adversarial_accuracy(
-                    network, self._checked(self.adv_loader), config=self.config, processes=self.processes
-                )
+                record[f"{prefix}adv_top1"] = self._measure(adversarial_accuracy, network, self.adv_loader)
+        watched = self.adv_loader is not None and self.config.adv.attack != "none"
+        if watched:
+            record["train_attack_top1"] = self._measure(training_attack_accuracy, self.state.model, self.adv_loader)
         record["validation_seconds"] = round(time.perf_counter() - begin, 3)
+        warning = self._watch_overfitting(record) if watched and summary else None
         if self.folder is not None:
             self.folder.write(record)
         shown = {k: v for k, v in record.items() if k.endswith(("loss", "top1", "per_second"))}
         self._say(
             f"epoch {epoch}/{self.config.training.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
         )
+        if summary:
+            self._note_best(record, key="adv_top1" if watched else "top1")
+        if warning and self.config.validation.stop_on_overfitting:
+            raise Diverged(warning)
 
-    def _save(self, epoch: int) -> None:
-        if self.folder is not None:
-            self.folder.save_weights(self.state.networks(), epoch)
+    def _measure(self, measure: Callable[..., Any], network: torch.nn.Module, loader: EvalLoader) -> Any:
+        """One accuracy over all processes; ends the run if one of them was asked to stop meanwhile."""
+        value = measure(network, self._shown(loader), config=self.config, processes=self.processes)
+        asked = torch.tensor(float(self.stop.anywhere() is not None), device=self.processes.device)
+        if self.processes.sum(asked).item():
+            self._stop()
+        return value
 
-    @property
-    def _images_per_step(self) -> int:
-        """Global batch: images of all processes in one optimiser step."""
-        return self.config.training.batch_size * self.config.training.grad_accum * self.processes.world_size
-
-    def _note_failures(self, batches: list[Batch], bad_images: set[str]) -> None:
-        """Name the images of these batches that could not be decoded, and add them to the epoch's."""
-        for name, reason in (failure for batch in batches for failure in batch.failures):
-            if name not in bad_images:
-                self._warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
-            bad_images.add(name)
-
-    def _count_bad(self, bad_images: set[str]) -> int:
-        """Undecodable images of this epoch over all processes; past the limit all of them stop."""
-        count = int(self.processes.sum(torch.tensor(len(bad_images), device=self.processes.device)).item())
-        limit = self.config.data.max_bad_images
-        if count > limit:
-            raise UserError(
-                f"data.max_bad_images: {count} images of data.train_dataset could not be decoded in one epoch, {limit} are "
-                "allowed; they are named above. Repair the data set or raise the limit."
-            )
-        return count
-
-    def _checked(self, loader: EvalLoader) -> Iterator[Batch]:
+    def _shown(self, loader: EvalLoader) -> Iterator[Batch]:
+        """Validation batches, until a stop is asked for; names the images that cannot be decoded."""
         for batch in loader:
+            self.alive.beat("validation", self.state.step)
             for name, reason in batch.failures:
                 self._warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
             if len(batch.y):
                 yield batch
+            if self.stop.anywhere() is not None:
+                return
 
-    def _bar(self, steps: int, epoch: int) -> tqdm:
+    def _watch_overfitting(self, record: dict[str, Any]) -> str | None:
+        """Ask the watch; a warning goes to the record and the screen."""
+        warning = self.watch.update(
+            epoch=record["epoch"],
+            strong=record["adv_top1"],
+            weak=record["train_attack_top1"],
+            n=self.adv_images,
+        )
+        if warning is not None:
+            record["overfitting"] = warning
+            if self.processes.is_first:
+                self._warn(f"{warning} The weights before are weights_best.pt.")
+        return warning
+
+    def _note_best(self, record: dict[str, Any], *, key: str) -> None:
+        """Keep the weights of each network that are better than all before."""
+        improved = {}
+        for kind, network in self.state.networks().items():
+            value = record[key if kind == "raw" else f"{kind}_{key}"]
+            if kind not in self.progress.best or value > self.progress.best[kind]["value"]:
+                self.progress.best[kind] = {"epoch": record["epoch"], "value": value}
+                improved[kind] = network
+        if self.folder is not None and improved:
+            self.folder.save_best(improved)
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _images_per_step(self) -> int:
+        """Global batch: images of all processes in one optimiser step."""
+        return self.config.training.batch_size * self.accum * self.processes.world_size
+
+    def _note_failures(self, batches: list[Batch], bad_names: set[str]) -> None:
+        """Name the images of these batches that could not be decoded, and add them to the epoch's."""
+        for name, reason in (failure for batch in batches for failure in batch.failures):
+            if name not in bad_names:
+                self._warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
+            bad_names.add(name)
+
+    def _bar(self, epoch: int, first: int) -> tqdm:
         """Progress in images, with the rate and the remaining time; on a log file one line a minute at most."""
         return tqdm(
-            total=steps * self._images_per_step,
+            total=self.loader.steps_per_epoch * self._images_per_step,
+            initial=first * self._images_per_step,
             desc=f"epoch {epoch + 1}/{self.config.training.epochs}",
             unit="img",
             disable=not self.processes.is_first,
@@ -222,12 +622,12 @@ class Trainer:
         }
 
     def _headline(self) -> str:
-        c = self.config
-        aside = (
-            f"; the earlier run of this name is now {self.folder.set_aside}"
-            if self.folder and self.folder.set_aside
-            else ""
-        )
+        c, start = self.config, self.start
+        aside = ""
+        if start.state is not None:
+            aside = f"; goes on after step {self.state.step} from {start.source}"
+        elif self.folder and self.folder.set_aside:
+            aside = f"; the earlier run of this name is now {self.folder.set_aside}"
         attack = "clean" if c.adv.attack == "none" else f"{c.adv.attack} {c.adv.norm} eps {c.adv.eps:.4g}"
         return (
             f"{c.run_name}: {c.model.arch}{' with ConvStem' if c.model.not_original else ''}, {attack}, "
@@ -243,47 +643,32 @@ class Trainer:
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-class LossLog:
-    """Losses of one epoch, left on the device until `flush` reads them together, averages over processes and logs them."""
+class StepLog:
+    """Records of steps whose results are still on the device.
 
-    def __init__(self, trainer: Trainer, *, epoch: int, size: int) -> None:
-        self.trainer, self.epoch, self.size = trainer, epoch, size
+    Attributes:
+        until: number of steps to collect before the processes look at them.
+    """
+
+    def __init__(self, *, epoch: int, shape: list[int]) -> None:
+        self.epoch, self.shape, self.until = epoch, shape, 1
         self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
-        self._sum, self._count = 0.0, 0
 
-    @property
-    def mean(self) -> float:
-        return self._sum / max(self._count, 1)
-
-    def add(self, loss: torch.Tensor, *, lr: float, attack: AttackLog | None) -> None:
-        config, state = self.trainer.config, self.trainer.state
-        shape = [config.training.batch_size, 3, self.size, self.size]
-        record = {"epoch": self.epoch, "step": state.step, "shape": shape, "lr": lr}
+    def add(self, result: torch.Tensor, *, step: int, lr: float, attack: AttackLog | None) -> None:
+        """`result`: what `train_step` returned for optimiser step `step`, counted from 1."""
+        record = {"epoch": self.epoch, "step": step, "shape": self.shape, "lr": lr}
         if attack is not None:
             record["attack"] = attack.lines()
-        self._pending.append((record, loss))
+        self._pending.append((record, result))
 
-    def flush(self) -> float:
-        """Mean loss of the steps since the last flush; writes their records."""
-        processes, level = self.trainer.processes, self.trainer.config.logging.log_level
-        values = processes.sum(torch.stack([loss for _, loss in self._pending]).double()) / processes.world_size
-        losses = values.tolist()
-        if self.trainer.folder is not None and level > 0:
-            for (record, _), loss in zip(self._pending, losses):
-                self.trainer.folder.write(record | {"loss": loss} if level > 1 else record)
-        elif self.trainer.folder is not None and self.trainer.config.adv.verbose:
-            for record, _ in self._pending:
-                self.trainer.folder.write({key: record[key] for key in ("epoch", "step", "attack")})
-        steps = [record["step"] for record, _ in self._pending]
-        self._pending = []
-        for step, loss in zip(steps, losses):
-            if loss != loss or loss in (float("inf"), float("-inf")):
-                raise Diverged(
-                    f"the loss is {loss} at step {step} (epoch {self.epoch + 1}); lr.lr, adv.eps and training.precision are "
-                    "where to look; the weights saved last are untouched"
-                )
-        self._sum, self._count = self._sum + sum(losses), self._count + len(losses)
-        return sum(losses) / len(losses)
+    @property
+    def is_due(self) -> bool:
+        return len(self._pending) >= self.until
+
+    def take(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Records and results since the last call."""
+        pending, self._pending = self._pending, []
+        return pending
 
 
 class AttackLog:
@@ -297,6 +682,27 @@ class AttackLog:
 
     def lines(self) -> list[dict[str, float]]:
         return [{"update": u, "loss": loss.item(), "acc": acc.item()} for u, loss, acc in self._rows]
+
+
+def end_of_job(config: TrainConfig) -> float | None:
+    """When to stop so that everything is saved before Slurm ends the job, in Unix seconds; None outside of Slurm."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return int(end) - 60 * config.dist.end_margin_minutes if end.isdigit() else None
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Only deterministic algorithms (`training.deterministic`), inside the context."""
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

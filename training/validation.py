@@ -11,8 +11,9 @@ from attacks.apgd import apgd
 from common.config import TrainConfig
 from common.distributed import Processes
 from common.errors import UserError
+from common.seeding import derive_seed
 from data.loader import Batch
-from training.step import autocast, to_device
+from training.step import attack_batch, autocast, to_device
 
 
 def clean_accuracy(
@@ -36,6 +37,23 @@ def clean_accuracy(
 
     top1, top5, loss = _mean_over_images(model, batches, measure, 3, config=config, processes=processes)
     return {"top1": top1, "top5": top5, "loss": loss}
+
+
+def training_attack_accuracy(
+    model: nn.Module, batches: Iterable[Batch], *, config: TrainConfig, processes: Processes
+) -> float:
+    """Share of images classified correctly after the attack of training itself, at its full `adv.eps`.
+
+    Random starts are the same at every call, so that calls can be compared.
+    """
+    torch.manual_seed(derive_seed("validation", config.data.seed, processes.rank))
+
+    def measure(x: Tensor, y: Tensor) -> Tensor:
+        x_adv = attack_batch(model, x, y, adv=config.adv, eps=config.adv.eps)
+        with torch.no_grad():
+            return (model(x_adv).argmax(1) == y).sum().unsqueeze(0)
+
+    return _mean_over_images(model, batches, measure, 1, config=config, processes=processes)[0]
 
 
 def adversarial_accuracy(

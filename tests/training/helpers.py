@@ -52,7 +52,7 @@ class Outcome:
 
 
 def base_flags(images: Path, folder: Path) -> dict[str, Any]:
-    """A run of three steps at 32 pixels."""
+    """A run of three steps at 32 pixels, which starts anew each time."""
     return {
         "model.arch": "convnext_micro",
         "model.pretrained": 0,
@@ -69,6 +69,7 @@ def base_flags(images: Path, folder: Path) -> dict[str, Any]:
         "training.batch_size": 8,
         "training.epochs": 1,
         "training.precision": "fp32",
+        "training.resume": "none",
         "validation.precision": "fp32",
         "validation.resolution": 32,
         "validation.crop_pct": 1,

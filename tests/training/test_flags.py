@@ -135,6 +135,9 @@ ADDED = {
     "data.root", "data.train_split", "data.val_split", "data.min_scale", "data.flip", "data.max_bad_images",
     "logging.keep", "validation.freq", "validation.adv_n_ex", "validation.adv_n_iter", "validation.crop_pct",
     "training.grad_clip", "training.grad_accum", "adv.eps_warmup_epochs",
+    "training.resume", "training.resume_force", "training.deterministic", "training.max_bad_steps",
+    "logging.ckpt_minutes", "logging.ckpt_steps", "dist.timeout_minutes", "dist.end_margin_minutes",
+    "validation.stop_on_overfitting",
 }  # fmt: skip
 
 

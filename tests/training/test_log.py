@@ -1,0 +1,502 @@
+"""The run folder: a log without gap or double after any break, weights that are never lost, a full disk that ends nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import training.log
+from common.config import PROVENANCE_KEY, TrainConfig, load_config
+from common.errors import UserError
+from tests.training.helpers import base_flags
+from training.log import RunFolder, read_status
+from zoo.runs import find_weights
+
+
+def make_config(folder: Path, **flags: Any) -> TrainConfig:
+    given = base_flags(folder / "images", folder) | {name.replace("__", "."): value for name, value in flags.items()}
+    return load_config(TrainConfig, [f"--{name}={value}" for name, value in given.items()])
+
+
+class Runs:
+    """Starts of one run, and the warnings of all of them."""
+
+    def __init__(self, folder: Path, **flags: Any) -> None:
+        self.config, self.warnings = make_config(folder, **flags), []
+
+    def start(self, resume: dict[str, Any] | None = None, **provenance: Any) -> RunFolder:
+        if resume is not None:
+            resume = json.loads(json.dumps(resume))
+        return RunFolder(self.config, provenance, warn=self.warnings.append, resume=resume)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(tmp_path)
+
+
+@contextmanager
+def full_disk(file_bytes: int) -> Iterator[None]:
+    """The kernel writes no file of this process beyond this size, and fails as on a full disk: first short, then with an error."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def write_steps(folder: RunFolder, *steps: int) -> None:
+    for step in steps:
+        folder.write({"epoch": 0, "step": step, "loss": 1 / step})
+
+
+def steps_of(folder: RunFolder) -> list[int]:
+    """Every line of the log has to be a strict JSON object."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    content = (folder.path / "log").read_text()
+    assert content == "" or content.endswith("\n")
+    return [json.loads(line, parse_constant=refuse)["step"] for line in content.splitlines()]
+
+
+def events_of(folder: RunFolder, tag: str = "step/loss") -> list[int]:
+    accumulator = EventAccumulator(str(folder.path), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return [event.step for event in accumulator.Scalars(tag)]
+
+
+def networks(value: float = 0.0) -> dict[str, nn.Module]:
+    made = {"raw": nn.Linear(40, 40), "ema": nn.Linear(40, 40)}
+    for network in made.values():
+        nn.init.constant_(network.weight, value)
+    return made
+
+
+def weight_in(path: Path) -> float:
+    return torch.load(path, weights_only=True)["weight"][0, 0].item()
+
+
+def names(folder: RunFolder) -> set[str]:
+    assert not [p for p in folder.path.iterdir() if p.name.endswith(".part")]
+    return {p.name for p in folder.path.iterdir() if p.name.startswith("weights")}
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_log_goes_on_without_gap_or_double(runs):
+    folder = runs.start()
+    write_steps(folder, 1, 2, 3)
+    state = folder.position() | {"step": 3}
+    write_steps(folder, 4, 5)  # after the state: these steps will be done again
+    for _ in range(2):  # killed twice
+        folder = runs.start(state, step=3)
+        assert steps_of(folder) == [1, 2, 3] and folder.set_aside is None
+        write_steps(folder, 4, 5, 6)
+    folder.close()
+    assert steps_of(folder) == [1, 2, 3, 4, 5, 6] and (folder.path / "curves.png").exists() and not runs.warnings
+
+
+def test_fresh_start_sets_the_earlier_run_aside(runs):
+    write_steps(runs.start(), 1)
+    folder = runs.start()
+    assert folder.set_aside.name.endswith(".1") and (folder.set_aside / "log").exists() and steps_of(folder) == []
+
+
+def test_position_survives_json_and_torch(runs, tmp_path):
+    folder = runs.start()
+    write_steps(folder, 1)
+    folder.save_weights(networks(), 1)
+    with full_disk(0):
+        folder.write({"step": 2, "name": "größe"})
+        position = folder.position()
+    assert len(position["log_lines"]) == 1 and position["saved"] == {"weights": [1], "weights_ema": [1]}
+    assert json.loads(json.dumps(position)) == position
+    torch.save({"log": position}, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["log"] == position
+
+
+@pytest.mark.parametrize("torn", [b'{"epoch": 0, "st', b"\0" * 50, b"\xff\xfe"], ids=["half", "zeros", "noise"])
+def test_torn_last_line_is_cut_away(runs, torn):
+    folder = runs.start()
+    write_steps(folder, 1, 2)
+    state = folder.position() | {"step": 2}
+    log = folder.path / "log"
+    log.write_bytes(log.read_bytes() + torn)
+    folder = runs.start(state)
+    write_steps(folder, 3)
+    assert steps_of(folder) == [1, 2, 3] and not runs.warnings
+
+
+@pytest.mark.parametrize("left, found", [(None, "none of the"), (0, "0 of the"), (50, "37 of the")])
+def test_shortened_log_is_a_warning(runs, left, found):
+    folder = runs.start()
+    write_steps(folder, 1, 2, 3)
+    state = folder.position() | {"step": 3}
+    log = folder.path / "log"
+    content = log.read_bytes()
+    log.unlink()
+    if left is not None:
+        log.write_bytes(content[:left])
+    folder = runs.start(state)
+    write_steps(folder, 4)
+    assert steps_of(folder) == ([1, 4] if left == 50 else [4])
+    (warning,) = runs.warnings
+    assert str(log) in warning and found in warning and f"{len(content)} bytes" in warning
+
+
+def test_params_name_every_start_and_stay_a_config_file(runs):
+    folder = runs.start(host="a", classes=["x"])
+    state = folder.position() | {"step": 0}
+    runs.start(state, host="b", step=0)
+    folder = runs.start(state, host="c", step=0)
+    params = folder.path / "params.json"
+    facts = json.loads(params.read_text())[PROVENANCE_KEY]
+    assert facts == {
+        "host": "a",
+        "classes": ["x"],
+        "resumed": [{"host": "b", "step": 0}, {"host": "c", "step": 0}],
+    }
+    assert load_config(TrainConfig, ["--config-file", str(params)]) == runs.config
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"provenance": 3}'])
+def test_lost_params_are_written_anew(runs, content):
+    folder = runs.start(host="a")
+    state = folder.position() | {"step": 0}
+    params = folder.path / "params.json"
+    params.unlink()
+    if content is not None:
+        params.write_text(content)
+    runs.start(state, host="b")
+    assert "params.json: cannot be read" in runs.warnings[0] and len(runs.warnings) == 1
+    assert json.loads(params.read_text())[PROVENANCE_KEY]["resumed"] == [{"host": "b"}]
+
+
+def test_unfinished_files_of_a_killed_process_go(runs):
+    folder = runs.start()
+    state = folder.position() | {"step": 0}
+    (folder.path / ".weights_3.pt.abc.part").write_bytes(b"half")
+    names(runs.start(state))
+
+
+# --- TensorBoard ------------------------------------------------------------------------------------------------------
+
+
+def test_events_have_no_step_twice(runs):
+    folder = runs.start()
+    write_steps(folder, 1, 2, 3)
+    state = folder.position() | {"step": 3}
+    folder.write({"epoch": 1, "step": 3, "top1": 0.5})  # after the state, at its own step
+    write_steps(folder, 4, 5)
+    for _ in range(12):  # the order of the event files must hold within one second too
+        folder = runs.start(state)
+        folder.write({"epoch": 1, "step": 3, "top1": 0.5})
+        write_steps(folder, 4, 5)
+    write_steps(folder, 6)
+    folder.close()
+    assert events_of(folder) == [1, 2, 3, 4, 5, 6] and events_of(folder, "epoch/top1") == [3]
+
+
+def test_new_events_come_last_even_where_the_clock_went_back(runs):
+    folder = runs.start()
+    (old,) = folder.path.glob("events.*")
+    old.rename(folder.path / "events.out.tfevents.9000000000.other-machine.1")
+    runs.start(folder.position() | {"step": 0})
+    assert [p.name.split(".")[3] for p in sorted(folder.path.glob("events.*"))] == ["9000000000", "9000000001"]
+
+
+def test_events_of_lines_that_waited_are_not_lost(runs):
+    folder = runs.start()
+    write_steps(folder, 1, 2)
+    with full_disk(0):
+        write_steps(folder, 3, 4)
+        state = folder.position() | {"step": 4}
+    folder = runs.start(state)
+    write_steps(folder, 5)
+    folder.close()
+    assert events_of(folder) == steps_of(folder) == [1, 2, 3, 4, 5]
+
+
+def test_values_and_notes_are_in_the_events(tmp_path):
+    folder = Runs(tmp_path, misc__notes="why").start()
+    folder.write({"epoch": 1, "step": 7, "top1": 0.25, "loss": float("nan"), "shape": [1, 2]})
+    folder.close()
+    accumulator = EventAccumulator(str(folder.path)).Reload()
+    (event,) = accumulator.Scalars("epoch/top1")
+    assert (event.step, event.value) == (7, 0.25)
+    assert set(accumulator.Tags()["scalars"]) == {"epoch/top1", "epoch/loss"}
+    assert accumulator.Tensors("notes/text_summary")[0].tensor_proto.string_val == [b"why"]
+
+
+# --- full disks -------------------------------------------------------------------------------------------------------
+
+
+def test_lines_wait_for_a_full_disk_in_order(runs):
+    folder = runs.start()
+    write_steps(folder, 1, 2)
+    size = (folder.path / "log").stat().st_size
+    with full_disk(size + 10):
+        write_steps(folder, 3, 4)
+        assert steps_of(folder) == [1, 2]  # not even a part of a line
+    write_steps(folder, 5)
+    folder.close()
+    assert steps_of(folder) == events_of(folder) == [1, 2, 3, 4, 5]
+    (warning,) = runs.warnings  # two files, two records, one minute
+    assert "cannot be written" in warning and ("File too large" in warning or "took 10 of" in warning)
+
+
+@pytest.mark.parametrize("cut_fails", [False, True])
+def test_partial_write_then_error(runs, monkeypatch, cut_fails):
+    folder = runs.start()
+    write_steps(folder, 1)
+    write, cut = os.write, os.ftruncate
+    answers = iter([5, OSError(errno.ENOSPC, "No space left on device")])
+
+    def failing(descriptor: int, data: bytes) -> int:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return write(descriptor, data[:answer])
+
+    def refusing(descriptor: int, size: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", failing)
+    monkeypatch.setattr(os, "ftruncate", refusing if cut_fails else cut)
+    monkeypatch.setattr(folder, "_add_events", lambda record: None)
+    write_steps(folder, 2)
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "ftruncate", cut)
+    write_steps(folder, 3)
+    assert steps_of(folder) == [1, 2, 3] and "took 5 of 37 bytes" in runs.warnings[0]
+
+
+def test_failure_that_only_the_sync_reports(runs, monkeypatch):
+    """Network file systems take the bytes and say later that there was no room."""
+    folder = runs.start()
+    write_steps(folder, 1)
+    folder.position()
+    write_steps(folder, 2, 3)
+    sync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    state = folder.position() | {"step": 3}
+    assert state["log_bytes"] == 37 and [json.loads(line)["step"] for line in state["log_lines"]] == [2, 3]
+    assert steps_of(folder) == [1] and "quota" in runs.warnings[0].lower()
+    monkeypatch.setattr(os, "fsync", sync)
+    write_steps(folder, 4)
+    assert steps_of(folder) == [1, 2, 3, 4] and folder.position()["log_lines"] == []
+    folder = runs.start(state)
+    write_steps(folder, 4)
+    folder.close()
+    assert steps_of(folder) == events_of(folder) == [1, 2, 3, 4]
+
+
+def test_resume_on_a_full_disk(runs):
+    folder = runs.start(host="a")
+    write_steps(folder, 1)
+    with full_disk(0):
+        write_steps(folder, 2)
+        state = folder.position() | {"step": 2}
+        folder = runs.start(state, host="b")
+        write_steps(folder, 3)
+        assert steps_of(folder) == [1]
+        assert folder.position()["log_lines"] == [
+            (json.dumps({"epoch": 0, "step": s, "loss": 1 / s}) + "\n") for s in (2, 3)
+        ]
+    write_steps(folder, 4)
+    folder.close()
+    assert steps_of(folder) == events_of(folder) == [1, 2, 3, 4]
+    assert json.loads((folder.path / "params.json").read_text())[PROVENANCE_KEY] == {"host": "a"}
+    assert any("params.json: cannot be written" in warning for warning in runs.warnings)
+
+
+def test_warns_of_the_log_once_a_minute(runs, monkeypatch):
+    folder, now = runs.start(), [1000.0]
+    monkeypatch.setattr(training.log.time, "monotonic", lambda: now[0])
+    with full_disk(0):
+        for seconds in (0, 30, 29, 2, 58):
+            now[0] += seconds
+            write_steps(folder, 1)
+        assert len(runs.warnings) == 2
+        folder.close()
+    assert any("log: the last 5 records could not be written" in warning for warning in runs.warnings)
+
+
+def test_really_full_file_system(tmp_path):
+    """A file system of 128 KiB that fills up and gets room again."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system takes root's rights")
+    try:
+        runs = Runs(tmp_path)
+        folder = runs.start()
+        write_steps(folder, 1)
+        folder.save_weights(networks(), 1)
+        ballast = os.open(tmp_path / "ballast", os.O_WRONLY | os.O_CREAT)
+        with pytest.raises(OSError, match="No space"):
+            while os.write(ballast, b"x" * 4096):
+                pass
+        steps = range(2, 300)
+        write_steps(folder, *steps)
+        folder.save_weights(networks(), 2)
+        folder.set_status("running", step=299, epoch=2)
+        assert steps_of(folder) == list(range(1, len(steps_of(folder)) + 1)) and len(steps_of(folder)) < 299
+        assert names(folder) == {"weights_1.pt", "weights_ema_1.pt"} and weight_in(folder.path / "weights_1.pt") == 0
+        assert len([w for w in runs.warnings if "No space left on device" in w]) >= 3
+        os.ftruncate(ballast, 0)
+        os.close(ballast)
+        write_steps(folder, 300)
+        folder.close()
+        assert steps_of(folder) == events_of(folder) == list(range(1, 301))
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_close_survives_broken_curves(runs):
+    folder = runs.start()
+    folder.write({"top1": 0.5})  # no epoch to draw it at
+    folder.close()
+    assert "curves.png: cannot be written" in runs.warnings[0] and not (folder.path / "curves.png").exists()
+
+
+def test_non_finite_numbers_are_strings(runs):
+    folder = runs.start()
+    folder.write({"step": 1, "loss": float("nan"), "attack": [{"loss": float("-inf"), "acc": 0.5}], "shape": (1, 2)})
+    assert steps_of(folder) == [1]
+    record = json.loads((folder.path / "log").read_text())
+    assert record["loss"] == "nan" and record["attack"] == [{"loss": "-inf", "acc": 0.5}] and record["shape"] == [1, 2]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_at_the_start(runs, tmp_path):
+    (tmp_path / runs.config.run_name).mkdir()
+    (tmp_path / runs.config.run_name / "log").mkdir()
+    with pytest.raises(UserError, match="logging.folder: cannot write"):
+        runs.start({"step": 1, "log_bytes": 0, "log_lines": [], "saved": {}})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="logging.folder: cannot write"):
+        Runs(tmp_path / "file").start()
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_keep_goes_on_after_a_resume(tmp_path):
+    runs = Runs(tmp_path, logging__keep=2)
+    folder = runs.start()
+    for epoch in (1, 2, 3):
+        folder.save_weights(networks(epoch), epoch)
+    state = folder.position() | {"step": 3}
+    folder.save_weights(networks(4), 4)  # after the state, and will be written again
+    (folder.path / "weights_0.pt").write_bytes(b"the user's own")
+    folder = runs.start(state)
+    folder.save_weights(networks(4), 4)
+    assert names(folder) == {f"weights{ema}_{e}.pt" for ema in ("", "_ema") for e in (3, 4)} | {"weights_0.pt"}
+    folder.save_weights(networks(5), 5)
+    folder.save_weights(networks(5.5), 5)
+    assert names(folder) == {f"weights{ema}_{e}.pt" for ema in ("", "_ema") for e in (4, 5)} | {"weights_0.pt"}
+    assert weight_in(folder.path / "weights_ema_5.pt") == 5.5 and not runs.warnings
+
+
+def test_weights_that_the_user_took_away_do_not_count(tmp_path):
+    runs = Runs(tmp_path, logging__keep=2)
+    folder = runs.start()
+    for epoch in (1, 2):
+        folder.save_weights({"raw": networks()["raw"]}, epoch)
+    state = folder.position() | {"step": 2}
+    (folder.path / "weights_2.pt").unlink()
+    folder = runs.start(state)
+    folder.save_weights({"raw": networks()["raw"]}, 3)
+    assert names(folder) == {"weights_1.pt", "weights_3.pt"}
+
+
+def test_weights_that_cannot_be_written_cost_no_others(tmp_path):
+    runs = Runs(tmp_path, logging__keep=1)
+    folder = runs.start()
+    folder.save_weights(networks(1), 1)
+    with full_disk(1000):
+        folder.save_weights(networks(2), 2)
+        folder.save_best(networks(2))
+    assert names(folder) == {"weights_1.pt", "weights_ema_1.pt"} and weight_in(folder.path / "weights_1.pt") == 1
+    assert len(runs.warnings) == 4  # raw and EMA, twice
+    for warning, name in zip(runs.warnings, ("weights_2", "weights_ema_2", "weights_best", "weights_ema_best")):
+        assert f"{name}.pt: cannot be written (File too large)" in warning
+    folder.save_weights(networks(3), 3)
+    assert names(folder) == {"weights_3.pt", "weights_ema_3.pt"}
+
+
+def test_old_weights_that_cannot_be_deleted_are_tried_again(tmp_path, monkeypatch):
+    runs = Runs(tmp_path, logging__keep=1)
+    folder = runs.start()
+    folder.save_weights(networks(), 1)
+
+    def refusing(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refusing)
+        folder.save_weights(networks(), 2)
+    assert "weights_1.pt: cannot be deleted (Read-only file system)" in runs.warnings[0] and len(names(folder)) == 4
+    folder.save_weights(networks(), 3)
+    assert names(folder) == {"weights_3.pt", "weights_ema_3.pt"}
+
+
+def test_best_weights_replace_the_best_and_are_no_epoch(tmp_path):
+    runs = Runs(tmp_path, logging__keep=1)
+    folder = runs.start()
+    for value in (1, 2):
+        folder.save_best(networks(value))
+    folder.save_weights(networks(3), 1)
+    folder.save_weights(networks(4), 2)
+    best = {"weights_best.pt", "weights_ema_best.pt"}
+    assert names(folder) == {"weights_2.pt", "weights_ema_2.pt"} | best
+    assert {weight_in(folder.path / name) for name in best} == {2}
+    assert find_weights(folder.path, flag="eval.model_in").name == "weights_ema_2.pt"
+    folder.save_best({"raw": networks(5)["raw"]})
+    assert weight_in(folder.path / "weights_best.pt") == 5 and weight_in(folder.path / "weights_ema_best.pt") == 2
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def test_status(runs):
+    folder = runs.start()
+    assert read_status(folder.path) is None and read_status(folder.path / "nowhere") is None
+    folder.set_status("running", step=12, epoch=1)
+    status = read_status(folder.path)
+    assert status.pop("time").endswith("+00:00")
+    assert status == {"status": "running", "step": 12, "epoch": 1, "reason": ""}
+    with full_disk(3):
+        folder.set_status("stopped", step=20, epoch=2, reason="asked to")
+    assert read_status(folder.path)["status"] == "running" and 'the status is "stopped"' in runs.warnings[0]
+    folder.close()
+    folder.set_status("stopped", step=20, epoch=2, reason="asked to")
+    assert read_status(folder.path)["reason"] == "asked to"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "run', b"\xff\xfe", b"[]"])
+def test_broken_status_is_none(tmp_path, content):
+    (tmp_path / "status.json").write_bytes(content)
+    assert read_status(tmp_path) is None

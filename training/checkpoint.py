@@ -1,0 +1,256 @@
+"""Training states on disk: whole or not there, and an earlier one is kept."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import re
+import threading
+import time
+import zipfile
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import damaged_record, writable, write_atomically
+
+LAST, PREVIOUS = "last.pt", "last.previous.pt"
+_NEXT = "last.next.pt"
+
+
+class DamagedState(UserError):
+    """The file at `path` is not a whole training state; `reason` is a phrase that says why."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}); expected a whole training state.")
+        self.path, self.reason = path, reason
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one write: the state's step, why it failed (None: it is on disk), and the seconds it took."""
+
+    step: int
+    error: str | None
+    seconds: float
+
+
+class StateFiles:
+    """Writes training states to `folder`, which must exist: the newest as last.pt, the one before as last.previous.pt.
+
+    A write needs host memory for one copy of the state, and disk space for three. One process of a run writes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Delete what a killed process had not finished; raises `UserError` if that cannot be deleted."""
+        self.folder = folder
+        self._writer: threading.Thread | None = None
+        self._outcomes: deque[Outcome] = deque()
+        self._last_is_whole = False
+        with writable("logging.folder", folder):
+            for leftover in [folder / _NEXT, *folder.glob(f".{_NEXT}.*.part")]:
+                leftover.unlink(missing_ok=True)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Copy `state` to the host, and write it while the caller goes on; waits first for a write that still runs.
+
+        Args:
+            state: nested mappings, lists and tuples of tensors (any device) and of int, float, bool, str, None; holds the int
+                "step". Mappings become dicts, parameters plain tensors; tensors that share memory become separate ones.
+
+        Raises `TypeError` for anything else. A failed write, or a state with NaN or infinity in a tensor, is no exception but an
+        `Outcome`; the states on disk are then as before.
+        """
+        self.wait()
+        if type(state.get("step")) is not int:
+            raise TypeError(f'state["step"]: expected an int, got {state.get("step")!r}')
+        snapshot = _snapshot(state, "state")
+        # Not a daemon: a state that is being written is finished even if the process is ending.
+        self._writer = threading.Thread(target=self._write, args=(snapshot,), name="training state")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Return when no write is running."""
+        if self._writer is not None and self._writer.is_alive():
+            self._writer.join()
+        self._writer = None
+
+    def outcomes(self) -> list[Outcome]:
+        """The writes that ended since the last call, oldest first."""
+        return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
+
+    def _write(self, state: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        try:
+            self._replace_last(state)
+            error = None
+        except Exception as failure:  # nobody is above this thread to catch it: the outcome carries it
+            error = _why(failure)
+        self._outcomes.append(Outcome(state["step"], error, time.perf_counter() - started))
+
+    def _replace_last(self, state: dict[str, Any]) -> None:
+        for name, tensor in _tensors(state, "state"):
+            if not _is_finite(tensor):
+                raise ValueError(f"{name} holds NaN or infinity, which is no state to go back to")
+        new, last = self.folder / _NEXT, self.folder / LAST
+        try:
+            write_atomically(new, lambda file: torch.save(state, file))
+            _verify(new)  # also finds out if torch was told to write no checksums
+            # A damaged last.pt, met when training was resumed from the one before, must not displace that one.
+            if last.exists() and (self._last_is_whole or _is_whole(last)):
+                os.replace(last, self.folder / PREVIOUS)
+            os.replace(new, last)
+        finally:
+            new.unlink(missing_ok=True)
+        self._last_is_whole = True
+        _sync_folder(self.folder)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state that `StateFiles` wrote to `path`, on the CPU. All checksums are verified; nothing in the file is executed.
+
+    Raises `DamagedState`, `UserError` for a file that is whole but no training state, and `OSError` for one that does not exist or
+    may not be read.
+    """
+    _verify(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise UserError(
+            f"{path} is refused: it holds Python objects or code{what}, which are never loaded; expected a training "
+            "state of tensors and plain values."
+        ) from error
+    except Exception as error:  # torch's reader raises many kinds, none of them documented
+        raise DamagedState(path, _why(error)) from error
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise UserError(
+            f'{path} is no training state: expected a dict with the int "step" as {LAST} holds it, got '
+            f"{type(state).__name__} without; a file of weights belongs to model.ckpt_path."
+        )
+    return state
+
+
+def newest_state(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
+    """The newest whole state in `folder`, its file, and a sentence for each damaged file that was passed over.
+
+    None if there is no state. Raises `UserError` if there is none that is whole, or if one is something else or may not be read.
+    """
+    damaged: list[DamagedState] = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not os.path.lexists(path):
+            continue
+        try:
+            state = read_state(path)
+        except DamagedState as error:
+            damaged.append(error)
+            continue
+        except OSError as error:
+            raise UserError(f"{path}: expected a training state, but it cannot be read ({error.strerror}).") from error
+        warnings = [
+            f"{error.path} is damaged ({error.reason}); the state before it, {path.name} of step {state['step']}, is used."
+            for error in damaged
+        ]
+        return state, path, warnings
+    if not damaged:
+        return None
+    found = "; ".join(f"{error.path.name} is damaged ({error.reason})" for error in damaged)
+    raise UserError(
+        f"{folder}: expected a whole training state, but {found}. --training.resume=none starts anew, and "
+        "--model.ckpt_path=<weights file> with it starts from saved weights."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ states in memory
+def _snapshot(value: Any, name: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)  # keeps the order in memory, such as channels_last
+    if isinstance(value, Mapping):
+        return {_plain(key, f"a key of {name}"): _snapshot(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_snapshot(item, f"{name}[{i}]") for i, item in enumerate(value))
+    return _plain(value, name)
+
+
+def _plain(value: Any, name: str) -> Any:
+    # The exact type: NumPy's float64 is a float too, but would be refused when it is read.
+    if value is not None and type(value) not in (bool, int, float, str):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(f"{name}: expected a tensor or a plain value, got {kind}")
+    return value
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{name}[{key!r}]")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # Both extremes are NaN if any value is. isfinite() of all values would need memory, and several times as long.
+    extremes = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+    return all(bool(extreme.isfinite()) for extreme in extremes)
+
+
+# ------------------------------------------------------------------------------------------------ states on disk
+def _verify(path: Path) -> None:
+    # torch.save writes the checksum of every record, but torch.load does not look at them.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = damaged_record(archive)
+    except (FileNotFoundError, PermissionError):
+        raise  # says nothing of the file's contents
+    except Exception as error:  # zipfile raises many kinds for a damaged file, and documents only a few
+        raise DamagedState(path, _damage(path, error)) from error
+    if wrong is not None:
+        raise DamagedState(path, f"the checksum or header of {wrong} is wrong")
+
+
+def _damage(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "it is empty"
+    if str(error) == "File is not a zip file":
+        return "its end is missing, or it is another kind of file"
+    return _why(error)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _verify(path)
+    except DamagedState:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _why(error: BaseException) -> str:
+    # torch.save answers a failed write with a RuntimeError about file positions; the cause is behind it.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__context__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,210 @@
+"""Where a run begins: anew, or at a training state that fits its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.config import TrainConfig, config_to_dict, harmless_flags
+from common.distributed import Processes
+from common.errors import UserError
+from common.files import take_folder, writable
+from training.checkpoint import LAST, PREVIOUS, DamagedState, newest_state, read_state
+from training.log import mark_status, read_status
+
+FORMAT = 1  # of a training state; changes when an older one cannot be read any more
+# What a training state holds; see `Trainer`.
+KEYS = {"format", "step", "train", "config", "run", "progress", "log"}
+STOP = "stop"  # file in the run folder that asks for a stop
+PATIENCE = 15.0  # seconds that a run which is ending has to leave its folder
+# Flags that only the very beginning of a run uses, and its name.
+BEGINNING = {"model.ckpt_path", "model.pretrained", "logging.addendum"}
+
+
+@dataclass
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        state: the training state to go on from; None: anew.
+        source: the file it comes from.
+        own: it is this run's own, whose folder goes on.
+        finished: the run has come to its end already; there is nothing to do.
+        notes: sentences for the user.
+        lock: keeps other runs out of the run folder, where there is one; on the first process.
+    """
+
+    state: dict[str, Any] | None = None
+    source: Path | None = None
+    own: bool = False
+    finished: bool = False
+    notes: list[str] = field(default_factory=list)
+    lock: BinaryIO | None = None
+
+    def release(self) -> None:
+        """Let other runs into the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
+
+def begin(config: TrainConfig, processes: Processes) -> Start:
+    """Where the run begins, the same on all processes; keeps other runs out of its folder.
+
+    Only the first process reads, so the others need not see its disk.
+
+    Raises:
+        UserError: as `find_start`, or another run is working in the folder.
+    """
+    problem, start = None, Start()
+    if processes.is_first:
+        try:
+            start = _take(config)
+        except UserError as error:
+            problem = str(error)
+    if (problem := processes.gather(problem)[0]) is not None:
+        raise UserError(problem)
+    shared = processes.broadcast(
+        {
+            "state": start.state,
+            "source": start.source and str(start.source),
+            "own": start.own,
+            "finished": start.finished,
+        }
+    )
+    if processes.is_first:
+        return start
+    return Start(shared["state"], shared["source"] and Path(shared["source"]), shared["own"], shared["finished"])
+
+
+def _take(config: TrainConfig) -> Start:
+    folder = config.run_folder
+    if not folder.is_dir():
+        return find_start(config, folder)
+    with writable("logging.folder", folder):
+        lock = take_folder(folder, flag="logging.folder", patience=PATIENCE)
+        (folder / STOP).unlink(missing_ok=True)  # meant for a run before this one
+    try:
+        start = find_start(config, folder)
+    except UserError as error:
+        mark_status(folder, "failed", str(error))
+        lock.close()
+        raise
+    start.lock = lock
+    if not start.finished:
+        mark_status(folder, "running")
+    return start
+
+
+def find_start(config: TrainConfig, folder: Path) -> Start:
+    """What `training.resume` means for the run whose folder is `folder`; only reads.
+
+    Raises:
+        UserError: no state where one was asked for, none that is whole, or flags that alter the numbers have changed.
+    """
+    asked = config.training.resume
+    if asked == "none" or config.training.eval_only:
+        return Start()
+    if asked == "auto":
+        return _own_start(config, folder)
+    path = Path(asked)
+    if path.is_dir():
+        found = newest_state(path)
+        if found is None:
+            raise UserError(f"training.resume: expected a run folder with {LAST} or a state file, got {path}.")
+        state, source, notes = found
+    else:
+        state, source, notes = _read(path), path, []
+    _check_keys(state, source)
+    changed = changed_flags(state["config"], config)
+    if changed and not config.training.resume_force:
+        raise UserError(
+            f"training.resume: flags that alter the numbers are not those of {source}: {'; '.join(changed)}. Give them as they "
+            "were, or --training.resume_force=1 to go on with the new ones."
+        )
+    notes += [f"going on with changed flags: {'; '.join(changed)}"] if changed else []
+    own = folder.exists() and source.parent.resolve() == folder.resolve()
+    return Start(state, source, own, own and _is_finished(folder), notes)
+
+
+def _own_start(config: TrainConfig, folder: Path) -> Start:
+    if _is_finished(folder):
+        return Start(own=True, finished=True)
+    found = newest_state(folder) if folder.is_dir() else None
+    if found is None:
+        return Start()
+    state, source, notes = found
+    _check_keys(state, source)
+    changed = changed_flags(state["config"], config)
+    if changed and not config.training.resume_force:
+        return Start(notes=[*notes, f"{source} is of other flags ({'; '.join(changed)}), so this run starts anew"])
+    return Start(state, source, True, False, notes)
+
+
+def _is_finished(folder: Path) -> bool:
+    status = read_status(folder)
+    return status is not None and status.get("status") == "finished"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_state(path)
+    except DamagedState as error:
+        raise UserError(f"training.resume: {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"training.resume: expected auto, none, a run folder or a state file ({LAST}, {PREVIOUS}), got {path} "
+            f"({error.strerror or error})."
+        ) from error
+
+
+def _check_keys(state: Any, source: Path) -> None:
+    missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
+    if missing:
+        raise UserError(
+            f"training.resume: {source} is no training state (it lacks {', '.join(sorted(missing))}); expected {LAST} or "
+            f"{PREVIOUS} of a run folder. Weights alone go to --model.ckpt_path."
+        )
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"training.resume: {source} has format {state['format']}, expected {FORMAT}: another version of the project wrote it. "
+            "Go on with that version, or from the run's weights (--model.ckpt_path) with --training.resume=none."
+        )
+
+
+def changed_flags(saved: Mapping[str, Mapping[str, Any]], config: TrainConfig) -> list[str]:
+    """ "flag: old → new" for each flag that alters the numbers from here on; a flag the state does not know had its default."""
+    now, ignored = config_to_dict(config), harmless_flags() | BEGINNING
+    defaults = {
+        section: {name: f.default for name, f in getattr(config, section).__dataclass_fields__.items()}
+        for section in now
+    }
+    changed = []
+    for section, flags in now.items():
+        for name, value in flags.items():
+            before = saved.get(section, {}).get(name, defaults[section][name])
+            if f"{section}.{name}" not in ignored and before != value:
+                changed.append(f"{section}.{name}: {before} → {value}")
+    return changed
+
+
+def accumulation(state: Mapping[str, Any], config: TrainConfig, world_size: int) -> int:
+    """`training.grad_accum` that keeps the global batch of a training state on `world_size` processes.
+
+    Raises:
+        UserError: it does not divide.
+    """
+    training, run, flags = config.training, state["run"], state["config"]["training"]
+    if any(getattr(training, name) != flags[name] for name in ("batch_size", "grad_accum")):
+        return training.grad_accum  # changed by force
+    together = training.batch_size * world_size
+    accum, rest = divmod(run["global_batch"], together)
+    if rest:
+        raise UserError(
+            f"training.resume: a step of this run takes {run['global_batch']} images ({training.batch_size} × "
+            f"{run['grad_accum']} micro-batches × {run['world_size']} processes), which {world_size} processes cannot share: "
+            f"they take {together} at once. Expected a number of processes that divides "
+            f"{run['global_batch'] // training.batch_size}."
+        )
+    return accum
