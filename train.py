@@ -100,8 +100,8 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
         with deterministic(config.training.deterministic):
             try:
                 trainer = Trainer(config, processes, start)
-            except UserError as error:
-                if start.lock is not None:
+            except Exception as error:
+                if start.lock is not None and start.own:
                     mark_status(config.run_folder, "failed", str(error))
                 raise
             trainer.run()

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from common.errors import UserError
 
+LOCK = "lock"  # file in a folder that one run at a time works in
 # A file system without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -44,8 +45,8 @@ def _umask() -> int:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename `folder`, if it exists and holds anything, to the first free `<folder>.1`, `<folder>.2` …, so that nothing is lost."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """Rename `folder`, if it holds anything but a lock, to the first free `<folder>.1`, `<folder>.2` …, so that nothing is lost."""
+    if not folder.exists() or (folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir())):
         return None
     number = 1
     while (other := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -75,7 +76,7 @@ def take_folder(folder: Path, *, flag: str, patience: float = 0.0) -> BinaryIO:
         UserError: another run holds it.
         OSError: it cannot be written.
     """
-    lock = open(folder / "lock", "ab")
+    lock = open(folder / LOCK, "ab")
     # A forked child, such as a loader worker that outlives its killed parent, would hold the lock too.
     os.register_at_fork(after_in_child=lock.close)
     until = time.monotonic() + patience

@@ -138,17 +138,20 @@ class TrainLoader:
             images = _Images(source, self._make_transform, seed, tries=_MAX_REPLACEMENTS)
             self._images = _ImageLoader(images, keep_workers=num_workers > 0, on_warning=on_warning, **self._workers)
 
-    def epoch(self, epoch: int, size: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, size: int, start_step: int = 0, *, on_skipped: Callable[[], None] = lambda: None
+    ) -> Iterator[Batch]:
         """Micro-batches of `size` pixels, `accum` for each step from `start_step` on.
 
-        Drop an epoch's iterator before the next epoch's is used. A stream has to read what lies before `start_step`.
+        Drop an epoch's iterator before the next epoch's is used. A stream has to read what lies before `start_step`, and
+        `on_skipped` is called for each batch of that.
 
         Raises:
             UserError: too many images in a row cannot be decoded.
             RuntimeError: worker processes die again and again, or one that reads a stream died.
         """
         if isinstance(self._source, StreamSource):
-            yield from self._stream(self._source, epoch, size, start_step)
+            yield from self._stream(self._source, epoch, size, start_step, on_skipped)
             return
         for batch in self._images.batches(lambda done: self._keys(epoch, size, start_step * self._accum + done)):
             if len(batch.y) < self._batch_size:
@@ -167,7 +170,9 @@ class TrainLoader:
         starts = ((micro_step * world_size + rank) * batch_size for micro_step in micro_steps)
         return ([(epoch, index, size) for index in order[start : start + batch_size].tolist()] for start in starts)
 
-    def _stream(self, source: StreamSource, epoch: int, size: int, start_step: int) -> Iterator[Batch]:
+    def _stream(
+        self, source: StreamSource, epoch: int, size: int, start_step: int, on_skipped: Callable[[], None]
+    ) -> Iterator[Batch]:
         # Workers and readers are new in each epoch, so that nothing depends on the epochs before.
         reader = {"seed": derive_seed("stream", self._seed, epoch) % 2**31, "batch_size": self._batch_size}
         reader |= {"training": True, "rank": self._rank, "world_size": self._world_size}
@@ -184,6 +189,8 @@ class TrainLoader:
             came += 1
             if came > start_step * self._accum:
                 yield batch
+            else:
+                on_skipped()
         if came < wanted:  # other ranks would wait for this one for ever
             raise RuntimeError(f"{source.spec}: the stream ended after {came} of {wanted} batches.")
 

@@ -126,16 +126,20 @@ class RunFolder:
             "saved": {name: list(epochs) for name, epochs in self._saved.items()},
         }
 
-    def save_weights(self, networks: Mapping[str, nn.Module], epoch: int) -> None:
+    def save_weights(self, networks: Mapping[str, nn.Module], epoch: int) -> bool:
         """Write weights_<epoch>.pt and weights_ema_<epoch>.pt; delete the oldest beyond `logging.keep`.
 
-        Where the new file cannot be written, none is deleted.
+        Where the new file cannot be written, none is deleted. Returns whether all were written.
         """
+        complete = True
         for kind, network in networks.items():
             name = WEIGHTS[kind]
             if self._save(network, self.path / f"{name}_{epoch}.pt"):
                 self._saved[name] = [e for e in self._saved[name] if e != epoch] + [epoch]
                 self._delete_old(name)
+            else:
+                complete = False
+        return complete
 
     def save_best(self, networks: Mapping[str, nn.Module]) -> None:
         """Write weights_best.pt and weights_ema_best.pt over those before."""
@@ -350,7 +354,7 @@ def _records_from(lines: list[bytes], *, step: int) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:  # edited by hand
             break
-        if record.get("step", 0) < step:
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] < step:
             break
         records.append(record)
     return records[::-1]

@@ -88,11 +88,12 @@ def _take(config: TrainConfig) -> Start:
     try:
         start = find_start(config, folder)
     except UserError as error:
-        mark_status(folder, "failed", str(error))
+        if config.training.resume == "auto":
+            mark_status(folder, "failed", str(error))
         lock.close()
         raise
     start.lock = lock
-    if not start.finished:
+    if start.own and not start.finished:
         mark_status(folder, "running")
     return start
 
@@ -108,6 +109,10 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
         return Start()
     if asked == "auto":
         return _own_start(config, folder)
+    if folder.is_dir() and (own := newest_state(folder)) is not None:
+        _check_keys(own[0], own[1])
+        if own[0]["run"]["origin"] == asked:  # the same command once more
+            return _own_start(config, folder)
     path = Path(asked)
     if path.is_dir():
         found = newest_state(path)

@@ -64,7 +64,14 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.model.load_state_dict(state["ema"])
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        if [group.keys() - {"params"} for group in state["optimizer"]["param_groups"]] != [
+            group.keys() for group in own
+        ]:
+            raise ValueError("the optimiser is another one")
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, own):
+            group.update(settings)  # this run's own: weight decay and the like may have been changed by force
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

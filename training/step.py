@@ -79,8 +79,8 @@ def train_step(
     Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
     (seed, step, block): as many blocks on another number of processes see the same.
 
-    A step whose loss or averaged gradient is not finite on any process is skipped on all: weights, optimiser and batch-norm
-    statistics stay, while the step counts for the schedule and the average.
+    A step whose loss or averaged gradient is not finite on any process is skipped on all: weights, optimiser and running
+    statistics of batch normalisation stay, while the step counts for the schedule and the average.
 
     Args:
         state: changed in place.
@@ -119,13 +119,17 @@ def train_step(
             state.scaler.scale(loss).backward(poison)
         total += loss.detach()
     skipped = _update(state, grad_clip=config.training.grad_clip)
-    for buffer, before in statistics:
-        buffer.copy_(torch.where(skipped, before, buffer))
+    if statistics:
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(skipped, before, buffer))
+        _average(state.statistics, processes)
+    if state.ema is not None:
+        state.ema.update(state.model, state.step)
     return torch.stack([total.double(), skipped.double()])
 
 
 def _update(state: TrainState, *, grad_clip: float) -> Tensor:
-    """Optimiser, scaler and average; returns whether the step was skipped, a bool on the device."""
+    """Optimiser and scaler; returns whether the step was skipped, a bool on the device."""
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     # The largest absolute value is finite if and only if all are.
@@ -139,6 +143,12 @@ def _update(state: TrainState, *, grad_clip: float) -> Tensor:
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    if state.ema is not None:
-        state.ema.update(state.model, state.step)
     return skipped
+
+
+def _average(statistics: list[Tensor], processes: Processes) -> None:
+    """Give all processes the same: their own means, so that each attacks, averages and validates the same network."""
+    if processes.world_size > 1:
+        means = processes.sum(torch.cat([buffer.flatten() for buffer in statistics])) / processes.world_size
+        for buffer, mean in zip(statistics, means.split([buffer.numel() for buffer in statistics])):
+            buffer.copy_(mean.view_as(buffer))

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,16 +18,17 @@ from tqdm import tqdm
 from common.config import TrainConfig, config_to_dict
 from common.distributed import Processes
 from common.errors import UserError
-from common.files import take_folder
+from common.files import take_folder, writable
 from common.liveness import Liveness
 from common.provenance import provenance
 from common.stop import StopRequest
 from data.loader import Batch, EvalLoader, spread_indices
 from data.transforms import Mixup
-from training.build import build_state, build_train_loader, check_image_sizes, open_sources
+from training.build import build_state, build_train_loader, check_image_sizes, open_sources, settle_gradients
 from training.checkpoint import StateFiles, newest_state
 from training.log import RunFolder
 from training.overfitting import OverfittingWatch
+from training.progress import AttackLog, Progress, StepLog
 from training.resume import FORMAT, STOP, Start, accumulation
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.step import train_step
@@ -37,7 +38,7 @@ from training.validation import adversarial_accuracy, clean_accuracy, training_a
 # losses makes the host wait for the device.
 LOOK_SECONDS = 1.0
 MAX_STEPS_UNSEEN = 50
-MAX_GOING_BACK = 3  # times from the same steps
+MAX_GOING_BACK = 3  # times without getting past the steps that were skipped
 SCALE_DIVISOR = 16  # of the loss scale, each time
 
 
@@ -51,35 +52,6 @@ class Stopped(Exception):
 
 class _GoBack(Exception):
     """To the last good state, with a lower loss scale."""
-
-
-@dataclass
-class Progress:
-    """Where a run is, apart from its weights: what a training state keeps beside them.
-
-    Attributes:
-        epochs_done: epochs trained, saved, validated and logged.
-        loss_sum, loss_count: of the present epoch's steps, without skipped ones.
-        seconds, bad_images, skipped: of the present epoch: training time, undecodable images met, steps skipped.
-        bad_in_a_row: steps skipped since the last good one.
-        best: network → {"epoch", "value"}: its best robust (clean training: clean) accuracy so far.
-        watch: state of the `OverfittingWatch`.
-    """
-
-    epochs_done: int = 0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    seconds: float = 0.0
-    bad_images: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    best: dict[str, dict[str, float]] = field(default_factory=dict)
-    watch: dict[str, Any] = field(default_factory=dict)
-
-    def finish_epoch(self) -> None:
-        """Count the present epoch as done."""
-        self.epochs_done += 1
-        self.loss_sum, self.loss_count, self.seconds, self.bad_images, self.skipped = 0.0, 0, 0.0, 0, 0
 
 
 class Trainer:
@@ -107,6 +79,7 @@ class Trainer:
         self.progress, self.watch = Progress(), OverfittingWatch(chance=1 / config.model.num_classes)
         self.times_back, self._failed_at = 0, 0  # going back to a state: how often, and the step last given up
         check_image_sizes(self.state.model, config)
+        settle_gradients(self.state, processes, size=config.resolution.min_res)
         self.class_names = train_source.class_names
         self.val_loader = self._eval_loader(val_source)
         self.adv_loader = None
@@ -121,10 +94,15 @@ class Trainer:
         if config.data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
         notes = list(start.notes)
+        # A run that began at another's state goes on from its own when the same command is given again.
+        self.origin = ""
         if start.state is not None:
+            self.origin = start.state["run"]["origin"] if start.own else config.training.resume
             notes += self._check_run(start.state["run"])
             self._restore(start.state)
         self._together(lambda: self._open_folder(notes))
+        if start.state is not None:
+            start.state = {"step": start.state["step"]}  # the rest is as large as the model, average and optimiser
 
     def _eval_loader(self, source: Any, **options: Any) -> EvalLoader:
         data, validation = self.config.data, self.config.validation
@@ -158,17 +136,22 @@ class Trainer:
         if start.state is not None:
             facts |= {"step": start.state["step"], "from": str(start.source), "notes": notes}
         position = start.state["log"] | {"step": start.state["step"]} if start.own and start.state else None
+        path = self.config.run_folder
+        if start.lock is None:  # there was no folder yet; another run may have made it meanwhile
+            with writable("logging.folder", path):
+                path.mkdir(parents=True, exist_ok=True)
+                start.lock = take_folder(path, flag="logging.folder")
         self.folder = RunFolder(self.config, facts, warn=self._warn, resume=position)
-        if self.start.lock is None or self.folder.set_aside:
-            self.start.release()
-            self.start.lock = take_folder(self.folder.path, flag="logging.folder")
+        if self.folder.set_aside:
+            start.release()
+            start.lock = take_folder(path, flag="logging.folder")
         for note in notes:
             self._warn(note)
         self.states = StateFiles(self.folder.path)
 
     def _check_run(self, run: dict[str, Any]) -> list[str]:
         """Hold the data and processes of a training state against this start's; returns what the user should know."""
-        force, notes = self.config.training.resume_force, []
+        force, own, notes = self.config.training.resume_force, self.start.own, []
         differences = []
         if run["images"] != self.images:
             differences.append(f"data.train_dataset had {run['images']} images and has {self.images}")
@@ -177,6 +160,13 @@ class Trainer:
             differences.append(
                 f"a stream is read by {readers[0]} processes with {readers[1]} loader workers each, it was by "
                 f"{run['readers'][0]} with {run['readers'][1]}, which makes another order"
+            )
+        if self.config.training.epochs < run["epochs_done"] or (
+            self.config.training.epochs == run["epochs_done"] and not own
+        ):
+            raise UserError(
+                f"training.epochs: {self.start.source} has {run['epochs_done']} epochs behind it, expected more than that, got "
+                f"{self.config.training.epochs}."
             )
         if differences and not force:
             raise UserError(
@@ -216,14 +206,18 @@ class Trainer:
         stop_file = self.folder.path / STOP if self.folder else None
         with (
             StopRequest(self.processes, file=stop_file, end_time=end_of_job(self.config)) as self.stop,
-            Liveness(self.processes, timeout=60 * self.config.dist.timeout_minutes) as self.alive,
+            Liveness(
+                self.processes,
+                timeout=60 * self.config.dist.timeout_minutes,
+                on_dead=lambda reason: self._status("running", reason),
+            ) as self.alive,
         ):
             try:
                 self._status("running")
                 self._run()
             except Stopped as reason:
                 self._end("stopped", str(reason))
-                self.stop.clear_file()
+                self._clear_stop_file()
                 raise
             except Diverged as reason:
                 self._end("diverged", str(reason))
@@ -248,6 +242,7 @@ class Trainer:
             self._status("finished")
             return
         self._saved_at, self._saved_step = time.monotonic(), self.state.step
+        kept = True
         while self.progress.epochs_done < epochs:
             epoch = self.progress.epochs_done
             try:
@@ -257,14 +252,18 @@ class Trainer:
                 continue
             last = epoch + 1 == epochs
             if self.folder is not None and (last or (epoch + 1) % self.config.logging.save_freq == 0):
-                self.folder.save_weights(self.state.networks(), epoch + 1)
+                kept = self.folder.save_weights(self.state.networks(), epoch + 1)
             if last or (epoch + 1) % freq == 0:
                 self._validate(epoch=epoch + 1, summary=summary)
             self.progress.finish_epoch()
-            if self.state.step > self._failed_at:
-                self.times_back = 0
-        self._save_state()
-        self._finish_writing()
+        if kept:  # else the state before stays the newest, and the next start makes the weights again
+            self._save_state()
+            self._finish_writing()
+        if self.folder is not None and self._stored_step != self.state.step:
+            raise UserError(
+                f"logging.folder: the run has come to its end, but {self.folder.path} did not take its last weights or state (see "
+                f"above). Make room there; the same command goes on from step {self._stored_step}."
+            )
         self._status("finished")
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
@@ -276,8 +275,14 @@ class Trainer:
         losses = StepLog(epoch=epoch, shape=[config.training.batch_size, 3, size, size])
         self._begin, self._counted, bad_names = time.perf_counter(), set(), set()
         lr, eps = self._schedule(epoch, max(first - 1, 0))
+        batches_left = self.loader.epoch(
+            epoch,
+            size,
+            first,
+            on_skipped=lambda: self.alive.beat("reading what comes before in the stream", state.step),
+        )
         with self._bar(epoch, first) as bar:
-            for step, batches in enumerate(grouped(self.loader.epoch(epoch, size, first), self.accum), first):
+            for step, batches in enumerate(grouped(batches_left, self.accum), first):
                 self.alive.beat("training", state.step)
                 self._note_failures(batches, bad_names)
                 lr, eps = self._schedule(epoch, step)
@@ -342,6 +347,8 @@ class Trainer:
         for (record, _), loss, skip in zip(pending, mean, skipped, strict=True):
             self._count_step(record, loss, skip)
         self._note_writes()
+        if self.state.step > self._failed_at and not progress.bad_in_a_row:
+            self.times_back = 0
         if progress.bad_in_a_row >= self.config.training.max_bad_steps:
             self._skipped_too_often()
         if progress.bad_images > (limit := self.config.data.max_bad_images):
@@ -413,13 +420,17 @@ class Trainer:
             )
         saved["train"]["scaler"]["scale"] /= SCALE_DIVISOR**self.times_back
         self._restore(saved)
+        self.progress.bad_in_a_row = 0
         note = f"gone back to step {self.state.step} with the loss scale divided by {SCALE_DIVISOR**self.times_back}"
-        if self.folder is not None:
+
+        def reopen() -> None:
             self._warn(f"{note}.")
             self.folder.close()
             facts = self._provenance() | {"step": self.state.step, "notes": [note]}
             position = saved["log"] | {"step": self.state.step}
             self.folder = RunFolder(self.config, facts, warn=self._warn, resume=position)
+
+        self._together(reopen)
         self._saved_at, self._saved_step = time.monotonic(), self.state.step
 
     # --- saving and stopping ------------------------------------------------------------------------------------------
@@ -453,6 +464,8 @@ class Trainer:
         """What a later start is held against, beside the flags."""
         return {
             "images": self.images,
+            "epochs_done": self.progress.epochs_done,
+            "origin": self.origin,
             "steps_per_epoch": self.loader.steps_per_epoch,
             "global_batch": self._images_per_step,
             "grad_accum": self.accum,
@@ -474,6 +487,12 @@ class Trainer:
                     f"the training state of step {outcome.step} cannot be written ({outcome.error}); training goes on, and the "
                     f"state of step {self._stored_step} stays."
                 )
+
+    def _clear_stop_file(self) -> None:
+        try:
+            self.stop.clear_file()
+        except OSError as error:
+            self._warn(f"{self.folder.path / STOP} cannot be removed ({error.strerror}).")
 
     def _end(self, status: str, reason: str) -> None:
         self._finish_writing()
@@ -504,10 +523,14 @@ class Trainer:
         # torchrun ends all when one has ended; so none ends before everything is saved.
         self.alive.beat("waiting for the first process to save", self.state.step)
         self.processes.wait()
-        raise Stopped(
-            f"{reason}: saved at step {self._stored_step} of {self.config.training.epochs * self.loader.steps_per_epoch}; the "
-            "same command goes on from there"
-        )
+        steps = self.config.training.epochs * self.loader.steps_per_epoch
+        if self.folder is not None and self._stored_step != self.state.step:
+            raise Stopped(
+                f"{reason}: the state of step {self.state.step} of {steps} could not be saved; the same command goes on from "
+                f"step {self._stored_step}"
+            )
+        again = "--training.resume=auto" if self.config.training.resume == "none" else "the same command"
+        raise Stopped(f"{reason}: saved at step {self.state.step} of {steps}; {again} goes on from there")
 
     # --- validation ---------------------------------------------------------------------------------------------------
 
@@ -641,47 +664,6 @@ class Trainer:
 
     def _warn(self, text: str) -> None:
         tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-class StepLog:
-    """Records of steps whose results are still on the device.
-
-    Attributes:
-        until: number of steps to collect before the processes look at them.
-    """
-
-    def __init__(self, *, epoch: int, shape: list[int]) -> None:
-        self.epoch, self.shape, self.until = epoch, shape, 1
-        self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
-
-    def add(self, result: torch.Tensor, *, step: int, lr: float, attack: AttackLog | None) -> None:
-        """`result`: what `train_step` returned for optimiser step `step`, counted from 1."""
-        record = {"epoch": self.epoch, "step": step, "shape": self.shape, "lr": lr}
-        if attack is not None:
-            record["attack"] = attack.lines()
-        self._pending.append((record, result))
-
-    @property
-    def is_due(self) -> bool:
-        return len(self._pending) >= self.until
-
-    def take(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        """Records and results since the last call."""
-        pending, self._pending = self._pending, []
-        return pending
-
-
-class AttackLog:
-    """Mean best loss and share of samples still correct after each evaluation of one attack (`adv.verbose`)."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-
-    def __call__(self, update: int, loss: torch.Tensor, acc: torch.Tensor) -> None:
-        self._rows.append((update, loss.mean(), acc.float().mean()))
-
-    def lines(self) -> list[dict[str, float]]:
-        return [{"update": u, "loss": loss.item(), "acc": acc.item()} for u, loss, acc in self._rows]
 
 
 def end_of_job(config: TrainConfig) -> float | None:

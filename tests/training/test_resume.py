@@ -235,6 +235,55 @@ def test_other_images_are_refused(many, tmp_path, at_step, capsys):
     assert "data.train_dataset had 40 images and has 39" in capsys.readouterr().err
 
 
+def test_forced_flags_hold(many, tmp_path, at_step, capsys):
+    """Also those that the optimiser keeps; what does not fit together is refused."""
+    at_step({4: signalled})
+    flags = base_flags(many, tmp_path) | RANDOM | {"training.resume_force": 1}
+    folder = stopped(flags)
+    flags |= {"training.resume": folder}
+    outcome = run(flags | {"training.weight_decay": 0.5})
+    groups = read_state(outcome.folder / LAST)["train"]["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0]
+    for change, message in (
+        ({"training.optimizer": "sgd"}, "the optimiser is another one"),
+        ({"model.arch": "vit_micro"}, "does not fit the model"),
+        ({"model.model_ema": 0}, "has an average"),
+    ):
+        assert run(flags | change).status == 2
+        assert message in capsys.readouterr().err
+    assert run(flags | {"training.resume": outcome.folder, "training.epochs": 1}).status == 2
+    assert "has 2 epochs behind it" in capsys.readouterr().err
+
+
+def test_a_run_from_another_state_goes_on_from_its_own(many, undisturbed, tmp_path, at_step):
+    at_step({3: signalled, 6: signalled})
+    flags = base_flags(many, tmp_path / "a") | RANDOM
+    flags |= {"training.resume": stopped(flags), "logging.folder": tmp_path / "b"}
+    folder = stopped(flags)
+    assert read_status(folder)["step"] == 6
+    outcome = run(flags)
+    assert largest_difference(outcome.weights, undisturbed.weights) == 0
+    assert [record["step"] for record in outcome.steps] == [4, 5, 6, 7, 8, 9, 10]
+
+
+def test_two_starts_of_a_new_run(many, tmp_path, monkeypatch, capsys):
+    """Neither finds a folder; the one that comes second to making it is refused, and changes nothing there."""
+    flags = base_flags(many, tmp_path) | RANDOM
+    folder, original, locks = folder_of(flags), training.trainer.build_state, []
+
+    def build(*args, **kwargs):
+        folder.mkdir()
+        (folder / "log").write_text("of the first")
+        locks.append(take_folder(folder, flag="logging.folder"))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training.trainer, "build_state", build)
+    assert run(flags).status == 2
+    assert "another run is working" in capsys.readouterr().err and [*tmp_path.iterdir()] == [folder]
+    assert (folder / "log").read_text() == "of the first"
+    locks[0].close()
+
+
 def test_more_epochs_by_force_go_on_at_the_same_epoch(many, tmp_path, at_step):
     at_step({7: signalled})
     flags = base_flags(many, tmp_path) | RANDOM
@@ -305,7 +354,8 @@ def test_without_any_whole_state_nothing_is_started(many, tmp_path, at_step, cap
 # --- asked to stop --------------------------------------------------------------------------------------------------------
 
 
-def test_the_stop_file(many, undisturbed, tmp_path, at_step):
+def test_the_stop_file(many, undisturbed, tmp_path, at_step, monkeypatch):
+    monkeypatch.setattr("common.stop.LOOK_SECONDS", 0)
     flags = base_flags(many, tmp_path) | RANDOM
     at_step({4: lambda *_: (folder_of(flags) / "stop").touch()})
     training_log = stopped(flags)
@@ -449,8 +499,10 @@ def test_a_skipped_step_leaves_weights_optimizer_and_batch_norm_as_they_are(many
         "model.arch": "timm_resnet10t",
         "training.optimizer": "sgd",
         "training.epochs": 1,
+        "model.model_ema": 1,
     }
-    run(flags)
+    average = torch.load(run(flags).folder / "weights_ema_1.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in average.values())
     assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
 
@@ -503,6 +555,23 @@ def test_a_full_disk_loses_no_state_and_ends_nothing(many, undisturbed, tmp_path
     assert "training state of step 4 cannot be written (No space left on device)" in errors
     assert "training state of step 6 cannot be written" in errors and "the state of step 2 stays" in errors
     assert read_state(folder / PREVIOUS)["step"] == 2 and read_state(folder / LAST)["step"] == 8
+    assert_same(run(flags), undisturbed)
+
+
+def test_a_run_whose_end_cannot_be_saved_is_not_finished(many, undisturbed, tmp_path, monkeypatch, capsys):
+    original, full = torch.save, [True]
+
+    def save(value, file, *args, **kwargs):
+        if full:
+            raise OSError(28, "No space left on device")
+        return original(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    flags = base_flags(many, tmp_path) | RANDOM
+    assert run(flags).status == 2
+    assert "did not take its last weights or state" in capsys.readouterr().err
+    assert read_status(folder_of(flags))["status"] == "failed"
+    full.clear()
     assert_same(run(flags), undisturbed)
 
 
