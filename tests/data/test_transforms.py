@@ -204,7 +204,7 @@ class TestMixup:
         # Beta(0.8, 0.8): mean 1/2, variance 1 / (4 · 2.6).
         assert np.mean(shares) == pytest.approx(0.5, abs=0.1) and np.var(shares) == pytest.approx(0.096, abs=0.025)
 
-    def test_depends_on_seed_step_and_rank_only(self) -> None:
+    def test_depends_on_seed_step_and_block_only(self) -> None:
         mix, (x, y) = Mixup(num_classes=self.CLASSES, label_smoothing=0.1), self.batch()
         x_before, y_before = x.clone(), y.clone()
         first = mix(x, y, seed=1, step=2, block=3)
@@ -215,9 +215,9 @@ class TestMixup:
         assert np.random.rand() == expected
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
         for key in (
-            {"seed": 2, "step": 2, "rank": 3},
-            {"seed": 1, "step": 3, "rank": 3},
-            {"seed": 1, "step": 2, "rank": 2},
+            {"seed": 2, "step": 2, "block": 3},
+            {"seed": 1, "step": 3, "block": 3},
+            {"seed": 1, "step": 2, "block": 2},
         ):
             assert not torch.equal(first[1], mix(x, y, **key)[1])
         assert torch.equal(x, x_before) and torch.equal(y, y_before)
