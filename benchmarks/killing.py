@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.provenance import PROJECT
 
 MARK = "KILLS_BENCHMARK_MARK"  # in the environment of every process of a run, so that none is overlooked
-PATIENCE = 20.0  # seconds that processes have to notice that another one is gone
+PATIENCE = 40.0  # seconds that processes have to notice that another one is gone
 POLL_SECONDS = 0.02
 
 

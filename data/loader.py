@@ -356,7 +356,9 @@ def _collate(batches: list[Batch]) -> Batch:
 def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoader:
     # Its own generator, or it would draw from the global one. PyTorch itself gives each worker one thread.
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(dataset, collate_fn=_collate, worker_init_fn=_init_worker, generator=generator, **options)
+    return DataLoader(
+        dataset, collate_fn=_collate, worker_init_fn=partial(_init_worker, os.getpid()), generator=generator, **options
+    )
 
 
 def _stream_batches(loader: DataLoader, source: StreamSource) -> Iterator[Batch]:
@@ -428,7 +430,10 @@ def _ending(exitcode: int) -> str:
     return f"signal {-exitcode}: {signal.strsignal(-exitcode)}" if exitcode < 0 else f"exit status {exitcode}"
 
 
-def _init_worker(_: int) -> None:
+def _init_worker(parent: int, _: int) -> None:
+    # PyTorch's worker takes whoever is its parent by now for the one to outlive; killed meanwhile, that is not ours any more.
+    if os.getppid() != parent:
+        os._exit(1)
     # Stopping is up to the main process, which may want to end its step and write a checkpoint. Ctrl-C and torchrun
     # signal the process group, Slurm every process.
     os.setpgid(0, 0)
