@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -431,10 +433,16 @@ def _ending(exitcode: int) -> str:
 
 
 def _init_worker(parent: int, _: int) -> None:
-    # PyTorch's worker takes whoever is its parent by now for the one to outlive; killed meanwhile, that is not ours any more.
-    if os.getppid() != parent:
-        os._exit(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Stopping is up to the main process, which may want to end its step and write a checkpoint. Ctrl-C and torchrun
     # signal the process group, Slurm every process.
     os.setpgid(0, 0)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent is gone. PyTorch's own watch overlooks a parent that was killed while the worker started,
+    and a worker may hang in handing over what nobody takes any more."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
