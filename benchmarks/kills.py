@@ -3,7 +3,7 @@
     python -m benchmarks.kills evaluation [--kills 20] [--workers 2] [--seed 0] [--quick] [--json FILE]
     python -m benchmarks.kills training [--kills 20] [--processes 1,2] [--seed 0] [--quick] [--json FILE]
 
-SIGKILL goes to the main process, which can do nothing about it (in training with several processes, to any one of them): the
+SIGKILL goes to the main process, which can do nothing about it (in training with several processes, to each in turn): the
 others have to end by themselves, and what is on disk has to be whole. Linux only.
 """
 

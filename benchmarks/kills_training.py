@@ -1,6 +1,6 @@
 """A training run that is killed at random moments and started again, against one that is left alone: `benchmarks.kills training`.
 
-SIGKILL goes to the main process or, with several, to any one of them: the others have to end by themselves, what is on disk
+SIGKILL goes to the main process or, with several, to each in turn: the others have to end by themselves, what is on disk
 has to be whole, and the last start has to end in the same weights and the same log, to the last bit.
 """
 
@@ -134,7 +134,7 @@ def kill_training(
         folder: for run folders.
         processes: that train together.
         kills: how many.
-        seed: of moments, victims and numbers of loader processes.
+        seed: of moments and numbers of loader processes.
         in_starts: share of the kills that come before the run trains.
 
     Raises:
@@ -143,8 +143,9 @@ def kill_training(
     chance, outcome = random.Random(seed), Outcome()
     undisturbed = Training(flags, folder / "undisturbed", processes)
     _train_undisturbed(undisturbed, outcome)
-    # On average the kills come while 80 % of the work is done, so that mostly one run is enough for all of them.
-    latest = 2 * 0.8 * outcome.work_seconds / max(kills * (1 - in_starts), 1)
+    # On average the kills come while 80 % of the work is done, so that mostly one run is enough for all of them; each comes
+    # early enough to hit a run that goes as fast as the undisturbed one.
+    latest = min(2 * 0.8 / max(kills * (1 - in_starts), 1), 0.8) * outcome.work_seconds
     number, newest, unfinished = 0, 0, False
     while outcome.kills < kills or unfinished:
         training = Training(flags, folder / f"killed_{number}", processes)
@@ -190,7 +191,8 @@ def _start_and_kill(
         death = None
         if trains_since is not None and not run.ends_before(chance.uniform(0, latest)):
             seconds_lost = time.time() - max(trains_since, _newest_state(training.run_folder))
-            victim = chance.choice([run.main, *(run.children() if training.processes > 1 else ())])
+            targets = [*(sorted(run.children()) if training.processes > 1 else ()), run.main]
+            victim = targets[outcome.kills % len(targets)]
             death = run.kill(victim)
     if death is None:
         run.check()

@@ -108,16 +108,14 @@ def training_flags(images, processes):
 
 
 @pytest.mark.parametrize(("processes", "kills", "seed"), [(1, 2, 0), (2, 1, 0)])
-def test_killed_training_ends_in_the_same_weights_and_log(images, tmp_path, monkeypatch, processes, kills, seed):
-    if processes > 1:  # loader workers that are just starting may outlive a killed process: not mended yet
-        monkeypatch.setattr("benchmarks.kills_training.WORKERS", (0,))
+def test_killed_training_ends_in_the_same_weights_and_log(images, tmp_path, processes, kills, seed):
     flags = training_flags(images, processes)
     outcome = kill_training(flags, tmp_path, processes=processes, kills=kills, seed=seed, in_starts=0)
     rows = training_rows(outcome, kills, suffix="")
     assert all(row["ok"] in (True, None) for row in rows), [(r["name"], r["figure"]) for r in rows if r["ok"] is False]
     assert outcome.kills == kills and outcome.runs >= 1
     assert outcome.steps == 18 and outcome.records == 20 and outcome.tensors > 0 and max(outcome.kept) > 0
-    assert (outcome.kills_of_one > 0) == (processes > 1)  # by the seed
+    assert outcome.kills_of_one == (processes > 1)  # the first of several
 
 
 @pytest.fixture
