@@ -26,6 +26,7 @@ from data.loader import Batch, EvalLoader, spread_indices
 from data.transforms import Mixup
 from training.build import build_state, build_train_loader, check_image_sizes, open_sources, settle_gradients
 from training.checkpoint import StateFiles, newest_state
+from training.forecast import Forecast
 from training.log import RunFolder
 from training.overfitting import OverfittingWatch
 from training.progress import AttackLog, Progress, StepLog
@@ -77,6 +78,13 @@ class Trainer:
         self.images = len(train_source)
         self.state = build_state(config, processes, initial=start.state is None)
         self.progress, self.watch = Progress(), OverfittingWatch(chance=1 / config.model.num_classes)
+        device = processes.device.type
+        self.forecast = Forecast(
+            config,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            images_per_step=self._images_per_step,
+            devices=(processes.world_size, "GPU" if device == "cuda" else "process"),
+        )
         self.times_back, self._failed_at = 0, 0  # going back to a state: how often, and the step last given up
         check_image_sizes(self.state.model, config)
         settle_gradients(self.state, processes, size=config.resolution.min_res)
@@ -342,6 +350,7 @@ class Trainer:
         losses.until = int(until)
         progress.seconds += seconds
         progress.bad_images += int(bad)
+        self._say(self.forecast.add(step=self.state.step, steps=len(pending), seconds=seconds) or "")
         mean = [loss / self.processes.world_size for loss in values[::2]]
         skipped = [count > 0 for count in values[1::2]]
         for (record, _), loss, skip in zip(pending, mean, skipped, strict=True):
