@@ -196,7 +196,7 @@ def measure_training(arguments: argparse.Namespace, folder: Path, kills: int) ->
         flags = (
             *FLAGS,
             f"--training.batch_size={GLOBAL_BATCH // processes}",
-            f"--training.epochs={2 if arguments.quick else 8}",
+            f"--training.epochs={2 if arguments.quick else 20}",
         )
         outcome = kill_training(
             flags, folder / f"processes_{processes}", processes=processes, kills=kills, seed=arguments.seed

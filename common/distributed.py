@@ -7,6 +7,7 @@ the one asked for.
 
 from __future__ import annotations
 
+import multiprocessing
 import multiprocessing.connection
 import os
 import signal
@@ -303,7 +304,8 @@ def _spawn(main: Callable, config: Any, world_size: int, listener: socket.socket
             with _blocked_signals():
                 for rank in range(world_size):
                     own = listener if rank == 0 else None
-                    arguments = (main, config, rank, world_size, rendezvous, own, timeout, reported)
+                    method = multiprocessing.get_start_method(allow_none=True)
+                    arguments = (main, config, rank, world_size, rendezvous, own, timeout, reported, method)
                     children.append(context.Process(target=_spawned, args=arguments))
                     children[-1].start()
             listener.close()  # the first process has it now
@@ -401,8 +403,11 @@ def _spawned(
     listener: socket.socket | None,
     timeout: timedelta,
     reported: Any,
+    start_method: str | None,
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Otherwise it would be that of this process, spawn: loader workers would import everything anew, for seconds each.
+    multiprocessing.set_start_method(start_method, force=True)
     for number in SIGNALS:  # until `main` takes them over there is nothing to save
         signal.signal(number, lambda number, frame: os._exit(STOPPED))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
