@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.seeding import derive_seed
-from data.datasets import DECODE_ERRORS, Source, StreamSource, decode
+from data.decoding import DECODE_ERRORS, decode
+from data.source import Source, StreamSource
 from data.transforms import ImageTransform, eval_transform, seeded, train_transform
 
 _MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident

@@ -15,9 +15,12 @@ from torch import Tensor
 from common.config import EvalDataConfig
 from common.errors import UserError
 from common.seeding import derive_seed
-from data.datasets import DECODE_ERRORS, Collected, Source, StreamSource, class_folders, open_listed, open_source
+from data.datasets import open_source
+from data.decoding import DECODE_ERRORS
+from data.folders import class_folders, open_listed
 from data.imagenet_ids import looks_like_imagenet, robustbench_ids
 from data.loader import EvalLoader, spread_indices
+from data.source import Collected, Source, StreamSource
 
 PROBED = 8  # images whose pixels tell two data sets with the same names apart
 

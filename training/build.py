@@ -11,8 +11,9 @@ from common.config import TrainConfig
 from common.distributed import Processes
 from common.errors import UserError
 from common.seeding import derive_seed
-from data.datasets import Source, StreamSource, open_source
+from data.datasets import open_source
 from data.loader import TrainLoader
+from data.source import Source, StreamSource
 from training.ema import EMA
 from training.optim import build_optimizer
 from training.schedule import resolution_at_epoch

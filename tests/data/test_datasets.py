@@ -21,8 +21,11 @@ from PIL import Image
 from torchvision.datasets import folder
 
 from common.errors import UserError
-from data import datasets as data_datasets
-from data.datasets import DECODE_ERRORS, MemorySource, Source, StreamSource, decode, open_source
+from data import folders, memory
+from data.datasets import open_source
+from data.decoding import DECODE_ERRORS, decode
+from data.memory import MemorySource
+from data.source import Source, StreamSource
 from tests.data import encoded, picture, write_folder
 
 FLAG = "data.train_dataset"
@@ -160,7 +163,7 @@ class TestLinks:
                 raise PermissionError(13, "Permission denied", str(path))
             return scandir(path)
 
-        monkeypatch.setattr(data_datasets.os, "scandir", refuse)
+        monkeypatch.setattr(folders.os, "scandir", refuse)
         with pytest.raises(UserError, match=f"{FLAG}: cannot read .*set/a/shut .*Permission denied"):
             opened(root)
 
@@ -225,7 +228,7 @@ def test_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(path: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(data_datasets.os, "scandir", refuse)
+    monkeypatch.setattr(folders.os, "scandir", refuse)
     with pytest.raises(UserError, match=f"{FLAG}: cannot read .*Permission denied"):
         opened(tmp_path)
 
@@ -507,8 +510,8 @@ class TestInMemory:
         write_folder(tmp_path, {"a": 2})
         size = sum(path.stat().st_size for path in tmp_path.rglob("*.png"))
         free = dict.fromkeys(("memory", "/dev/shm"), 10 * size) | {short: 2 * size}
-        monkeypatch.setattr(data_datasets.psutil, "virtual_memory", lambda: SimpleNamespace(available=free["memory"]))
-        monkeypatch.setattr(data_datasets.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free["memory"]))
+        monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
         assert len(opened(tmp_path, in_memory=True, copies=2)) == 2
         with pytest.raises(UserError, match=rf"{FLAG}: keeping .* needs .*3 × .*/dev/shm.*in_memory=0"):
             opened(tmp_path, in_memory=True, copies=3)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from data.datasets import Source, class_folders, open_listed, open_source
+from data.datasets import open_source
+from data.folders import class_folders, open_listed
 from data.imagenet_ids import ImageIds, looks_like_imagenet, robustbench_ids
+from data.source import Source
 from tests.data import encoded, write_folder
 
 FLAG = "data.val_dataset"

@@ -26,8 +26,9 @@ from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common.errors import UserError
-from data.datasets import Source, StreamSource, open_source
+from data.datasets import open_source
 from data.loader import Batch, EvalLoader, TrainLoader
+from data.source import Source, StreamSource
 from data.transforms import eval_transform
 from tests.data import encoded, picture, write_folder
 

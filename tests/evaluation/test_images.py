@@ -14,8 +14,8 @@ from PIL import Image
 
 from common.config import EvalDataConfig
 from common.errors import UserError
-from data.datasets import Source
 from data.imagenet_ids import ImageIds
+from data.source import Source
 from data.transforms import eval_transform
 from evaluation.images import Chunk, ImageList, open_images
 from tests.data import encoded

@@ -1,0 +1,286 @@
+"""Folders and tars of class folders, and the listed images of a validation folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from common.errors import UserError
+from data.source import Request, Source, some
+
+_SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation")}
+_THREADS = 16
+
+
+class _Folder(Source):
+    def __init__(self, root: Path, samples: list[tuple[str, int]], class_names: list[str]) -> None:
+        """`samples`: paths below `root`, and labels."""
+        super().__init__([label for _, label in samples], class_names)
+        self._root = str(root)
+        # One array: Python strings would be copied into each worker, page by page, by their reference counts.
+        self._paths = np.array([os.fsencode(path) for path, _ in samples])
+
+    def image(self, i: int) -> bytes:
+        return Path(self.name(i)).read_bytes()
+
+    def name(self, i: int) -> str:
+        return os.path.join(self._root, self.key(i))
+
+    def key(self, i: int) -> str:
+        return os.fsdecode(self._paths[i])
+
+    def size(self, i: int) -> int:
+        return os.stat(self.name(i)).st_size
+
+
+def open_path(request: Request) -> Source:
+    path = Path(request.spec).expanduser()
+    try:
+        if path.is_dir():
+            return _open_folder(path, request)
+        if path.is_file() and path.suffix == ".tar":
+            return _open_tar(path, request)
+        found = "a file" if path.is_file() else "nothing"
+    except OSError as error:
+        raise request.error(f"cannot read {error.filename or path} ({error.strerror or error}).") from error
+    kinds = "a folder of class folders, a .tar of them, digits, or hfds/… hfids/… tfds/… torch/… wds/…"
+    raise request.error(f"expected {kinds}, found {found} at {path}.")
+
+
+def _open_folder(path: Path, request: Request) -> Source:
+    root = _split_folder(path, request)
+    names = _folders(root)
+    if not names:
+        raise request.error(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
+    lost = sorted(
+        e.name for e in os.scandir(root) if e.name[0] != "." and e.is_symlink() and not os.path.exists(e.path)
+    )
+    if lost:  # each may be a class
+        raise request.error(f"expected class folders in {root}, found links that lead nowhere: {some(lost)}.")
+    samples = [(path, number) for number, name in enumerate(names) for path in _images_below(str(root), name)]
+    empty = sorted(set(names) - {names[label] for _, label in samples})
+    # A class without images is a mistake in the training set; a validation set may lack some.
+    if empty and (request.split == "train" or not samples):
+        endings = " ".join(IMG_EXTENSIONS)
+        raise request.error(f"expected images ({endings}) in the class folders of {root}, found none in {some(empty)}.")
+    return _Folder(root, samples, names)
+
+
+def _loose_images(folder: Path) -> str:
+    """What a folder without class folders holds, and what to do about it."""
+    loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(folder))
+    return _unsorted_imagenet(folder) or f"and {loose} loose images."
+
+
+def _unsorted_imagenet(folder: Path) -> str:
+    """What to do with ImageNet's validation set as it comes out of its archive; empty where the folder holds no such images."""
+    loose = sum(entry.name.startswith("ILSVRC2012_val_") for entry in os.scandir(folder) if entry.is_file())
+    if not loose:
+        return ""
+    return (
+        f"but {loose} loose images of ImageNet's validation set. To sort them into folders by class, put "
+        "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into a folder and run, in it: "
+        """python -c "import torchvision; torchvision.datasets.ImageNet('.', split='val')"; then give that folder."""
+    )
+
+
+def _split_folder(path: Path, request: Request) -> Path:
+    # A class may be called "train", too: only a folder of folders is a split.
+    splits = {
+        split: [path / name for name in names if (path / name).is_dir() and _folders(path / name)]
+        for split, names in _SPLIT_FOLDERS.items()
+    }
+    if splits[request.split]:
+        return splits[request.split][0]
+    for name in _SPLIT_FOLDERS[request.split]:
+        if (path / name).is_dir() and (hint := _unsorted_imagenet(path / name)):
+            raise request.error(f"expected a sub-folder for each class in {path / name}, found none, {hint}")
+    if any(splits.values()):
+        expected = " or ".join(_SPLIT_FOLDERS[request.split])
+        raise request.error(f"expected {expected} with class folders in {path}, found {some(_folders(path))}.")
+    return path
+
+
+def _folders(path: Path) -> list[str]:
+    here = [os.path.realpath(path)]
+    entries = [entry for entry in os.scandir(path) if entry.name[0] != "." and _is_folder(entry)]
+    return sorted(e.name for e in entries if not (e.is_symlink() and _leads_back(os.path.realpath(e.path), here)))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # links in a circle lead nowhere
+            return False
+        raise
+
+
+def _leads_back(folder: str, above: list[str]) -> bool:
+    """Whether `folder` is one of the folders `above`, or holds one of them; all are real paths."""
+    return any(os.path.join(other, "").startswith(os.path.join(folder, "")) for other in above)
+
+
+def _images_below(root: str, folder: str) -> list[str]:
+    """Paths below `root` of the images in `root`/`folder` and deeper, by their folders, then by their names."""
+    above = [os.path.realpath(root), os.path.realpath(os.path.join(root, folder))]
+    return [
+        f"{below}/{name}"
+        for below, names in sorted(_walk(root, folder, above))
+        for name in sorted(names)
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
+
+
+def _walk(root: str, folder: str, above: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) for `root`/`folder` and all below. `above`: real paths on the way to it, and its own."""
+    names, folders = [], []
+    with os.scandir(os.path.join(root, folder)) as entries:
+        for entry in entries:
+            if not _is_folder(entry):
+                names.append(entry.name)
+                continue
+            real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
+            if not _leads_back(real, above):
+                folders.append((f"{folder}/{entry.name}", real))
+    yield folder, names
+    for below, real in folders:
+        yield from _walk(root, below, [*above, real])
+
+
+class _Tar(Source):
+    def __init__(self, path: Path, members: list[tuple[str, int, int]], classes: list[str]) -> None:
+        class_names = sorted(set(classes))
+        numbers = {name: number for number, name in enumerate(class_names)}
+        super().__init__([numbers[name] for name in classes], class_names)
+        self._path = str(path)
+        self._names = np.array([os.fsencode(name) for name, _, _ in members])
+        self._places = np.array([(offset, size) for _, offset, size in members], dtype=np.int64)
+
+    def image(self, i: int) -> bytes:
+        offset, size = self._places[i].tolist()
+        with open(self._path, "rb") as file:  # threads and forked workers would share an open file's position
+            file.seek(offset)
+            return file.read(size)
+
+    def name(self, i: int) -> str:
+        return f"{self._path}:{self.key(i)}"
+
+    def key(self, i: int) -> str:
+        return os.fsdecode(self._names[i])
+
+    def size(self, i: int) -> int:
+        return int(self._places[i, 1])
+
+
+def _open_tar(path: Path, request: Request) -> Source:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = list(tar)
+    except tarfile.TarError as error:
+        raise request.error(f"{path} is not a complete, uncompressed tar file ({error}).") from error
+    images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]
+    folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
+    # A tar made from outside a data set's folder has that folder's name in front of everything.
+    splits = {name for names in _SPLIT_FOLDERS.values() for name in names}
+    while folders and all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
+        if folders[0][0] in splits:
+            break
+        folders = [parts[1:] for parts in folders]
+    tops = {parts[0] for parts in folders if len(parts) > 1}
+    split = next((name for name in _SPLIT_FOLDERS[request.split] if name in tops), None)
+    if split is None and tops & splits:
+        expected = " or ".join(_SPLIT_FOLDERS[request.split])
+        raise request.error(f"expected {expected} with class folders in {path}, found {some(sorted(tops))}.")
+    kept = [i for i, parts in enumerate(folders) if (parts if split is None else parts[:1] == (split,) and parts[1:])]
+    if not kept:
+        raise request.error(f"expected class folders with images in {path}, found {len(images)} loose images.")
+    depth = 0 if split is None else 1  # deeper folders belong to the class, as in a folder of class folders
+    return _Tar(path, [images[i] for i in kept], [folders[i][depth] for i in kept])
+
+
+def open_listed(spec: str, keys: Sequence[str], class_names: list[str], *, flag: str) -> Source:
+    """The images `keys` (`<class>/<file>`) of a validation folder, in their order; labels are places among `class_names`.
+
+    Args:
+        spec: folder of class folders, or one that holds such a folder as `val/` or `validation/`.
+        keys: paths below it.
+        class_names: the class folders.
+        flag: the flag `spec` came from, for error messages.
+
+    Raises:
+        UserError: no such folder, or class folders or files of the list are missing from it.
+    """
+    request = Request(spec, "val", flag, "", "")
+    path = Path(spec).expanduser()
+    try:
+        if not path.is_dir():
+            raise request.error(
+                f"expected a folder of class folders, found {'a file' if path.is_file() else 'nothing'} at {path}."
+            )
+        root = _split_folder(path, request)
+        present = set(_folders(root))
+        if not present:
+            raise request.error(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
+        absent = sorted({key.split("/")[0] for key in keys} - present)
+        if absent:
+            raise request.error(
+                f"expected the folders of all {len(class_names)} classes in {root}, missing: {some(absent)}."
+            )
+        with ThreadPoolExecutor(_THREADS) as threads:
+            exist = list(threads.map(lambda key: (root / key).is_file(), keys))
+    except OSError as error:
+        raise request.error(f"cannot read {path} ({error.strerror or error}).") from error
+    missing = [key for key, exists in zip(keys, exist) if not exists]
+    if missing:
+        raise request.error(
+            f"expected the {len(keys)} listed images in {root}, {len(missing)} are missing: {some(missing)}."
+        )
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return _Folder(root, [(key, numbers[key.split("/")[0]]) for key in keys], class_names)
+
+
+def class_folders(spec: str) -> list[str]:
+    """Names of the class folders of a validation folder; none where `spec` is no folder, or not of that shape."""
+    path = Path(spec).expanduser()
+    try:
+        return _folders(_split_folder(path, Request(spec, "val", "", "", ""))) if path.is_dir() else []
+    except (OSError, UserError):
+        return []
+
+
+def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of all files; a link to one of them is that file under another name."""
+    files = [(member.name, member.offset_data, member.size) for member in members if member.isreg()]
+    links = [member for member in members if member.islnk() or member.issym()]
+    places = {posixpath.normpath(name): place for name, *place in files} if links else {}
+    targets = {posixpath.normpath(link.name): _target(link) for link in links}
+    lost = []
+    for link in links:
+        target, hops = _target(link), 0
+        while target in targets and hops < len(links):  # links in a circle lead nowhere
+            target, hops = targets[target], hops + 1
+        if target in places:
+            files.append((link.name, *places[target]))
+        else:
+            lost.append(f"{link.name} → {link.linkname}")
+    if lost:
+        raise request.error(
+            f"expected links to files in {request.spec} itself, found links to folders, or out of it: {some(sorted(lost))}. "
+            "Pack it with tar --dereference, which puts the files in the links' places."
+        )
+    return sorted(files)
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """The member that a link leads to: a hard link names it, a symbolic one says the way from its own folder."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, link.linkname))

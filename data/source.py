@@ -1,0 +1,158 @@
+"""What a source of images is: random access, or a stream; and what `open_source` was asked for."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common.errors import UserError
+from data.decoding import decode
+
+
+class Source:
+    """Images with random access. A subclass says where image i is; all labels are known from the start.
+
+    `labels` is int64 (N,). `class_names` is None where the data set only numbers its classes; `num_classes` is then
+    the largest label + 1.
+    """
+
+    def __init__(self, labels: Sequence[int] | np.ndarray, class_names: list[str] | None) -> None:
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.class_names = class_names
+        self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int) -> tuple[bytes | Image.Image, int]:
+        """Image i, as its file's bytes wherever there are any, and its label in [0, num_classes)."""
+        return self.image(i), int(self.labels[i])
+
+    def image(self, i: int) -> bytes | Image.Image:
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """Image i's path, or what else tells a person which image it is."""
+        raise NotImplementedError
+
+    def key(self, i: int) -> str:
+        """Image i's name without the place where the data set lies on this machine."""
+        return self.name(i)
+
+    def size(self, i: int) -> int:
+        """Bytes of image i in memory."""
+        return len(encoded(self, i))
+
+    def relabel(self, numbers: Sequence[int], class_names: list[str]) -> None:
+        """Class c becomes `numbers[c]`, its place among `class_names`."""
+        self.labels = np.asarray(numbers, dtype=np.int64)[self.labels]
+        self.class_names, self.num_classes = class_names, len(class_names)
+
+
+class StreamSource:
+    """Samples that can only be read in order, through a reader of timm (`wds/`, `tfds/`, `hfids/`).
+
+    `shards` is the number of files to deal to ranks and workers, or None where any number of them can share. These
+    readers decode themselves: of broken images wds/ warns and skips them, the others stop.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        make_reader: Callable[..., Any],
+        length: int,
+        shards: int | None,
+        class_names: list[str] | None,
+        num_classes: int,
+    ) -> None:
+        self.spec, self._make_reader, self._length, self.shards = spec, make_reader, length, shards
+        self.class_names, self.num_classes = class_names, num_classes
+        self._numbers: Sequence[int] = range(num_classes)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def relabel(self, numbers: Sequence[int], class_names: list[str]) -> None:
+        """Class c becomes `numbers[c]`, its place among `class_names`."""
+        self._numbers, self.class_names, self.num_classes = numbers, class_names, len(class_names)
+
+    def samples(
+        self, *, training: bool, batch_size: int, seed: int, rank: int, world_size: int, num_workers: int
+    ) -> Iterator[tuple[Image.Image, int]]:
+        """This loader worker's (RGB image, label): shuffled and wrapping around if `training`, else each once."""
+        reader = self._make_reader(is_training=training, batch_size=batch_size, seed=seed)
+        # timm would take these from torch.distributed, if that runs; here they are arguments.
+        reader.dist_rank, reader.dist_num_replicas = rank, world_size
+        reader.set_loader_cfg(num_workers=max(num_workers, 1))
+        for position, (image, label) in enumerate(reader):
+            if not 0 <= label < len(self._numbers):
+                raise UserError(
+                    f"{self.spec}: expected labels below {len(self._numbers)}, found {label} at position {position}."
+                )
+            yield image, self._numbers[label]
+
+
+class Collected(Source):
+    """The first `count` samples of a stream, read once and kept in memory, encoded without loss."""
+
+    def __init__(self, stream: StreamSource, count: int) -> None:
+        reader = {"training": False, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 1}
+        samples = list(islice(stream.samples(**reader), count))
+        if not samples:
+            raise UserError(f"{stream.spec}: expected at least one image, found none.")
+        super().__init__([label for _, label in samples], stream.class_names)
+        self.num_classes, self._spec = stream.num_classes, stream.spec
+        self._images = [_png(image) for image, _ in samples]
+
+    def image(self, i: int) -> bytes:
+        return self._images[i]
+
+    def name(self, i: int) -> str:
+        return f"{self._spec}[{i}]"
+
+    def key(self, i: int) -> str:
+        return f"{self._spec.split('/')[0]}[{i}]"  # what follows may be a folder
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `open_source` was asked for; `split_name` is the split's name in data sets that name their splits."""
+
+    spec: str
+    split: str
+    flag: str
+    root: str
+    split_name: str
+
+    def error(self, text: str) -> UserError:
+        return UserError(f"{self.flag}: {text}")
+
+    def require(self, module: str, package: str) -> ModuleType:
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            raise self.error(f"{self.spec} needs a package: pip install {package} ({error}).") from error
+
+
+def encoded(source: Source, i: int) -> bytes:
+    image = source.image(i)
+    return image if isinstance(image, bytes) else _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    decode(image).save(file, "PNG")  # lossless
+    return file.getvalue()
+
+
+def some(things: Sequence[Any] | np.ndarray) -> str:
+    shown = ", ".join(str(thing) for thing in things[:8])
+    return shown + (f", … ({len(things)})" if len(things) > 8 else "") if len(things) else "nothing"
