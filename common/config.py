@@ -112,6 +112,11 @@ class DataConfig:
     augmentations: int = flag(
         0, "0 basic (crop, flip), 1 heavy (RandAugment, erasing, mixup), 2 none", at_least=0, at_most=2
     )
+    pipeline: str = flag(
+        "fast",
+        "fast: workers decode and crop, the device augments; timm: all by timm in the workers; same distribution",
+        choices=("timm", "fast"),
+    )
     root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)", harmless=True)
     train_split: str = flag("", "name of the training split for timm's readers; empty: train")
     val_split: str = flag("", "name of the validation split for timm's readers; empty: validation")

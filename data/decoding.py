@@ -1,12 +1,25 @@
-"""From a file's bytes to pixels."""
+"""From a file's bytes to upright RGB pixels; or, for training, only to the crop that is wanted.
+
+JPEG files, which data sets for training are made of, go through simplejpeg (libjpeg-turbo) wherever it knows their colours;
+everything else, and every file it complains of, through Pillow, which then says what is wrong with it. Compared on
+ImageNet photos, one core, decoding alone: Pillow 503 images/s, simplejpeg 609; decoding, cropping and resizing: in Pillow 318,
+with simplejpeg 341, with simplejpeg and PyTorch's resizing 513. JPEGs are decoded whole and exactly: simplejpeg cannot leave out
+what lies outside the crop; its faster inverse DCT saves 4 % and changes pixels by 1.2/255, decoding at half the size, where the
+crop allows it, 5 % by 2.1/255.
+"""
 
 from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import simplejpeg
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 # What Pillow raises on broken files; UnidentifiedImageError is an OSError.
 DECODE_ERRORS = (
@@ -18,10 +31,23 @@ DECODE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
+_ORIENTATION = 0x0112  # EXIF's tag
+_SIMPLE_COLOURS = ("YCbCr", "Gray")  # simplejpeg's names
+_LARGEST_BUFFER = 2**26  # bytes; 16 workers shall not hold gigabytes for one panorama
+
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def decode(image: bytes | Image.Image) -> Image.Image:
-    """RGB image from an encoded or an opened one of any mode and size. Raises one of `DECODE_ERRORS`."""
+def decode(image: bytes | Image.Image, *, upright: bool = True) -> Image.Image:
+    """RGB image from an encoded or an opened one of any mode and size; the first one of an animation.
+
+    Args:
+        image: a file's bytes, or an image.
+        upright: turn it as its EXIF data says.
+
+    Raises:
+        One of `DECODE_ERRORS`. An image of more pixels than Pillow allows (`2 * Image.MAX_IMAGE_PIXELS`) is refused.
+    """
     if isinstance(image, bytes):
         if not image:
             raise ValueError("the file is empty or cannot be read")
@@ -29,8 +55,75 @@ def decode(image: bytes | Image.Image) -> Image.Image:
             image = Image.open(io.BytesIO(image))
         except UnidentifiedImageError:  # its own message shows a memory address
             raise ValueError("not an image of a format that Pillow knows") from None
+    turned = upright and _orientation(image) not in (None, 1)
+    if turned:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it at 255, that is, turn it white
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about palettes with an alpha table otherwise
     return image.convert("RGB")
+
+
+class CropDecoder:
+    """Decodes images and resizes a crop of each; not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)  # used again and again: fresh memory would cost a fifth of the time
+
+    def __call__(self, image: bytes | Image.Image, choose: Callable[[int, int], Box], size: int) -> Tensor:
+        """A crop, resized with antialiased bicubic interpolation.
+
+        Args:
+            image: as for `decode`.
+            choose: gives the crop for the upright image's height and width in pixels.
+            size: side of the result in pixels.
+
+        Returns:
+            uint8 (3, size, size).
+
+        Raises:
+            One of `DECODE_ERRORS`.
+        """
+        pixels = self._decoded(image)
+        top, left, height, width = choose(*pixels.shape[:2])
+        crop = torch.from_numpy(pixels[top : top + height, left : left + width])
+        return resized(crop.permute(2, 0, 1), size)
+
+    def _decoded(self, image: bytes | Image.Image) -> np.ndarray:
+        """uint8 (height, width, 3), to be used before the next call."""
+        if isinstance(image, bytes) and (size := _simple_size(image)):
+            if self._buffer.size < size <= _LARGEST_BUFFER:
+                self._buffer = np.empty(size, np.uint8)
+            try:
+                return simplejpeg.decode_jpeg(image, buffer=self._buffer if size <= self._buffer.size else None)
+            except ValueError:  # broken, or unusual: Pillow says what it is
+                pass
+        return np.array(decode(image))  # a copy, as PyTorch wants to be able to write
+
+
+def resized(image: Tensor, size: int) -> Tensor:
+    """uint8 (3, height, width) → (3, size, size), as Pillow's bicubic `resize` to one level."""
+    return interpolate(image[None], size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
+
+
+def _simple_size(data: bytes) -> int:
+    """Bytes of the pixels of a JPEG that simplejpeg decodes as Pillow does; 0 for all else: no JPEG, CMYK, turned, huge."""
+    if not data.startswith(b"\xff\xd8"):
+        return 0
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in _SIMPLE_COLOURS or height * width > Image.MAX_IMAGE_PIXELS:
+            return 0
+        if b"Exif\0\0" in data and _orientation(Image.open(io.BytesIO(data))) not in (None, 1):
+            return 0
+    except DECODE_ERRORS:
+        return 0
+    return 3 * height * width
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except DECODE_ERRORS:  # EXIF data that is damaged says nothing
+        return None

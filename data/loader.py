@@ -26,16 +26,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from common.errors import UserError
 from common.seeding import derive_seed
-from data.decoding import DECODE_ERRORS, decode
+from data.augment import Draws, concatenated
+from data.decoding import DECODE_ERRORS
+from data.pipeline import FAST, PillowPipeline, Pipeline, TransformError, train_pipeline
 from data.source import Source, StreamSource
-from data.transforms import ImageTransform, eval_transform, seeded, train_transform
+from data.transforms import eval_transform
 
 _MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
 _MAX_RESTARTS = 10  # of the workers, in one epoch
@@ -63,14 +64,16 @@ class WorkerDied(RuntimeError):
 class Batch(NamedTuple):
     """Images and labels of one rank.
 
-    `x` float32 (B, 3, size, size) in [0, 1]; `y` int64 (B,); `index` int64 (B,), places in the source, −1 in streams;
-    `failures`: each image that could not be decoded.
+    `x` (B, 3, size, size): float32 in [0, 1], or uint8 from the fast pipeline, to which `draws` are still to be applied
+    (`data.augment.augment`); `y` int64 (B,); `index` int64 (B,), places in the source, −1 in streams; `failures`: each image that
+    could not be decoded.
     """
 
     x: Tensor
     y: Tensor
     index: Tensor
     failures: list[Failure]
+    draws: Draws | None = None
 
 
 class TrainLoader:
@@ -92,6 +95,7 @@ class TrainLoader:
         *,
         augmentation: int,
         batch_size: int,
+        pipeline: str = FAST,
         accum: int = 1,
         seed: int = 0,
         rank: int = 0,
@@ -109,6 +113,7 @@ class TrainLoader:
             source: the training images.
             augmentation, min_scale, flip, crop_pct: as in `train_transform`.
             batch_size: samples of one rank in one micro-batch.
+            pipeline: "fast" or "timm", see `data.pipeline`.
             accum: micro-batches in a step.
             seed: of order and augmentation.
             rank, world_size: of this process among those that train together.
@@ -135,10 +140,12 @@ class TrainLoader:
         self.repeatable_for_any_workers = not isinstance(source, StreamSource)
         self._source, self._seed, self._batch_size, self._accum = source, seed, batch_size, accum
         self._rank, self._world_size = rank, world_size
-        self._make_transform = partial(train_transform, augmentation, min_scale=min_scale, flip=flip, crop_pct=crop_pct)
+        self._make_pipeline = partial(
+            train_pipeline, pipeline, augmentation, min_scale=min_scale, flip=flip, crop_pct=crop_pct
+        )
         self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         if self.repeatable_for_any_workers:
-            images = _Images(source, self._make_transform, seed, tries=_MAX_REPLACEMENTS)
+            images = _Images(source, self._make_pipeline, seed, tries=_MAX_REPLACEMENTS)
             self._images = _ImageLoader(images, keep_workers=num_workers > 0, on_warning=on_warning, **self._workers)
 
     def epoch(
@@ -179,7 +186,7 @@ class TrainLoader:
         # Workers and readers are new in each epoch, so that nothing depends on the epochs before.
         reader = {"seed": derive_seed("stream", self._seed, epoch) % 2**31, "batch_size": self._batch_size}
         reader |= {"training": True, "rank": self._rank, "world_size": self._world_size}
-        samples = _Stream(source, self._make_transform(size), ("sample", self._seed, epoch, self._rank), reader)
+        samples = _Stream(source, self._make_pipeline(size), ("sample", self._seed, epoch, self._rank), reader)
         loader = _data_loader(
             samples,
             seed=derive_seed("workers", self._seed, epoch, self._rank),
@@ -217,26 +224,31 @@ class EvalLoader:
         indices: Sequence[int] | None = None,
         pin_memory: bool = False,
         on_warning: Callable[[str], None] = print_warning,
+        upright: bool = True,
     ) -> None:
-        """Arguments as in `TrainLoader` and `eval_transform`; `indices`: the images to show, by default all.
+        """Arguments as in `TrainLoader`, `eval_transform` and `decode`; `indices`: the images to show, by default all.
 
         Raises:
             ValueError: `indices` of a stream.
         """
         workers = {"num_workers": num_workers, "pin_memory": pin_memory}
+
+        def evaluation(size: int) -> Pipeline:
+            return PillowPipeline(eval_transform(size, crop_pct), upright=upright)
+
         if isinstance(source, StreamSource):
             if indices is not None:
                 raise ValueError(f"{source.spec} is a stream, it has no indices")
             # Every rank reads the whole stream: timm's own sharding would repeat or drop samples at the end.
             reader = {"training": False, "seed": 0, "batch_size": batch_size, "rank": 0, "world_size": 1}
-            samples = _Stream(source, eval_transform(size, crop_pct), ("eval",), reader, (rank, world_size))
+            samples = _Stream(source, evaluation(size), ("eval",), reader, (rank, world_size))
             loader = _data_loader(samples, batch_size=batch_size, **workers)
             self._batches = partial(_stream_batches, loader, source)
         else:
             shown = range(len(source)) if indices is None else indices
             keys = [(0, int(index), size) for index in shown[rank::world_size]]
             parts = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-            images = _Images(source, partial(eval_transform, crop_pct=crop_pct), seed=0, tries=1)
+            images = _Images(source, evaluation, seed=0, tries=1)
             loader = _ImageLoader(images, keep_workers=False, on_warning=on_warning, **workers)
             self._batches = partial(loader.batches, lambda done: iter(parts[done:]))
 
@@ -293,26 +305,26 @@ class _EpochKeys:
 class _Images(Dataset):
     """Key → batch of one image, or of none when `tries` images from its index on cannot be decoded."""
 
-    def __init__(self, source: Source, make_transform: Callable[[int], ImageTransform], seed: int, tries: int) -> None:
-        self._source, self._make_transform, self._seed, self._tries = source, make_transform, seed, tries
-        self._transforms: dict[int, ImageTransform] = {}  # by size
+    def __init__(self, source: Source, make_pipeline: Callable[[int], Pipeline], seed: int, tries: int) -> None:
+        self._source, self._make_pipeline, self._seed, self._tries = source, make_pipeline, seed, tries
+        self._pipelines: dict[int, Pipeline] = {}  # by size
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, index, size = key
-        if size not in self._transforms:
-            self._transforms[size] = self._make_transform(size)
+        if size not in self._pipelines:
+            self._pipelines[size] = self._make_pipeline(size)
         failures = []
         for i in range(index, index + self._tries):
             i %= len(self._source)
             try:
                 encoded, label = self._source.read(i)
-                image = decode(encoded)
+                x, draws = self._pipelines[size](encoded, ("sample", self._seed, epoch, index))
             except DECODE_ERRORS as error:
                 failures.append((self._source.name(i), f"{type(error).__name__}: {error}"))
-                continue
-            with seeded("sample", self._seed, epoch, index):
-                x = _transformed(image, self._transforms[size], self._source.name(i))
-            return _batch_of_one(x, label, i, failures)
+            except TransformError as error:
+                raise RuntimeError(f"cannot transform {self._source.name(i)}") from error.__cause__
+            else:
+                return _batch_of_one(x, draws, label, i, failures)
         return Batch(torch.empty(0, 3, size, size), *torch.empty(2, 0, dtype=torch.int64), failures)
 
 
@@ -322,38 +334,35 @@ class _Stream(IterableDataset):
     def __init__(
         self,
         source: StreamSource,
-        transform: ImageTransform,
+        pipeline: Pipeline,
         key: tuple[int | str, ...],
         reader: dict[str, Any],
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        self._source, self._transform, self._key, self._reader, self._part = source, transform, key, reader, part
+        self._source, self._pipeline, self._key, self._reader, self._part = source, pipeline, key, reader, part
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         samples = enumerate(self._source.samples(num_workers=workers, **self._reader))
         for position, (image, label) in islice(samples, self._part[0], None, self._part[1]):
-            with seeded(*self._key, number, position):
+            try:
+                x, draws = self._pipeline(image, (*self._key, number, position))
+            except TransformError as error:
                 name = f"{self._source.spec}, worker {number}, position {position}"
-                x = _transformed(decode(image), self._transform, name)
-            yield _batch_of_one(x, label, -1, [])
+                raise RuntimeError(f"cannot transform {name}") from error.__cause__
+            yield _batch_of_one(x, draws, label, -1, [])
 
 
-def _transformed(image: Image.Image, transform: ImageTransform, name: str) -> Tensor:
-    try:
-        return transform(image)
-    except Exception as error:  # a defect of the transform; say which image shows it
-        raise RuntimeError(f"cannot transform {name}") from error
-
-
-def _batch_of_one(x: Tensor, label: int, index: int, failures: list[Failure]) -> Batch:
-    return Batch(x[None], torch.tensor([label]), torch.tensor([index]), failures)
+def _batch_of_one(x: Tensor, draws: Draws | None, label: int, index: int, failures: list[Failure]) -> Batch:
+    return Batch(x[None], torch.tensor([label]), torch.tensor([index]), failures, draws)
 
 
 def _collate(batches: list[Batch]) -> Batch:
-    x, y, index, failures = zip(*batches, strict=True)
-    return Batch(torch.cat(x), torch.cat(y), torch.cat(index), [failure for some in failures for failure in some])
+    x, y, index, failures, draws = zip(*batches, strict=True)
+    draws = [some for some in draws if some is not None]
+    failures = [failure for some in failures for failure in some]
+    return Batch(torch.cat(x), torch.cat(y), torch.cat(index), failures, concatenated(draws) if draws else None)
 
 
 def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoader:

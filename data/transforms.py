@@ -53,9 +53,14 @@ def seeded(*key: int | str) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def eval_transform(size: int, crop_pct: float = 0.875) -> ImageTransform:
+def eval_geometry(size: int, crop_pct: float) -> list[Callable[[Image.Image], Image.Image]]:
     """Resize the shorter side to ⌊size / crop_pct⌋ pixels (Pillow's antialiased bicubic), crop the centre."""
-    return Compose([Resize(math.floor(size / crop_pct), InterpolationMode.BICUBIC), CenterCrop(size), ToTensor()])
+    return [Resize(math.floor(size / crop_pct), InterpolationMode.BICUBIC), CenterCrop(size)]
+
+
+def eval_transform(size: int, crop_pct: float = 0.875) -> ImageTransform:
+    """`eval_geometry`, as a tensor."""
+    return Compose([*eval_geometry(size, crop_pct), ToTensor()])
 
 
 def train_transform(

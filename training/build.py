@@ -62,6 +62,7 @@ def build_train_loader(
     return TrainLoader(
         source,
         augmentation=config.data.augmentations,
+        pipeline=config.data.pipeline,
         # Nothing is trained on with eval_only, which may come with any batch size.
         batch_size=1 if config.training.eval_only else config.training.batch_size,
         accum=accum or config.training.grad_accum,

@@ -15,7 +15,9 @@ from attacks.losses import cross_entropy
 from common.config import AdvConfig, TrainConfig
 from common.distributed import Processes
 from common.seeding import derive_seed
+from data.augment import augment
 from data.loader import Batch
+from data.pipeline import to_unit
 from data.transforms import Mixup
 from training.state import TrainState
 
@@ -27,11 +29,17 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
-def to_device(x: Tensor, *, device: torch.device, precision: str, channels_last: bool) -> Tensor:
-    """Images (B, 3, H, W) on the device: float32 (float64 for precision fp64), in the memory format of the model."""
+def to_device(batch: Batch, *, device: torch.device, precision: str, channels_last: bool) -> Tensor:
+    """A batch's images (B, 3, H, W) on the device, in [0, 1], with what is left of their augmentation.
+
+    They are float32 (float64 for precision fp64), in the memory format of the model.
+    """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return x.to(device, dtype, non_blocking=True, memory_format=memory_format)
+    x = batch.x.to(device, non_blocking=True)
+    if batch.draws is not None:
+        x = augment(x, batch.draws)
+    return to_unit(x, dtype).contiguous(memory_format=memory_format)
 
 
 def attack_batch(
@@ -104,7 +112,7 @@ def train_step(
         block = i * processes.world_size + processes.rank
         # Drop path and random starts draw from here: a function of the step, not of what ran before.
         torch.manual_seed(derive_seed("step", config.data.seed, state.step, block))
-        x = to_device(batch.x, device=device, precision=precision, channels_last=config.misc.use_channel_last)
+        x = to_device(batch, device=device, precision=precision, channels_last=config.misc.use_channel_last)
         y = batch.y.to(device, non_blocking=True)
         if mixup is not None:
             x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)

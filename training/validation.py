@@ -80,7 +80,7 @@ def _mean_over_images(model, batches, measure, width: int, *, config: TrainConfi
     for batch in batches:
         # A network trained in float64 is validated in it, whatever the precision asked for.
         x = to_device(
-            batch.x,
+            batch,
             device=processes.device,
             precision="fp64" if dtype == torch.float64 else precision,
             channels_last=config.misc.use_channel_last,

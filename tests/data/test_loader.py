@@ -26,6 +26,7 @@ from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common.errors import UserError
+from data.augment import concatenated
 from data.datasets import open_source
 from data.loader import Batch, EvalLoader, TrainLoader
 from data.source import Source, StreamSource
@@ -62,12 +63,14 @@ class Confession(Source):
 
 
 def together(batches: Iterable[Batch]) -> Batch:
-    x, y, index, failures = zip(*batches, strict=True)
-    return Batch(torch.cat(x), torch.cat(y), torch.cat(index), [failure for some in failures for failure in some])
+    x, y, index, failures, draws = zip(*batches, strict=True)
+    failures = [failure for some in failures for failure in some]
+    return Batch(torch.cat(x), torch.cat(y), torch.cat(index), failures, concatenated(draws) if draws[0] else None)
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and torch.equal(a.index, b.index)
+    tensors = [[batch.x, batch.y, batch.index, *(batch.draws or ())] for batch in (a, b)]
+    return all(map(torch.equal, *tensors)) and a.x.dtype == b.x.dtype
 
 
 def basic(source: Source | StreamSource, **options: object) -> TrainLoader:
@@ -75,15 +78,16 @@ def basic(source: Source | StreamSource, **options: object) -> TrainLoader:
 
 
 class TestOrder:
-    def test_an_epoch_shows_each_sample_once_over_all_ranks(self) -> None:
+    @pytest.mark.parametrize(("pipeline", "dtype"), [("fast", torch.uint8), ("timm", torch.float32)])
+    def test_an_epoch_shows_each_sample_once_over_all_ranks(self, pipeline: str, dtype: torch.dtype) -> None:
         source = Pictures(24)
-        loaders = [basic(source, rank=rank, world_size=3) for rank in range(3)]
+        loaders = [basic(source, pipeline=pipeline, rank=rank, world_size=3) for rank in range(3)]
         assert [loader.steps_per_epoch for loader in loaders] == [4, 4, 4]
         shown = [together(loader.epoch(0, 16)) for loader in loaders]
         everything = together(shown)
         assert sorted(everything.index.tolist()) == list(range(24)) != everything.index.tolist()
         assert torch.equal(everything.y, everything.index)
-        assert everything.x.shape == (24, 3, 16, 16) and everything.x.dtype == torch.float32
+        assert everything.x.shape == (24, 3, 16, 16) and everything.x.dtype == dtype
         assert everything.y.dtype == everything.index.dtype == torch.int64
 
     def test_an_incomplete_global_batch_is_dropped(self) -> None:
@@ -157,9 +161,10 @@ class TestOrder:
 
 
 class TestWorkers:
-    def test_their_number_changes_nothing(self) -> None:
-        source = Pictures(18, broken=[3, 4, 11])
-        results = [together(basic(source, augmentation=1, num_workers=n).epoch(2, 24)) for n in (0, 1, 2)]
+    @pytest.mark.parametrize("pipeline", ["fast", "timm"])
+    def test_their_number_changes_nothing(self, pipeline: str) -> None:
+        source, options = Pictures(18, broken=[3, 4, 11]), {"augmentation": 1, "pipeline": pipeline}
+        results = [together(basic(source, **options, num_workers=n).epoch(2, 24)) for n in (0, 1, 2)]
         for result in results[1:]:
             assert same(results[0], result) and results[0].failures == result.failures
 

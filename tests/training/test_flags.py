@@ -132,7 +132,7 @@ OWN = {
 PUBLISHED = 55
 ADDED = {
     "model.num_classes", "model.drop_path", "model.ema_decay", "model.ema_warmup",
-    "data.root", "data.train_split", "data.val_split", "data.min_scale", "data.flip", "data.max_bad_images",
+    "data.pipeline", "data.root", "data.train_split", "data.val_split", "data.min_scale", "data.flip", "data.max_bad_images",
     "logging.keep", "validation.freq", "validation.adv_n_ex", "validation.adv_n_iter", "validation.crop_pct",
     "training.grad_clip", "training.grad_accum", "adv.eps_warmup_epochs",
     "training.resume", "training.resume_force", "training.deterministic", "training.max_bad_steps",
