@@ -1,0 +1,201 @@
+"""How fast training images are decoded and augmented, on one core and on the training device.
+
+    python -m benchmarks.loader --data FOLDER_OR_TAR [--images 240] [--repeats 7] [--quick] [--json FILE]
+
+`--data`: photos as for `data.train_dataset`. Everything runs in turns, in one process with one thread; a repetition's ratios are taken
+within it. Times are of the processor, so that other programs on the machine count little. `heavy` augmentation at 224 pixels without
+mixup, which is the same for both pipelines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from benchmarks.harness import Row, main, options, row
+from common.errors import UserError
+from data.augment import Draws, augment, concatenated, draw_crop, generator
+from data.datasets import open_source
+from data.decoding import DECODE_ERRORS, CropDecoder, decode
+from data.loader import TrainLoader
+from data.pipeline import Pipeline, to_unit, train_pipeline
+from data.source import Source
+from data.transforms import HEAVY
+
+SIZE, BATCH, WORKERS = 224, 80, 16
+CROPS = 1000
+GPU_BATCH, GPU_SECONDS = 256, 3.0
+SETTINGS = {"min_scale": 0.08, "flip": 0.5, "crop_pct": 0.875}
+Batch = tuple[torch.Tensor, Draws]
+
+
+def encoded_images(source: Source, count: int) -> list[bytes]:
+    """`count` images that can be decoded, from the beginning again where there are fewer."""
+    files = []
+    for i in range(min(len(source), count)):
+        image = source.image(i)
+        if isinstance(image, bytes):
+            try:
+                decode(image)
+            except DECODE_ERRORS:
+                continue
+            files.append(image)
+    if not files:
+        raise UserError("--data: expected image files, found none that can be decoded.")
+    return [files[i % len(files)] for i in range(count)]
+
+
+def timm_part(files: Sequence[bytes], pipeline: Pipeline, repeat: int) -> torch.Tensor:
+    return torch.stack([pipeline(file, ("benchmark", repeat, i))[0] for i, file in enumerate(files)])
+
+
+def workers_part(files: Sequence[bytes], pipeline: Pipeline, repeat: int) -> Batch:
+    shown = [pipeline(file, ("benchmark", repeat, i)) for i, file in enumerate(files)]
+    return torch.stack([x for x, _ in shown]), concatenated([draws for _, draws in shown])
+
+
+def device_part(batch: Batch) -> torch.Tensor:
+    return to_unit(augment(*batch), torch.float32)
+
+
+def timed(action: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    begin = time.process_time()
+    result = action(*arguments)
+    return time.process_time() - begin, result
+
+
+def measure_cpu(files: list[bytes], repeats: int) -> dict[str, list[float]]:
+    """Seconds for all files, by part, one for each repetition. The parts take turns, batch by batch."""
+    timm, fast = (train_pipeline(name, HEAVY, SIZE, **SETTINGS) for name in ("timm", "fast"))
+    seconds: dict[str, list[float]] = {name: [] for name in ("timm", "workers", "device")}
+    for repeat in range(-1, repeats):
+        sums = dict.fromkeys(seconds, 0.0)
+        for start in range(0, len(files), BATCH):
+            some = files[start : start + BATCH]
+            sums["timm"] += timed(timm_part, some, timm, repeat)[0]
+            took, batch = timed(workers_part, some, fast, repeat)
+            sums["workers"] += took
+            sums["device"] += timed(device_part, batch)[0]
+        if repeat >= 0:  # the first is to warm up
+            for name, value in sums.items():
+                seconds[name].append(value)
+    return seconds
+
+
+def cpu_rows(seconds: dict[str, list[float]], images: int, *, counts: bool) -> list[Row]:
+    timm, workers, device = (np.array(seconds[name]) for name in ("timm", "workers", "device"))
+    speed = "images/s and core"
+    return [
+        row("timm_heavy", list(images / timm), speed, note="data.pipeline=timm: all in the workers"),
+        row("workers", list(images / workers), speed, note="data.pipeline=fast: decode, crop, draw"),
+        row("device_on_cpu", list(images / device), speed, note="flip, RandAugment, erasing, to float32"),
+        row("workers_part", list(timm / workers), "times timm_heavy", ">= 2.5", counts=counts),
+        row("all_on_cpu", list(timm / (workers + device)), "times timm_heavy", ">= 1.7", counts=counts),
+    ]
+
+
+def device_row(files: list[bytes]) -> Row:
+    """The device's part on a GPU, as training runs it: draws on the host, no waiting in between."""
+    if not torch.cuda.is_available():
+        return row("device_part", None, "images/s", ">= 20000", note="needs a GPU")
+    fast = train_pipeline("fast", HEAVY, SIZE, **SETTINGS)
+    x, draws = workers_part(files[:GPU_BATCH], fast, 0)
+    batch = x.cuda(), draws
+    figures = []
+    for _ in range(3):
+        device_part(batch)
+        torch.cuda.synchronize()
+        done, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < GPU_SECONDS:
+            device_part(batch)
+            torch.cuda.synchronize()
+            done += len(x)
+        figures.append(done / (time.perf_counter() - begin))
+    return row("device_part", figures, "images/s", ">= 20000", note=torch.cuda.get_device_name())
+
+
+def crop_differences(files: list[bytes], count: int) -> np.ndarray:
+    """Mean absolute difference, in levels of 255, of each of `count` random crops to Pillow's."""
+    decoder, differences = CropDecoder(), []
+    for i in range(count):
+        rng, boxes = generator("parity", i), []
+
+        def choose(height: int, width: int, rng: Any = rng, boxes: list = boxes) -> Any:
+            boxes.append(draw_crop(rng, height, width, min_scale=SETTINGS["min_scale"]))
+            return boxes[0]
+
+        x = decoder(files[i % len(files)], choose, SIZE)
+        top, left, height, width = boxes[0]
+        crop = decode(files[i % len(files)]).crop((left, top, left + width, top + height))
+        expected = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.int16)
+        differences.append(np.abs(x.permute(1, 2, 0).numpy().astype(np.int16) - expected).mean())
+    return np.array(differences)
+
+
+def parity_rows(differences: np.ndarray) -> list[Row]:
+    note = f"{len(differences)} random crops at {SIZE} pixels against Pillow's decoder and bicubic"
+    return [
+        row("crop_parity", [float(differences.mean())], "levels of 255, mean", "<= 2", note=note),
+        row("crop_parity_p99", [float(np.percentile(differences, 99))], "levels of 255, 99th percentile", "<= 6"),
+    ]
+
+
+def workers_memory(source: Source, workers: int, batches: int) -> float:
+    """GiB of this process and its workers together, at most, while they load `batches` batches of the fast pipeline."""
+    loader = TrainLoader(Repeated(source, batches * BATCH), augmentation=HEAVY, batch_size=BATCH, num_workers=workers)
+    most = 0
+    for _ in loader.epoch(0, SIZE):
+        family = [psutil.Process(), *psutil.Process().children()]
+        most = max(most, sum(process.memory_full_info().pss for process in family))
+    return most / 2**30
+
+
+class Repeated(Source):
+    """`count` images of a source, from the beginning again where it has fewer."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        super().__init__([source.labels[i % len(source)] for i in range(count)], source.class_names)
+        self._source = source
+
+    def image(self, i: int) -> Any:
+        return self._source.image(i % len(self._source))
+
+    def name(self, i: int) -> str:
+        return self._source.name(i % len(self._source))
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    torch.set_num_threads(1)
+    source = open_source(arguments.data, split="train", flag="--data")
+    if not isinstance(source, Source):
+        raise UserError(f"--data: expected a folder or tar of photos, got the stream {arguments.data}.")
+    quick = arguments.quick
+    files = encoded_images(source, 16 if quick else arguments.images)
+    print(f"{len(files)} photos of {np.mean([len(file) for file in files]) / 1000:.0f} kB …", file=sys.stderr)
+    rows = cpu_rows(measure_cpu(files, 1 if quick else arguments.repeats), len(files), counts=not quick)
+    rows.append(device_row(files))
+    rows += parity_rows(crop_differences(files, 20 if quick else CROPS))
+    workers = 2 if quick else WORKERS
+    memory = workers_memory(source, workers, batches=3 * workers)
+    rows.append(row("memory", [memory], f"GiB, {workers} workers, batches of {BATCH}", "<= 8", counts=not quick))
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    parser = options("How fast training images are decoded and augmented.")
+    parser.add_argument("--data", required=True, help="photos: a folder or tar of class folders")
+    parser.add_argument("--images", type=int, default=240, help="photos a repetition")
+    parser.add_argument("--repeats", type=int, default=7)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main(measure, parse()))
