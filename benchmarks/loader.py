@@ -2,9 +2,9 @@
 
     python -m benchmarks.loader --data FOLDER_OR_TAR [--images 240] [--repeats 7] [--quick] [--json FILE]
 
-`--data`: photos as for `data.train_dataset`. Everything runs in turns, in one process with one thread; a repetition's ratios are taken
-within it. Times are of the processor, so that other programs on the machine count little. `heavy` augmentation at 224 pixels without
-mixup, which is the same for both pipelines.
+`--data`: photos as for `data.train_dataset`. Everything runs in turns, in one process with one thread; a repetition's
+ratios are taken within it. Times are of the processor, so that other programs on the machine count little. `heavy`
+augmentation at 224 pixels without mixup, which is the same for both pipelines.
 """
 
 from __future__ import annotations

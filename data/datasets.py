@@ -3,7 +3,7 @@
 `open_source` turns a flag's value into one of two things:
 
 - a `Source`: random access; `read(i)` gives image i, encoded wherever possible, and its label;
-- a `StreamSource` (`wds/`, `tfds/`, `hfids/`): samples in the order of timm's reader.
+- a `StreamSource` (`tfds/`, `hfids/`, and `wds/` without an index): samples in the order of timm's reader.
 
 To add a source, write a function from `Request` to one of them and name it in `_OPENERS`.
 """
@@ -22,9 +22,11 @@ from PIL import Image
 
 from data.folders import open_path
 from data.memory import load_into_memory
+from data.shards import open_shards
 from data.source import Request, Source, StreamSource, some
 
 _SPLIT_NAMES = {"train": "train", "val": "validation"}
+_REMOTE = ("http://", "https://", "gs://")  # read through curl and gsutil, given the address as one argument
 _STREAM_PACKAGES = {  # what to import, what to install
     "wds": ("webdataset", "webdataset"),
     "hfids": ("datasets", "datasets"),
@@ -48,7 +50,8 @@ def open_source(
 
     Args:
         spec: a folder of class folders, or one that holds such folders as `train/` and `val/` (or `validation/`);
-            a `.tar` of class folders; `digits`; `hfds/NAME`, `hfids/NAME`, `tfds/NAME`, `torch/NAME`, `wds/FOLDER`.
+            a `.tar` of class folders; `digits`; `hfds/NAME`, `hfids/NAME`, `tfds/NAME`, `torch/NAME`, `wds/FOLDER`,
+            `wds/http://…`, `wds/https://…`, `wds/gs://…` (the address of a folder of shards).
             A folder that is called like one of these is `./digits`. Links are followed, in a .tar those to files in it;
             a link that leads back to a folder it lies in is left out.
         split: "train" or "val".
@@ -176,13 +179,18 @@ def _column(columns: dict[str, Any], name: str, kind: type) -> str | None:
     return name if name in columns else next((key for key, value in columns.items() if isinstance(value, kind)), None)
 
 
-def _open_stream(request: Request) -> StreamSource:
+def _open_stream(request: Request) -> Source | StreamSource:
     kind, name = request.spec.split("/", 1)
+    remote = kind == "wds" and name.startswith(_REMOTE)
+    # An absolute path: WebDataset runs "pipe:…" as a command.
+    place = os.path.abspath(os.path.expanduser(name)) if kind == "wds" and not remote else request.root or None
+    if remote:
+        place = name
+    elif kind == "wds" and (shards := open_shards(Path(place), request)) is not None:
+        return shards
     request.require(*_STREAM_PACKAGES[kind])
     # Not timm's create_reader: that of 1.0.9 puts names, and so paths, into lower case.
     reader_class = getattr(importlib.import_module(f"timm.data.readers.reader_{kind}"), f"Reader{kind.capitalize()}")
-    # An absolute path: WebDataset runs "pipe:…" as a command.
-    place = os.path.abspath(os.path.expanduser(name)) if kind == "wds" else request.root or None
     make_reader = partial(reader_class, name=name, root=place, split=request.split_name)
     try:
         reader = make_reader()

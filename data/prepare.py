@@ -1,0 +1,324 @@
+"""Write WebDataset shards from a folder, tar or other source of images.
+
+    python -m data.prepare IMAGES FOLDER --split train [--short-side 512 --quality 90] [--workers 8] [--estimate]
+    python -m data.prepare --verify FOLDER
+
+IMAGES: as for `data.train_dataset`. FOLDER then is `--data.train_dataset=wds/FOLDER`. A first look at 64 images says
+how much space and time it will take (`--estimate`: nothing more). Shards appear whole or not at all: the same command
+goes on where it was interrupted. Images are shuffled once, so that those who read the shards in order see all
+classes. A file whose shorter side is at most `--short-side`, and every file without that option, is copied byte by
+byte; larger ones are turned upright, resized (bicubic) and written as JPEG. Files that are no images are left out and
+named in the manifest.
+
+Exit status: 0; 1 with --verify where a checksum differs; 2 for wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import take_folder, writable, write_atomically
+from data.datasets import open_source
+from data.decoding import DECODE_ERRORS, decode
+from data.shards import FORMAT, INFO, index_path, manifest_path, read_manifest, sha256
+from data.source import Source, encoded, some
+
+_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what timm's reader looks for
+_PROBED = 64  # images for the estimate
+_SPLITS = {"train": "train", "val": "validation"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What makes the shards what they are; the number of workers does not."""
+
+    short_side: int
+    quality: int
+    per_shard: int
+    seed: int
+
+
+def encode(data: bytes, settings: Settings) -> tuple[bytes, str]:
+    """A file's new content and ending. Raises one of `DECODE_ERRORS`."""
+    image = Image.open(io.BytesIO(data))
+    large = settings.short_side and min(image.size) > settings.short_side
+    if not large and image.format in _ENDINGS:
+        return data, _ENDINGS[image.format]
+    image = decode(data)
+    if large:
+        scale = settings.short_side / min(image.size)
+        image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=settings.quality)
+    return file.getvalue(), "jpg"
+
+
+class _Shards(Dataset):
+    """Shard number → written, with its record beside it; returns how many images it holds."""
+
+    def __init__(self, source: Source, folder: Path, split: str, settings: Settings, order: np.ndarray) -> None:
+        self._source, self._folder, self._split, self._settings = source, folder, split, settings
+        self._order = order
+
+    def __getitem__(self, number: int) -> int:
+        rows, left_out, archive = [], [], io.BytesIO()
+        first = number * self._settings.per_shard
+        with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in self._order[first : first + self._settings.per_shard].tolist():
+                try:
+                    data, ending = encode(encoded(self._source, i), self._settings)
+                except DECODE_ERRORS as error:
+                    left_out.append([self._source.key(i), f"{type(error).__name__}: {error}"])
+                    continue
+                label = int(self._source.labels[i])
+                _add(tar, f"{i:09d}.{ending}", data)
+                rows.append([self._source.key(i), tar.offset - _padded(len(data)), len(data), label])
+                _add(tar, f"{i:09d}.cls", str(label).encode())
+        content, path = archive.getbuffer(), self._folder / f"{self._split}-{number:05d}.tar"
+        write_atomically(path, lambda file: file.write(content))
+        shard = {"name": path.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        record = {"shard": shard | {"samples": len(rows)}, "rows": rows, "left_out": left_out}
+        write_atomically(record_path(path), lambda file: file.write(json.dumps(record).encode()))
+        return len(rows) + len(left_out)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # without time and owner: the same images make the same bytes
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def record_path(shard: Path) -> Path:
+    """The record beside a finished shard, until all are finished."""
+    return shard.with_suffix(".record.json")
+
+
+def read_record(shard: Path) -> dict[str, Any] | None:
+    """A finished shard's record; None where it, or the shard, is missing or not whole."""
+    try:
+        record = json.loads(record_path(shard).read_text())
+        return record if shard.stat().st_size == record["shard"]["bytes"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What all images will take: bytes, and seconds of one core."""
+
+    size: int
+    seconds: float
+
+
+def estimate(source: Source, settings: Settings) -> Estimate:
+    """From a few images, spread over all."""
+    count = min(_PROBED, len(source))
+    begin, size = time.perf_counter(), 0
+    for k in range(count):
+        try:
+            data, _ = encode(encoded(source, k * len(source) // count), settings)
+        except DECODE_ERRORS:
+            continue
+        size += _padded(len(data)) + 3 * tarfile.BLOCKSIZE  # two headers and a label
+    factor = len(source) / count
+    return Estimate(round(size * factor), (time.perf_counter() - begin) * factor)
+
+
+def prepare(
+    source: Source, folder: Path, split: str, settings: Settings, *, workers: int, progress: bool
+) -> dict[str, Any]:
+    """Write, or go on writing, the shards of a split; returns its manifest.
+
+    Raises:
+        UserError: the folder holds shards of other images or settings.
+        OSError: the folder cannot be written.
+    """
+    facts = {"images": len(source), "classes": source.class_names, "settings": asdict(settings)}
+    if (manifest := read_manifest(folder, split)) is not None:
+        _check_same(folder, manifest["made_from"], facts)
+        return manifest
+    begun = folder / f"{split}.begun.json"
+    if begun.exists():
+        _check_same(folder, json.loads(begun.read_text()), facts)
+    write_atomically(begun, lambda file: file.write(json.dumps(facts).encode()))
+    order = np.random.RandomState(settings.seed).permutation(len(source))
+    numbers = range(-(-len(source) // settings.per_shard))
+    paths = [folder / f"{split}-{number:05d}.tar" for number in numbers]
+    todo = [number for number in numbers if read_record(paths[number]) is None]
+    shards = _Shards(source, folder, split, settings, order)
+    loader = DataLoader(
+        shards, sampler=todo, batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
+    )
+    done = len(source) - sum(len(order[n * settings.per_shard : (n + 1) * settings.per_shard]) for n in todo)
+    with tqdm(total=len(source), initial=done, unit=" images", desc=split, disable=not progress) as bar:
+        for count in loader:
+            bar.update(count)
+    manifest = _finish(source, folder, split, facts, [read_record(path) for path in paths])
+    for path in [begun, *map(record_path, paths)]:
+        path.unlink(missing_ok=True)
+    return manifest
+
+
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    different = [name for name in now if before.get(name) != now[name]]
+    if different:
+        shown = ", ".join(f"{name} (were {_short(before.get(name))}, are {_short(now[name])})" for name in different)
+        raise UserError(f"{folder} holds shards made from other {shown}. Give another folder, or delete it.")
+
+
+def _short(value: Any) -> str:
+    return some(value) if isinstance(value, list) else str(value)
+
+
+def _finish(
+    source: Source, folder: Path, split: str, facts: dict[str, Any], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Index, timm's info file, and last the manifest, which says that all is there."""
+    rows = [(number, *row) for number, record in enumerate(records) for row in record["rows"]]
+    if not rows:
+        raise UserError("IMAGES: expected at least one image, found none that can be read.")
+    shard, key, offset, size, label = zip(*rows)
+    index = {name: np.array(v, np.int64) for name, v in {"offset": offset, "size": size, "label": label}.items()}
+    index |= {"shard": np.array(shard, np.int32), "key": np.array([os.fsencode(k) for k in key])}
+    write_atomically(index_path(folder, split), lambda file: np.savez(file, **index))
+    shards = [record["shard"] for record in records]
+    try:
+        info = json.loads((folder / INFO).read_text())
+    except FileNotFoundError:
+        info = {"splits": {}}
+    info["num_classes"] = source.num_classes
+    info["splits"][split] = {
+        "name": split,
+        "num_samples": len(rows),
+        "filenames": [s["name"] for s in shards],
+        "shard_lengths": [s["samples"] for s in shards],
+    }
+    write_atomically(folder / INFO, lambda file: file.write(json.dumps(info, indent=1).encode()))
+    manifest = {
+        "format": FORMAT,
+        "split": split,
+        "num_samples": len(rows),
+        "num_classes": source.num_classes,
+        "class_names": source.class_names,
+        "index_sha256": sha256(index_path(folder, split)),
+        "shards": shards,
+        "left_out": [entry for record in records for entry in record["left_out"]],
+        "made_from": facts,
+    }
+    write_atomically(manifest_path(folder, split), lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    return manifest
+
+
+def verify(folder: Path) -> list[str]:
+    """Names of the shards and indices in `folder` that are missing or differ from their checksums.
+
+    Raises:
+        UserError: there is no manifest.
+    """
+    wrong, found = [], False
+    for split in _SPLITS.values():
+        if (manifest := read_manifest(folder, split)) is None:
+            continue
+        found = True
+        sums = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+        sums[index_path(folder, split).name] = manifest["index_sha256"]
+        wrong += [
+            name for name, digest in sums.items() if not (folder / name).is_file() or sha256(folder / name) != digest
+        ]
+    if not found:
+        raise UserError(
+            f"FOLDER: expected a manifest ({' or '.join(_SPLITS.values())}.manifest.json), found none in {folder}."
+        )
+    return wrong
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Write WebDataset shards of images.")
+    parser.add_argument("images", nargs="?", help="folder, tar, hfds/NAME, …; as data.train_dataset")
+    parser.add_argument("folder", type=Path, help="where the shards go")
+    parser.add_argument("--split", choices=list(_SPLITS), default="train")
+    parser.add_argument("--short-side", type=int, default=0, metavar="N", help="resize larger images to it; 0: never")
+    parser.add_argument("--quality", type=int, default=90, metavar="Q", help="JPEG quality of resized images")
+    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images in a shard")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in the shards")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    parser.add_argument("--root", default="", help="as data.root")
+    parser.add_argument("--estimate", action="store_true", help="say how much space and time it will take, and no more")
+    parser.add_argument("--verify", action="store_true", help="compare the shards of FOLDER with their checksums")
+    arguments = parser.parse_args(argv)
+    for name, lowest in (("short_side", 0), ("quality", 1), ("per_shard", 1), ("workers", 0), ("seed", 0)):
+        if getattr(arguments, name) < lowest:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {lowest}, got {getattr(arguments, name)}")
+    if arguments.verify == (arguments.images is not None):
+        parser.error("expected IMAGES and FOLDER, or --verify and FOLDER")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folder: Path = arguments.folder
+    if arguments.verify:
+        wrong = verify(folder)
+        print(f"differ from their checksums: {some(wrong)}" if wrong else "all shards are as they were written")
+        return int(bool(wrong))
+    source = open_source(arguments.images, split=arguments.split, flag="IMAGES", root=arguments.root)
+    if not isinstance(source, Source):
+        raise UserError(f"IMAGES: expected images that can be read in any order, got the stream {arguments.images}.")
+    settings = Settings(arguments.short_side, arguments.quality, arguments.per_shard, arguments.seed)
+    expected = estimate(source, settings)
+    with writable("FOLDER", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    minutes = expected.seconds / max(arguments.workers, 1) / 60
+    print(
+        f"{len(source)} images in {source.num_classes} classes: about {expected.size / 1e9:.2f} GB ({free / 1e9:.2f} GB are free "
+        f"in {folder}) and {minutes:.1f} minutes with {arguments.workers} workers."
+    )
+    if arguments.estimate:
+        return 0
+    split = _SPLITS[arguments.split]
+    present = sum(path.stat().st_size for path in folder.glob(f"{split}-*.tar"))
+    if expected.size - present > free:
+        raise UserError(
+            f"FOLDER: about {expected.size / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} GB are free."
+        )
+    with writable("FOLDER", folder), take_folder(folder, flag="FOLDER"):
+        manifest = prepare(source, folder, split, settings, workers=arguments.workers, progress=True)
+    for name, reason in manifest["left_out"][:20]:
+        print(f"left out: {name} ({reason})", file=sys.stderr)
+    left_out = f"; {len(manifest['left_out'])} left out, named in the manifest" if manifest["left_out"] else ""
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    print(f"{manifest['num_samples']} images in {len(manifest['shards'])} shards, {size / 1e9:.2f} GB{left_out}.")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    try:
+        return run(parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""Shards that `python -m data.prepare` writes, and reading them by index.
+
+A folder of shards holds, for each split: `<split>-00000.tar` … (WebDataset: `<key>.jpg`, `<key>.cls`),
+`<split>.index.npz` (where each image lies) and `<split>.manifest.json` (class names, settings, checksums); and
+`_info.json`, from which timm's reader knows all splits. With the index any image is one seek away. So order is a
+function of (seed, epoch), as for a folder, and a run resumes exactly, with any number of processes and workers. Where
+there is no index, shards are read as a stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from data.source import Request, Source, some
+
+FORMAT = 1
+INFO = "_info.json"
+
+
+def manifest_path(folder: Path, split: str) -> Path:
+    return folder / f"{split}.manifest.json"
+
+
+def index_path(folder: Path, split: str) -> Path:
+    return folder / f"{split}.index.npz"
+
+
+class ShardSource(Source):
+    """The images of one split; `index` as `_write_index` of `data.prepare` makes it."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], index: dict[str, np.ndarray]) -> None:
+        super().__init__(index["label"], manifest["class_names"])
+        self.num_classes = manifest["num_classes"]
+        if not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
+            raise ValueError(f"its labels are not below {self.num_classes}")
+        self._paths = [str(folder / shard["name"]) for shard in manifest["shards"]]
+        self._shard, self._offset, self._size, self._keys = (index[k] for k in ("shard", "offset", "size", "key"))
+
+    def image(self, i: int) -> bytes:
+        with open(self._paths[self._shard[i]], "rb") as file:  # forked workers would share an open file's position
+            file.seek(int(self._offset[i]))
+            return file.read(self.size(i))
+
+    def name(self, i: int) -> str:
+        return f"{self._paths[self._shard[i]]}: {self.key(i)}"
+
+    def key(self, i: int) -> str:
+        return os.fsdecode(self._keys[i])
+
+    def size(self, i: int) -> int:
+        return int(self._size[i])
+
+
+def read_manifest(folder: Path, split: str) -> dict[str, Any] | None:
+    """A split's manifest; None where there is none.
+
+    Raises:
+        UserError: it is damaged, or of another format.
+    """
+    path = manifest_path(folder, split)
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: expected a manifest of format {FORMAT}, as python -m data.prepare writes it.")
+    return manifest
+
+
+def open_shards(folder: Path, request: Request) -> ShardSource | None:
+    """The split's images by index; None where the folder has no manifest of it.
+
+    Raises:
+        UserError: shards are missing or of another size, or manifest or index are damaged.
+    """
+    manifest = read_manifest(folder, request.split_name)
+    if manifest is None:
+        return None
+    wrong = [shard["name"] for shard in manifest["shards"] if _size(folder / shard["name"]) != shard["bytes"]]
+    wrong += [shard["name"] for shard in manifest["shards"] if Path(shard["name"]).name != shard["name"]]
+    if wrong:
+        raise request.error(
+            f"expected the {len(manifest['shards'])} shards of {folder} as its manifest says, missing or of another size are "
+            f"{some(wrong)}. Run python -m data.prepare again, or copy them again."
+        )
+    path = index_path(folder, request.split_name)
+    try:
+        if sha256(path) != manifest["index_sha256"]:
+            raise ValueError("its checksum is not the manifest's")
+        with np.load(path) as file:  # no pickles
+            return ShardSource(folder, manifest, dict(file))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise request.error(f"cannot read {path} ({error}).") from error
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest is not in Python 3.10
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

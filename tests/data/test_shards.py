@@ -1,0 +1,261 @@
+"""Shards: written from a folder, read by index, as a stream, and over HTTP."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data.prepare
+from common.errors import UserError
+from data.datasets import open_source
+from data.decoding import decode
+from data.loader import EvalLoader, TrainLoader
+from data.shards import ShardSource
+from data.source import Source, StreamSource
+from tests.data import encoded, write_folder
+
+FLAG = "data.train_dataset"
+PER_SHARD = 4
+
+
+def prepare(images: object, folder: Path, *options: str) -> int:
+    argv = [str(images), str(folder), f"--per-shard={PER_SHARD}", "--workers=0", *options]
+    return data.prepare.main(argv)
+
+
+def opened(folder: object, split: str = "train", **options: object) -> Source | StreamSource:
+    return open_source(f"wds/{folder}", split=split, flag=FLAG, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock" and path.name != "lock"}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "images", {"a": 5, "b": 6, "c": 7})
+    (tmp_path / "images" / "b" / "large.jpg").write_bytes(encoded(50, 200, 120, "JPEG"))
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def shards(images: Path, tmp_path: Path) -> Path:
+    assert prepare(images, tmp_path / "shards") == 0
+    return tmp_path / "shards"
+
+
+class TestPrepare:
+    def test_holds_the_folders_files_byte_by_byte(self, images: Path, shards: Path) -> None:
+        plain, found = open_source(str(images), split="train", flag=FLAG), opened(shards)
+        assert isinstance(found, ShardSource) and found.class_names == plain.class_names == ["a", "b", "c"]
+        expected = {plain.key(i): plain.read(i) for i in range(len(plain))}
+        assert {found.key(i): found.read(i) for i in range(len(found))} == expected
+        order = [found.key(i) for i in range(len(found))]
+        assert order != sorted(order) and len(list(shards.glob("*.tar"))) == 5  # shuffled
+        assert found.size(3) == len(found.image(3)) and order[3] in found.name(3)
+        assert not list(shards.glob("*.record.json")) and not list(shards.glob("*.begun.json"))
+
+    def test_goes_on_where_it_was_interrupted(
+        self, images: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed in its third shard, with a damaged one before it: the same bytes in the end, whole shards not written again."""
+        add, calls, other = data.prepare._add, [], tmp_path / "other"
+
+        def killed(*arguments: object) -> None:
+            calls.append(1)
+            if len(calls) == 2 * (2 * PER_SHARD + 1):
+                raise KeyboardInterrupt
+            add(*arguments)
+
+        monkeypatch.setattr(data.prepare, "_add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(images, other)
+        assert sorted(path.name for path in other.glob("*.tar")) == ["train-00000.tar", "train-00001.tar"]
+        assert isinstance(pytest.raises(UserError, opened, other).value, UserError)  # not ready yet
+        (other / "train-00001.tar").write_bytes(b"cut off")
+        before = (other / "train-00000.tar").stat().st_mtime_ns
+        assert prepare(images, other) == 0
+        assert (other / "train-00000.tar").stat().st_mtime_ns == before
+        assert contents(other) == contents(shards)
+        assert prepare(images, other) == 0 and contents(other) == contents(shards)  # nothing left to do
+
+    def test_several_workers_write_the_same(self, images: Path, shards: Path, tmp_path: Path) -> None:
+        assert prepare(images, tmp_path / "other", "--workers=2") == 0
+        assert contents(tmp_path / "other") == contents(shards)
+
+    def test_resizes_what_is_larger(self, images: Path, tmp_path: Path) -> None:
+        assert prepare(images, tmp_path / "small", "--short-side=40", "--quality=80") == 0
+        found = opened(tmp_path / "small")
+        sizes = {found.key(i): decode(found.image(i)).size for i in range(len(found))}
+        assert sizes.pop("b/large.jpg") == (67, 40) and set(sizes.values()) == {(40, 30)}
+        (large,) = (found.image(i) for i in range(len(found)) if found.key(i) == "b/large.jpg")
+        expected = np.asarray(Image.open(images / "b" / "large.jpg").resize((67, 40), Image.Resampling.BICUBIC), float)
+        assert np.abs(np.asarray(decode(large), float) - expected).mean() < 4 and large[:2] == b"\xff\xd8"
+
+    def test_what_is_no_image_is_left_out_and_named(
+        self, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (images / "a" / "text.jpg").write_bytes(b"404 Not Found")
+        (images / "a" / "empty.png").touch()
+        assert prepare(images, tmp_path / "shards") == 0
+        manifest = json.loads((tmp_path / "shards" / "train.manifest.json").read_text())
+        assert sorted(name for name, _ in manifest["left_out"]) == ["a/empty.png", "a/text.jpg"]
+        assert manifest["num_samples"] == len(opened(tmp_path / "shards")) == 19
+        said = capsys.readouterr()
+        assert "left out: a/text.jpg" in said.err and "2 left out" in said.out
+
+    def test_says_what_it_will_take(self, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert prepare(images, tmp_path / "shards", "--estimate") == 0
+        assert not list((tmp_path / "shards").iterdir())
+        assert "19 images in 3 classes: about 0.00 GB" in capsys.readouterr().out
+        source = open_source(str(images), split="train", flag=FLAG)
+        expected = data.prepare.estimate(source, data.prepare.Settings(0, 90, PER_SHARD, 0))
+        prepare(images, tmp_path / "shards")
+        written = sum(path.stat().st_size for path in (tmp_path / "shards").glob("*.tar"))
+        assert 0.4 * written < expected.size < written and expected.seconds > 0  # each shard ends with 10 kB of zeros
+
+    def test_too_little_space(self, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+        usage = data.prepare.shutil.disk_usage
+        monkeypatch.setattr(data.prepare.shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+        assert prepare(images, tmp_path / "shards") == 2
+        assert "FOLDER: about" in capsys.readouterr().err and not list((tmp_path / "shards").glob("*.tar"))
+
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_other_images_or_settings_in_one_folder_are_refused(
+        self, images: Path, shards: Path, finished: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        if not finished:
+            facts = json.loads((shards / "train.manifest.json").read_text())["made_from"]
+            (shards / "train.begun.json").write_text(json.dumps(facts))
+            (shards / "train.manifest.json").unlink()
+        before = contents(shards)
+        assert prepare(images, shards, "--short-side=10") == 2
+        assert "made from other settings" in capsys.readouterr().err
+        (images / "c" / "000.png").unlink()
+        assert prepare(images, shards) == 2 and "images (were 19, are 18)" in capsys.readouterr().err
+        assert contents(shards) == before
+
+    def test_both_splits_in_one_folder(self, images: Path, shards: Path, tmp_path: Path) -> None:
+        write_folder(tmp_path / "v", {"a": 2, "c": 1})
+        assert prepare(tmp_path / "v", shards, "--split=val") == 0
+        train = opened(shards)
+        val = opened(shards, "val", class_names=train.class_names)
+        assert len(train) == 19 and sorted(val.labels.tolist()) == [0, 0, 2]
+
+    def test_verify(self, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert data.prepare.main(["--verify", str(shards)]) == 0
+        path = shards / "train-00002.tar"
+        content = bytearray(path.read_bytes())
+        content[700] ^= 1
+        path.write_bytes(content)
+        assert data.prepare.main(["--verify", str(shards)]) == 1
+        assert "train-00002.tar" in capsys.readouterr().out
+        assert data.prepare.main(["--verify", str(tmp_path)]) == 2
+
+    @pytest.mark.parametrize(
+        "argv", [["x"], ["--verify", "x", "y"], ["x", "y", "--per-shard=0"], ["x", "y", "--split=test"]]
+    )
+    def test_wrong_command_lines(self, argv: list[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            data.prepare.main(argv)
+        assert ended.value.code == 2
+
+
+class TestReading:
+    def test_trains_as_the_folder_would_with_any_number_of_workers(self, shards: Path) -> None:
+        source = opened(shards)
+        options = {"augmentation": 1, "batch_size": 3}
+        whole = list(TrainLoader(source, **options).epoch(2, 16))
+        again = TrainLoader(opened(shards), **options, num_workers=2)
+        assert again.repeatable_for_any_workers
+        for a, b in zip(again.epoch(2, 16, 2), whole[2:], strict=True):
+            assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and torch.equal(a.index, b.index)
+
+    def test_shards_that_are_missing_cut_or_elsewhere(self, shards: Path) -> None:
+        (shards / "train-00001.tar").unlink()
+        (shards / "train-00003.tar").write_bytes(b"cut")
+        with pytest.raises(
+            UserError, match=r"data.train_dataset: expected the 5 shards.*train-00001.tar, train-00003.tar"
+        ):
+            opened(shards)
+
+    @pytest.mark.parametrize("damage", ["index", "manifest", "format", "name", "labels"])
+    def test_damaged_index_or_manifest(self, shards: Path, damage: str) -> None:
+        path = shards / "train.manifest.json"
+        manifest = json.loads(path.read_text())
+        if damage == "index":
+            (shards / "train.index.npz").write_bytes(b"PK")
+        elif damage == "name":  # a manifest from elsewhere must not lead out of its folder
+            (shards.parent / "x.tar").write_bytes(b"x")
+            path.write_text(json.dumps(manifest | {"shards": [{"name": "../x.tar", "bytes": 1}]}))
+        else:
+            changed = {"format": manifest | {"format": 99}, "labels": manifest | {"num_classes": 2}}
+            path.write_text("{" if damage == "manifest" else json.dumps(changed[damage]))
+        with pytest.raises(UserError, match="train"):
+            opened(shards)
+
+    def test_webdataset_reads_them_too(self, images: Path, shards: Path) -> None:
+        pytest.importorskip("webdataset", reason="reads shards without an index")
+        indexed = opened(shards)
+        for name in ("train.manifest.json", "train.index.npz"):
+            (shards / name).unlink()
+        stream = opened(shards)
+        assert isinstance(stream, StreamSource) and len(stream) == 19 and stream.num_classes == 3
+        shown = list(EvalLoader(stream, size=16, batch_size=19))
+        expected = list(EvalLoader(indexed, size=16, batch_size=19))
+        assert torch.equal(shown[0].x, expected[0].x) and torch.equal(shown[0].y, expected[0].y)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(shards: Path) -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(shards)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+class TestHTTP:
+    @pytest.fixture(autouse=True)
+    def _webdataset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("webdataset", reason="reads shards over HTTP")
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_trains_from_it_and_resumes_by_step(self, address: str, workers: int) -> None:
+        source = opened(address)
+        assert isinstance(source, StreamSource) and source.shards == 5 and len(source) == 19
+        loader = TrainLoader(source, augmentation=1, batch_size=2, num_workers=workers)
+        whole, skipped = list(loader.epoch(0, 16)), []
+        rest = list(loader.epoch(0, 16, 3, on_skipped=lambda: skipped.append(1)))
+        assert len(whole) == 9 and len(skipped) == 3 and whole[0].draws is not None
+        for a, b in zip(rest, whole[3:], strict=True):
+            assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and all(map(torch.equal, a.draws, b.draws))
+
+    def test_processes_and_workers_share_the_shards(self, address: str) -> None:
+        """What an evaluation of the stream shows is each image once, over two ranks."""
+        shown = [
+            batch.y
+            for rank in range(2)
+            for batch in EvalLoader(opened(address), size=8, batch_size=4, rank=rank, world_size=2, num_workers=1)
+        ]
+        assert sorted(torch.cat(shown).tolist()) == [0] * 5 + [1] * 7 + [2] * 7
+
+    def test_nothing_there(self, address: str) -> None:
+        with pytest.raises(UserError, match="data.train_dataset: cannot open split train of wds/http"):
+            opened(f"{address}/elsewhere")
