@@ -7,6 +7,7 @@ the one asked for.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -115,6 +116,31 @@ class Processes:
         if raw.numel():
             dist.broadcast(staged, src=0)
         return staged.cpu()
+
+    def once_here(self, name: str, action: Callable[[], str]) -> str:
+        """`action` on the first process of this machine; its result on all processes of it, which wait as long as it takes.
+
+        Raises:
+            UserError: that process met one; on all of them.
+        """
+        if self.on_this_machine == 1:
+            return action()
+        place = local_rank() if under_torchrun() else self.rank
+        key = f"once/{name}/{self.rank - place}"
+        if place:
+            while not self.store.check([key]):
+                time.sleep(POLL_SECONDS)
+            done, text = json.loads(self.store.get(key))
+            if not done:
+                raise UserError(text)
+            return text
+        try:
+            result = action()
+        except UserError as error:
+            self.store.set(key, json.dumps([False, str(error)]))
+            raise
+        self.store.set(key, json.dumps([True, result]))
+        return result
 
     def connect(self, name: str, *, timeout: timedelta) -> dist.Store:
         """A connection of its own to what all processes share, under `name`: for a thread, as a call on `store` may block all

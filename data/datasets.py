@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from data.folders import open_path
-from data.memory import load_into_memory
+from data.memory import Once, alone, load_into_memory
 from data.shards import open_shards
 from data.source import Request, Source, StreamSource, some
 
@@ -43,7 +43,7 @@ def open_source(
     split_name: str = "",
     class_names: list[str] | None = None,
     in_memory: bool = False,
-    copies: int = 1,
+    once: Once = alone,
     progress: bool = False,
 ) -> Source | StreamSource:
     """Open the images that `spec` names. Classes are numbered by sorted name, or as the data set numbers them.
@@ -59,8 +59,8 @@ def open_source(
         root: where hfds, hfids, tfds and torch keep their files.
         split_name: the split's name in those data sets and in wds; by default train or validation.
         class_names: those of the training set; labels become its numbers, matched by class name.
-        in_memory: keep the encoded images in one tensor in shared memory.
-        copies: processes of this machine that do so, each with a copy of its own.
+        in_memory: keep the encoded images in memory that processes and workers share.
+        once: does it in one process of this machine for all, which call this together.
         progress: show a bar while loading into memory.
 
     Raises:
@@ -81,7 +81,7 @@ def open_source(
         return source
     if isinstance(source, StreamSource):
         raise request.error(f"{spec} is a stream, which cannot be kept in memory. Use data.in_memory=0 or a folder.")
-    return load_into_memory(source, request, copies=copies, progress=progress)
+    return load_into_memory(source, request, once=once, progress=progress)
 
 
 class _Digits(Source):

@@ -1,16 +1,22 @@
-"""Encoded images of a source in shared memory."""
+"""Encoded images of a source in shared memory, once for all processes of a machine.
+
+They lie in a file without a name, in memory (memfd): a process opens it through the one that filled it
+(`/proc/<pid>/fd/<n>`), and the system frees it when the last process that has it open ends, however that happens. So
+a crash leaves nothing behind.
+"""
 
 from __future__ import annotations
 
-import shutil
+import mmap
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import psutil
-import torch
 from tqdm import tqdm
 
 from data.decoding import DECODE_ERRORS
@@ -18,20 +24,33 @@ from data.source import Request, Source, encoded
 
 _THREADS = 16
 _CHUNK = 256  # images that a thread loads at a time
+_CGROUP = Path("/sys/fs/cgroup")
 
 T = TypeVar("T")
+# (name, action) → its result, a text, for all processes of this machine; one of them does it.
+Once = Callable[[str, Callable[[], str]], str]
+
+
+def alone(name: str, action: Callable[[], str]) -> str:
+    """`Once` for a single process."""
+    return action()
 
 
 class MemorySource(Source):
-    """A source whose encoded images lie in shared memory: image i is `blob[offsets[i]:offsets[i + 1]]`, uint8."""
+    """A source whose encoded images lie in a file in memory: N + 1 offsets (int64), then the images, one after the other."""
 
-    def __init__(self, source: Source, blob: torch.Tensor, offsets: torch.Tensor) -> None:
+    def __init__(self, source: Source, file: BinaryIO) -> None:
         super().__init__(source.labels, source.class_names)
-        self.num_classes, self.blob, self.offsets, self._source = source.num_classes, blob, offsets, source
+        self.num_classes, self._source = source.num_classes, source
+        self._open(file)
+
+    def _open(self, file: BinaryIO) -> None:
+        self._file, count = file, len(self) + 1
+        self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._offsets = np.frombuffer(self._content, np.int64, count) + 8 * count
 
     def image(self, i: int) -> bytes:
-        start, end = self.offsets[i : i + 2].tolist()
-        return self.blob[start:end].numpy().tobytes()
+        return self._content[self._offsets[i] : self._offsets[i + 1]]
 
     def name(self, i: int) -> str:
         return self._source.name(i)
@@ -39,8 +58,48 @@ class MemorySource(Source):
     def key(self, i: int) -> str:
         return self._source.key(i)
 
+    def size(self, i: int) -> int:
+        return int(self._offsets[i + 1] - self._offsets[i])
 
-def load_into_memory(source: Source, request: Request, *, copies: int, progress: bool) -> MemorySource:
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is spawned while this one lives: it opens the same memory."""
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_file", "_content", "_offsets")}
+        return state | {"_path": _path(self._file)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        path = state.pop("_path")
+        self.__dict__.update(state)
+        self._open(open(path, "rb"))
+
+
+def _path(file: BinaryIO) -> str:
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+def load_into_memory(source: Source, request: Request, *, once: Once, progress: bool) -> MemorySource:
+    """The source, in memory that all processes of this machine share.
+
+    Raises:
+        UserError: it does not fit, a file changed meanwhile, or another process's memory cannot be opened.
+    """
+    filled: list[BinaryIO] = []
+
+    def fill() -> str:
+        filled.append(_fill(source, request, progress))
+        return _path(filled[0])
+
+    path = once(request.flag, fill)
+    try:
+        file = filled[0] if filled else open(path, "rb")
+    except OSError as error:
+        raise request.error(
+            f"the images that another process of this machine keeps in memory ({path}) cannot be opened ({error.strerror}); the "
+            "processes have to run as one user, in one container. Use data.in_memory=0."
+        ) from error
+    return MemorySource(source, file)
+
+
+def _fill(source: Source, request: Request, progress: bool) -> BinaryIO:
     """Two passes, first sizes, then bytes, so that nothing is held twice. Unreadable files become empty images."""
 
     def measure(chunk: range) -> list[int]:
@@ -51,20 +110,28 @@ def load_into_memory(source: Source, request: Request, *, copies: int, progress:
             data = _or_if_broken(partial(encoded, source), i, b"")
             if len(data) != offsets[i + 1] - offsets[i]:
                 raise request.error(f"{source.name(i)} changed while it was read into memory.")
-            array[offsets[i] : offsets[i + 1]] = np.frombuffer(data, np.uint8)
+            content[offsets[i] : offsets[i + 1]] = data
         return len(chunk)
 
     chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as threads:
         sizes = [size for chunk in threads.map(measure, chunks) for size in chunk]
-        offsets = np.cumsum([0, *sizes])
-        _check_memory(int(offsets[-1]), request, copies)
-        blob = torch.empty(int(offsets[-1]), dtype=torch.uint8).share_memory_()
-        array = blob.numpy()
-        with tqdm(total=len(source), desc=request.flag, unit=" images", disable=not progress) as bar:
-            for count in threads.map(fill, chunks):
-                bar.update(count)
-    return MemorySource(source, blob, torch.from_numpy(offsets).share_memory_())
+        offsets = np.cumsum([0, *sizes], dtype=np.int64)
+        head = offsets.tobytes()
+        size = len(head) + int(offsets[-1])
+        _check_memory(size, request)
+        file = os.fdopen(os.memfd_create("images"), "r+b", buffering=0)
+        file.truncate(size)
+        with mmap.mmap(file.fileno(), size) as whole, memoryview(whole) as bytes_:
+            bytes_[: len(head)] = head
+            with bytes_[len(head) :] as content, _bar(source, request, progress) as bar:
+                for count in threads.map(fill, chunks):
+                    bar.update(count)
+    return file
+
+
+def _bar(source: Source, request: Request, progress: bool) -> tqdm:
+    return tqdm(total=len(source), desc=request.flag, unit=" images", disable=not progress)
 
 
 def _or_if_broken(get: Callable[[int], T], i: int, otherwise: T) -> T:
@@ -74,11 +141,21 @@ def _or_if_broken(get: Callable[[int], T], i: int, otherwise: T) -> T:
         return otherwise  # the loader meets an empty image there, and names it
 
 
-def _check_memory(size: int, request: Request, copies: int) -> None:
-    available = {"memory": psutil.virtual_memory().available, "/dev/shm": shutil.disk_usage("/dev/shm").free}
-    if size * copies > min(available.values()):
-        free = ", ".join(f"{amount / 2**30:.2f} GiB of {where}" for where, amount in available.items())
-        raise request.error(
-            f"keeping {request.spec} in memory needs {size * copies / 2**30:.2f} GiB ({copies} × {size / 2**30:.2f}), "
-            f"available are {free}. Use data.in_memory=0."
+def _check_memory(size: int, request: Request) -> None:
+    available = {"this machine": psutil.virtual_memory().available, "this container": _left_in_container()}
+    if size > min(available.values()):
+        free = ", ".join(
+            f"{amount / 2**30:.2f} GiB of {where}" for where, amount in available.items() if amount < np.inf
         )
+        raise request.error(
+            f"keeping {request.spec} in memory needs {size / 2**30:.2f} GiB, available are {free}. Use data.in_memory=0."
+        )
+
+
+def _left_in_container() -> float:
+    """Bytes that the control group (cgroup v2) leaves; infinite without a limit."""
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return np.inf
+    return np.inf if limit == "max" else int(limit) - int(used)

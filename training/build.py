@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.seeding import derive_seed
 from data.datasets import open_source
 from data.loader import TrainLoader
+from data.memory import Once, alone
 from data.source import Source, StreamSource
 from training.ema import EMA
 from training.optim import build_optimizer
@@ -26,13 +27,13 @@ from zoo.names import locate, split_kind
 AnySource = Source | StreamSource
 
 
-def open_sources(config: TrainConfig, *, copies: int = 1, progress: bool = False) -> tuple[AnySource, AnySource]:
+def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = False) -> tuple[AnySource, AnySource]:
     """Training and validation images; their classes are checked against each other and against the head.
 
-    `copies`: processes of this machine that open them, each with its own copy in memory (`data.in_memory`).
+    `once`: as in `open_source`, for `data.in_memory`.
     """
     data = config.data
-    opened = partial(open_source, root=data.root, in_memory=data.in_memory, copies=copies, progress=progress)
+    opened = partial(open_source, root=data.root, in_memory=data.in_memory, once=once, progress=progress)
     train = opened(data.train_dataset, split="train", flag="data.train_dataset", split_name=data.train_split)
     val = opened(
         data.val_dataset,

@@ -15,7 +15,8 @@ class Progress:
     Attributes:
         epochs_done: epochs trained, saved, validated and logged.
         loss_sum, loss_count: of the present epoch's steps, without skipped ones.
-        seconds, bad_images, skipped: of the present epoch: training time, undecodable images met, steps skipped.
+        seconds, waiting, bad_images, skipped: of the present epoch: training time, time of it waiting for images, undecodable
+            images met, steps skipped.
         bad_in_a_row: steps skipped since the last good one.
         best: network → {"epoch", "value"}: its best robust (clean training: clean) accuracy so far.
         watch: state of the `OverfittingWatch`.
@@ -25,6 +26,7 @@ class Progress:
     loss_sum: float = 0.0
     loss_count: int = 0
     seconds: float = 0.0
+    waiting: float = 0.0
     bad_images: int = 0
     skipped: int = 0
     bad_in_a_row: int = 0
@@ -34,7 +36,8 @@ class Progress:
     def finish_epoch(self) -> None:
         """Count the present epoch as done."""
         self.epochs_done += 1
-        self.loss_sum, self.loss_count, self.seconds, self.bad_images, self.skipped = 0.0, 0, 0.0, 0, 0
+        self.loss_sum, self.loss_count, self.bad_images, self.skipped = 0.0, 0, 0, 0
+        self.seconds = self.waiting = 0.0
 
 
 class StepLog:

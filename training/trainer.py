@@ -26,6 +26,7 @@ from data.loader import Batch, EvalLoader, spread_indices
 from data.transforms import Mixup
 from training.build import build_state, build_train_loader, check_image_sizes, open_sources, settle_gradients
 from training.checkpoint import StateFiles, newest_state
+from training.feeding import NOTICED_SECONDS, Feed
 from training.forecast import Forecast
 from training.log import RunFolder
 from training.overfitting import OverfittingWatch
@@ -70,12 +71,14 @@ class Trainer:
     def __init__(self, config: TrainConfig, processes: Processes, start: Start) -> None:
         self.config, self.processes, self.start = config, processes, start
         torch.backends.cudnn.allow_tf32 = False  # otherwise "fp32" convolutions are not float32
-        train_source, val_source = open_sources(config, copies=processes.on_this_machine, progress=processes.is_first)
+        train_source, val_source = open_sources(config, once=processes.once_here, progress=processes.is_first)
         self.accum = config.training.grad_accum
         if start.state is not None:
             self.accum = accumulation(start.state, config, processes.world_size)
         self.loader = build_train_loader(config, train_source, processes, accum=self.accum)
         self.images = len(train_source)
+        self.feed, self._advised = Feed(num_workers=config.data.num_workers), False
+        self._loader_rate: float | None = None  # images/s of all processes together
         self.state = build_state(config, processes, initial=start.state is None)
         self.progress, self.watch = Progress(), OverfittingWatch(chance=1 / config.model.num_classes)
         device = processes.device.type
@@ -289,6 +292,7 @@ class Trainer:
             first,
             on_skipped=lambda: self.alive.beat("reading what comes before in the stream", state.step),
         )
+        batches_left = self.feed.watch(batches_left, lambda: self.alive.beat("loading the first batches", state.step))
         with self._bar(epoch, first) as bar:
             for step, batches in enumerate(grouped(batches_left, self.accum), first):
                 self.alive.beat("training", state.step)
@@ -316,6 +320,8 @@ class Trainer:
             "resolution": size,
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(steps * self._images_per_step / max(progress.seconds, 1e-9), 2),
+            "loader_images_per_second": self._loader_rate and round(self._loader_rate, 2),
+            "data_wait": round(progress.waiting / max(progress.seconds, 1e-9), 4),
             "bad_images": progress.bad_images,
             "skipped_steps": progress.skipped,
         }
@@ -343,14 +349,17 @@ class Trainer:
         seconds, self._begin = now - self._begin, now
         until = min(max(int(LOOK_SECONDS * len(pending) / max(seconds, 1e-9)), 1), MAX_STEPS_UNSEEN)
         mine = [self.stop.here() is not None, until if self.processes.is_first else 0, len(bad_names - self._counted)]
+        mine += [self.feed.take(), self.feed.rate or 0.0]
         self._counted |= bad_names
         results = torch.stack([result for _, result in pending]).flatten()
         mine = torch.tensor(mine, dtype=results.dtype, device=results.device)
-        *values, stops, until, bad = self.processes.sum(torch.cat([results, mine])).tolist()
+        *values, stops, until, bad, waited, rate = self.processes.sum(torch.cat([results, mine])).tolist()
         losses.until = int(until)
         progress.seconds += seconds
         progress.bad_images += int(bad)
         self._say(self.forecast.add(step=self.state.step, steps=len(pending), seconds=seconds) or "")
+        progress.waiting += waited / self.processes.world_size
+        self._note_feeding(rate)
         mean = [loss / self.processes.world_size for loss in values[::2]]
         skipped = [count > 0 for count in values[1::2]]
         for (record, _), loss, skip in zip(pending, mean, skipped, strict=True):
@@ -370,6 +379,24 @@ class Trainer:
         if self._is_due():
             self._save_state()
         return sum(mean) / len(mean)
+
+    def _note_feeding(self, rate: float) -> None:
+        """Tell how fast images come: once at the start, and once more if that is too slow. `rate`: of all processes together."""
+        if rate and self._loader_rate is None:
+            self._loader_rate = rate
+            self._say(f"loader alone: {rate:.0f} images/s with data.num_workers={self.config.data.num_workers}")
+        progress = self.progress
+        if self._advised or progress.seconds < NOTICED_SECONDS or not self.processes.is_first:
+            return
+        images = (self.state.step - progress.epochs_done * self.loader.steps_per_epoch) * self._images_per_step
+        advice = self.feed.advice(
+            images_per_second=images / progress.seconds / self.processes.world_size,
+            waiting=progress.waiting / progress.seconds,
+            processes=self.processes.on_this_machine,
+        )
+        if advice is not None:
+            self._advised = True
+            self._warn(advice)
 
     def _count_step(self, record: dict[str, Any], loss: float, skipped: bool) -> None:
         progress, level = self.progress, self.config.logging.log_level

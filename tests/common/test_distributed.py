@@ -98,12 +98,16 @@ def test_boards_of_other_names_and_runs_are_apart(alone):
 
 
 SCRIPT = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 import torch.distributed as dist
+from common.errors import UserError
 from common.distributed import Board, joined, local_rank, under_torchrun
 
 COUNT = 100
+
+def refuse():
+    raise UserError(f"refused by {os.environ['RANK']}")
 
 def wait_until(condition):
     end = time.monotonic() + 20
@@ -116,6 +120,11 @@ with joined() as processes:
     found = {"rank": processes.rank, "world_size": processes.world_size, "device": str(processes.device)}
     found |= {"local_rank": local_rank(), "backend": dist.get_backend(), "gathered": processes.gather(processes.rank)}
     found["on_this_machine"] = processes.on_this_machine
+    found["once"] = processes.once_here("made", lambda: f"by {processes.rank}")
+    try:
+        processes.once_here("refused", refuse)
+    except UserError as error:
+        found["refused"] = str(error)
     board, other = Board(processes, "work"), Board(processes, "other")
     found["open"] = board.closed()
     processes.wait()
@@ -176,6 +185,7 @@ def test_joined_under_torchrun(two):
         assert two[rank]["world_size"] == two[rank]["on_this_machine"] == 2
         assert (two[rank]["device"], two[rank]["backend"]) == ("cpu", "gloo")
         assert two[rank]["gathered"] == [0, 1]
+        assert (two[rank]["once"], two[rank]["refused"]) == ("by 0", "refused by 0")
         assert two[rank]["left"]
 
 

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision.datasets import folder
 
@@ -486,9 +485,8 @@ class TestInMemory:
     def test_same_bytes_labels_and_names_in_shared_memory(self, tmp_path: Path) -> None:
         folder = write_folder(tmp_path, {"a": 150, "b": 200})
         plain, memory = opened(folder), opened(folder, in_memory=True)
-        assert isinstance(memory, MemorySource) and memory.blob.is_shared() and memory.offsets.is_shared()
-        assert memory.blob.dtype == torch.uint8
-        assert memory.blob.numel() == sum(path.stat().st_size for path in folder.rglob("*.png"))
+        assert isinstance(memory, MemorySource)
+        assert sum(map(memory.size, range(350))) == sum(path.stat().st_size for path in folder.rglob("*.png"))
         for path in folder.rglob("*.png"):
             path.unlink()  # nothing is read again
         assert [memory.read(i) for i in (0, 149, 150, 349)] == [(encoded(i), i >= 150) for i in (0, 149, 150, 349)]
@@ -505,16 +503,52 @@ class TestInMemory:
         memory = opened(tmp_path, in_memory=True)
         assert [memory.read(i)[0] for i in range(3)] == [encoded(0), b"", encoded(2)]
 
-    @pytest.mark.parametrize("short", ["memory", "/dev/shm"])
+    @pytest.mark.parametrize("short", ["this machine", "this container"])
     def test_too_little_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: str) -> None:
-        write_folder(tmp_path, {"a": 2})
-        size = sum(path.stat().st_size for path in tmp_path.rglob("*.png"))
-        free = dict.fromkeys(("memory", "/dev/shm"), 10 * size) | {short: 2 * size}
-        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free["memory"]))
-        monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
-        assert len(opened(tmp_path, in_memory=True, copies=2)) == 2
-        with pytest.raises(UserError, match=rf"{FLAG}: keeping .* needs .*3 × .*/dev/shm.*in_memory=0"):
-            opened(tmp_path, in_memory=True, copies=3)
+        write_folder(tmp_path / "images", {"a": 2})
+        size = sum(path.stat().st_size for path in tmp_path.rglob("*.png")) + 3 * 8
+        free = dict.fromkeys(("this machine", "this container"), 10 * size)
+        monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+        (tmp_path / "memory.current").write_text("1000\n")
+        for enough in (True, False):
+            free[short] = size if enough else size - 1
+            (tmp_path / "memory.max").write_text(f"{1000 + free['this container']}\n")
+            monkeypatch.setattr(
+                memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free["this machine"])
+            )
+            if enough:
+                assert len(opened(tmp_path / "images", in_memory=True)) == 2
+            else:
+                with pytest.raises(UserError, match=rf"{FLAG}: keeping .* needs 0.00 GiB.*{short}.*in_memory=0"):
+                    opened(tmp_path / "images", in_memory=True)
+
+    def test_another_process_opens_the_same_memory(self, tmp_path: Path) -> None:
+        """Two processes of a machine: the second reads what the first one keeps, though the files are gone, and after its end."""
+        write_folder(tmp_path, {"a": 3})
+        first = opened(tmp_path, in_memory=True)
+        path = memory._path(first._file)
+        code = (
+            "import sys; from data.datasets import open_source\n"
+            f"source = open_source({str(tmp_path)!r}, split='train', flag='x', in_memory=True, once=lambda *_: {path!r})\n"
+            "print('open', flush=True); sys.stdin.readline()\n"
+            "sys.stdout.buffer.write(source.image(2))"
+        )
+        other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout.readline() == b"open\n"
+        first._content.close()
+        first._file.close()
+        assert other.communicate(b"\n")[0] == encoded(2) and other.returncode == 0
+
+    def test_memory_of_a_process_that_cannot_be_seen(self, tmp_path: Path) -> None:
+        write_folder(tmp_path, {"a": 3})
+        with pytest.raises(UserError, match=f"{FLAG}: .*/proc/1/fd/999.*in one container.*data.in_memory=0"):
+            opened(tmp_path, in_memory=True, once=lambda *_: "/proc/1/fd/999")
+
+    def test_nothing_is_left_behind(self, tmp_path: Path) -> None:
+        write_folder(tmp_path, {"a": 3})
+        before = set(os.listdir("/dev/shm"))
+        source = opened(tmp_path, in_memory=True)
+        assert set(os.listdir("/dev/shm")) == before and source.image(1) == encoded(1)
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

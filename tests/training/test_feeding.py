@@ -1,0 +1,61 @@
+"""How fast images come, and what is said about it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import training.trainer
+from data.loader import Batch
+from tests.training.helpers import base_flags, run
+from training.feeding import Feed
+
+
+def slow(count, seconds, size=4):
+    for _ in range(count):
+        time.sleep(seconds)
+        yield Batch(torch.zeros(size, 3, 2, 2), torch.zeros(size), torch.zeros(size), [])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_batches_come_and_the_first_are_timed(workers):
+    feed, seen, ready = Feed(num_workers=workers), [], []
+    batches = feed.watch(slow(9, 0.02), lambda: ready.append(len(seen)))
+    for batch in batches:
+        seen.append(batch)
+    assert len(seen) == 9 and ready == [0] * (3 * max(workers, 1))  # loaded ahead of the first step
+    assert 60 < feed.rate < 201  # 4 images in 0.02 s
+    waited = feed.take()
+    assert 0.02 * (9 - len(ready)) < waited < 1 and feed.take() == 0  # without what was loaded ahead
+    rate = feed.rate
+    assert len(list(feed.watch(slow(3, 0)))) == 3 and feed.rate == rate  # measured once
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_too_few_batches_to_measure(count):
+    feed = Feed(num_workers=2)
+    assert len(list(feed.watch(slow(count, 0)))) == count and feed.rate is None
+    assert feed.advice(images_per_second=1, waiting=1.0, processes=1) is None
+
+
+def test_advice(monkeypatch):
+    feed = Feed(num_workers=4)
+    feed.rate = 400.0
+    monkeypatch.setattr("training.feeding.os.sched_getaffinity", lambda _: range(32))
+    assert feed.advice(images_per_second=390, waiting=0.04, processes=2) is None
+    # Half of the time is training: 800 images/s, for which 8 of these workers are just enough.
+    text = feed.advice(images_per_second=400, waiting=0.5, processes=2)
+    assert "50%" in text and "data.num_workers=9 would suffice." in text and "cores" not in text
+    assert "but there are 8 cores for each process" in feed.advice(images_per_second=400, waiting=0.5, processes=4)
+
+
+def test_seen_in_the_log(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training.trainer, "NOTICED_SECONDS", 0.0)
+    monkeypatch.setattr("training.feeding.NOTICED_SHARE", 0.0)
+    flags = base_flags(images, tmp_path) | {"training.batch_size": 2, "training.epochs": 2}
+    for epoch in run(flags).epochs:
+        assert epoch["loader_images_per_second"] > 0 and 0 < epoch["data_wait"] < 1
+    said = capsys.readouterr()
+    assert said.out.count("loader alone: ") == 1 and said.err.count("training waits for images") == 1

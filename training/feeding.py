@@ -1,0 +1,89 @@
+"""Whether images come fast enough: the loader's own speed, and how long training waits for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+from data.loader import Batch
+
+MEASURE_SECONDS = 10.0  # at start-up, at most, if that shows anything
+NOTICED_SHARE = 0.05  # of the time
+NOTICED_SECONDS = 30.0  # of training
+
+
+class Feed:
+    """Watches the batches of one process.
+
+    Attributes:
+        rate: images/s of this process's loader while nothing else is done; None until it has been measured, and where there are
+            too few batches to measure it.
+    """
+
+    def __init__(self, *, num_workers: int) -> None:
+        self.rate: float | None = None
+        self._num_workers, self._measured, self._waited = num_workers, False, 0.0
+
+    def watch(self, batches: Iterator[Batch], on_batch: Callable[[], None] = lambda: None) -> Iterator[Batch]:
+        """The same batches; the first time, some are loaded ahead to measure the loader alone, calling `on_batch` for each."""
+        if not self._measured:
+            batches = chain(self._load_ahead(batches, on_batch), batches)
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+    def _load_ahead(self, batches: Iterator[Batch], on_batch: Callable[[], None]) -> list[Batch]:
+        """The first batches, three from each worker: the first ones are there all at once, after the workers' start; the others
+        come at the workers' speed."""
+        self._measured = True
+        first = max(self._num_workers, 1)
+        ahead, begin, since = [], time.perf_counter(), 0.0
+        for batch in batches:
+            on_batch()
+            ahead.append(batch)
+            now = time.perf_counter()
+            if len(ahead) == first:
+                since = now
+            late = now - begin > MEASURE_SECONDS and len(ahead) > first
+            if len(ahead) == 3 * first or late:
+                break
+        if len(ahead) > first:
+            self.rate = sum(len(batch.y) for batch in ahead[first:]) / max(now - since, 1e-9)
+        return ahead
+
+    def take(self) -> float:
+        """Seconds waited for batches since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def advice(self, *, images_per_second: float, waiting: float, processes: int) -> str | None:
+        """What to do where training waits too long; None where it does not.
+
+        Args:
+            images_per_second: what each process trained.
+            waiting: share of the time that it waited, in [0, 1].
+            processes: of this machine.
+        """
+        if waiting < NOTICED_SHARE or self.rate is None:
+            return None
+        wanted = images_per_second / max(1 - waiting, 1e-3)  # without waiting
+        workers = math.ceil(1.1 * wanted * max(self._num_workers, 1) / self.rate)
+        cores = len(os.sched_getaffinity(0)) // processes
+        text = (
+            f"training waits for images {waiting:.0%} of the time: the loader alone gave {self.rate:.0f} images/s in each process "
+            f"with data.num_workers={self._num_workers}, training without waiting would take {wanted:.0f}; "
+            f"data.num_workers={workers} would suffice"
+        )
+        if workers > cores:
+            text += (
+                f", but there are {cores} cores for each process: smaller stored images (python -m data.prepare --short-side) and "
+                "data.in_memory=1 help as well"
+            )
+        return text + "."
