@@ -45,9 +45,9 @@ class Chunk:
 class ImageList:
     """The images of an evaluation by position; pixels are read when they are asked for."""
 
-    def __init__(self, source: Source, indices: list[int], num_workers: int = 0) -> None:
-        """Position p is image `indices[p]` of `source`; `num_workers` processes decode, 0: this one."""
-        self.source, self.indices, self._num_workers = source, indices, num_workers
+    def __init__(self, source: Source, indices: list[int], num_workers: int = 0, *, upright: bool = True) -> None:
+        """Position p is image `indices[p]` of `source`; `num_workers` processes decode, 0: this one; `upright` as in `decode`."""
+        self.source, self.indices, self._num_workers, self._upright = source, indices, num_workers, upright
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -81,8 +81,9 @@ class ImageList:
             batch_size=math.ceil(len(positions) / max(workers, 1)),  # a worker decodes whole batches: one for each
             num_workers=workers,
             indices=[self.indices[p] for p in positions],
+            upright=self._upright,
         )
-        x, y, index, failures = zip(*loader)
+        x, y, index, failures, _ = zip(*loader)
         place = {self.indices[p]: p for p in positions}
         shown = torch.tensor([place[i] for i in torch.cat(index).tolist()], dtype=torch.int64)
         for p in set(positions) - set(shown.tolist()):
@@ -124,7 +125,8 @@ def open_images(
     Raises:
         UserError: no such data set, images or classes missing, or other classes than the network's.
     """
-    source = _listed(data, ids, class_names) or _whole(data, n_ex, class_names)
+    listed = _listed(data, ids, class_names)
+    source = listed or _whole(data, n_ex, class_names)
     found = source.num_classes
     if found > num_classes or (source.class_names is not None and found != num_classes):
         raise UserError(
@@ -135,7 +137,8 @@ def open_images(
     if not isinstance(source, Collected) and sorted_by_class(source):
         bits = np.random.MT19937(derive_seed("evaluation order", len(source)))
         order = np.random.RandomState(bits).permutation(len(source))  # numpy never changes RandomState's results
-    return ImageList(source, order[: n_ex or len(order)].tolist(), data.num_workers)
+    # RobustBench, and so the published numbers, leave photos as they lie in their files.
+    return ImageList(source, order[: n_ex or len(order)].tolist(), data.num_workers, upright=listed is None)
 
 
 def sorted_by_class(source: Source) -> bool:

@@ -71,6 +71,22 @@ class TestWhichImages:
         assert set(images.keys) - set(ids.keys) == {f"{ids.class_names[0]}/unlisted.JPEG"}
         assert len(images) == len(set(images.keys)) == 5001
 
+    def test_turned_photos_stand_upright_but_in_robustbenchs_list(
+        self, imagenet: Path, images: Path, copy: Path
+    ) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a quarter turn
+        photo = Image.open(io.BytesIO(encoded(1, 40, 40)))
+        photo.save(copy / "blue" / "0.jpg", quality=95, exif=exif)
+        lying = Image.open(copy / "blue" / "0.jpg").convert("RGB")
+        found = opened(copy)
+        place = found.keys.index("blue/0.jpg")
+        expected = eval_transform(16, 1.0)(lying.transpose(Image.Transpose.ROTATE_270))
+        assert torch.equal(read(found, [place]).x[0], expected)
+        listed = ImageList(found.source, found.indices, upright=False)
+        assert torch.equal(read(listed, [place]).x[0], eval_transform(16, 1.0)(lying))
+        assert found._upright and not opened(imagenet, num_classes=1000)._upright
+
     def test_auto_takes_all_where_it_is_not_imagenet(self, images: Path) -> None:
         expected = sorted(f"{name}/{i}.png" for name in CLASSES for i in (0, 1))
         assert sorted(opened(images).keys) == sorted(opened(images, ids="all").keys) == expected
