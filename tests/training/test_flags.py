@@ -231,6 +231,15 @@ def test_num_workers(images, tmp_path, during_steps):
     assert seen == [0, 0, 0, 2, 2, 2]
 
 
+def test_pipeline(images, tmp_path, during_steps):
+    """Of the fast one, levels come to the training step, which augments them."""
+    seen = during_steps(lambda state, batches: (batches[0].x.dtype, batches[0].draws is not None))
+    flags = base_flags(images, tmp_path) | {"data.augmentations": 1}
+    fast, timm = (run(flags | {"data.pipeline": name}) for name in ("fast", "timm"))
+    assert seen == [(torch.uint8, True)] * 3 + [(torch.float32, False)] * 3
+    assert fast.status == timm.status == 0 and weights(fast) != weights(timm)
+
+
 def test_in_memory_survives_the_loss_of_the_files(tmp_path, during_steps, capsys):
     for in_memory in (0, 1):
         folder = write_images(tmp_path / f"images{in_memory}")

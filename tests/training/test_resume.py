@@ -37,7 +37,7 @@ RANDOM = {
     "validation.adv_n_ex": 8,
     "validation.adv_n_iter": 2,
 }
-TIMES = ("seconds", "images_per_second", "validation_seconds")
+TIMES = ("seconds", "images_per_second", "loader_images_per_second", "data_wait", "validation_seconds")
 
 
 @pytest.fixture(scope="module")
