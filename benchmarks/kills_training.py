@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.provenance import PROJECT
 
 STATES, STATUS = ("last.pt", "last.previous.pt"), "status.json"
-TIMINGS = ("seconds", "per_second")  # ends of the names of values that may differ
+TIMINGS = ("seconds", "per_second", "data_wait")  # ends of the names of values that may differ
 LIMIT = 1800.0  # seconds that a run may take once it is left alone
 IN_STARTS = 0.2  # share of the kills that hit a run before it trains
 WORKERS = (0, 2)  # loader processes of a start; which, must not matter
