@@ -320,7 +320,8 @@ class Trainer:
             "resolution": size,
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(steps * self._images_per_step / max(progress.seconds, 1e-9), 2),
-            "loader_images_per_second": self._loader_rate and round(self._loader_rate, 2),
+            # Not known where a run goes on shortly before the epoch's end.
+            **({"loader_images_per_second": round(self._loader_rate, 2)} if self._loader_rate else {}),
             "data_wait": round(progress.waiting / max(progress.seconds, 1e-9), 4),
             "bad_images": progress.bad_images,
             "skipped_steps": progress.skipped,

@@ -59,3 +59,8 @@ def test_seen_in_the_log(images, tmp_path, capsys, monkeypatch):
         assert epoch["loader_images_per_second"] > 0 and 0 < epoch["data_wait"] < 1
     said = capsys.readouterr()
     assert said.out.count("loader alone: ") == 1 and said.err.count("training waits for images") == 1
+
+
+def test_an_epoch_too_short_to_measure(images, tmp_path, capsys):
+    (epoch,) = run(base_flags(images, tmp_path) | {"training.batch_size": 24}).epochs
+    assert "loader_images_per_second" not in epoch and "loader alone" not in capsys.readouterr().out
