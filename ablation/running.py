@@ -1,0 +1,253 @@
+"""Train and evaluate the cells of a grid, several at a time, on this machine and on others that share the folder.
+
+A cell is claimed by a lock in its folder, so any number of programs may work on one grid: each takes the next cell that is
+ready, unfinished and unclaimed. Finished trainings and evaluations are found on the disk and skipped; interrupted ones go on
+where they were, as train.py and runner_aa_eval.py do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ablation.grid import Cell, Entry
+from common.errors import UserError
+from common.files import take_folder, writable, write_atomically
+from common.provenance import PROJECT, commit
+
+RECORD = "record.json"
+DIVERGED = 3  # exit status of train.py, which another try would only repeat
+POLL_SECONDS = 2.0
+PATIENCE_SECONDS = 60.0  # for a program asked to stop
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one cell at a time runs: a GPU, "" for the CPU, and the threads it has."""
+
+    gpu: str
+    threads: int
+
+    def environment(self) -> dict[str, str]:
+        more = {"CUDA_VISIBLE_DEVICES": self.gpu, "OMP_NUM_THREADS": str(self.threads)}
+        # OpenMP's threads spin while they wait, which slows several busy programs on one machine down; spin only briefly.
+        return {"GOMP_SPINCOUNT": "10000", **os.environ, **more}
+
+    def eval_flags(self) -> list[str]:
+        if self.gpu:
+            return ["--eval.gpus=0"]  # the only one it sees; "auto" would wait for the other runs on it
+        return ["--eval.gpus=none", f"--eval.workers={self.threads}"]
+
+
+# ------------------------------------------------------------------------------------------- what is on the disk
+def read_record(cell: Cell) -> dict[str, Any]:
+    """What is known of a cell: `train` and, by entry, `evaluations`, each with `seconds`, `status` and `reason`."""
+    try:
+        record = json.loads((cell.folder / RECORD).read_bytes())
+    except (OSError, ValueError):
+        record = {}
+    return record if isinstance(record, dict) else {}
+
+
+def train_status(cell: Cell) -> str:
+    """The status that train.py left: running, stopped, finished, failed, diverged; "" before it ran."""
+    with suppress(OSError, ValueError):
+        return str(json.loads((cell.run_folder / "status.json").read_bytes())["status"])
+    return ""
+
+
+def evaluation_summary(cell: Cell, entry: Entry) -> dict[str, Any] | None:
+    """summary.json of a finished evaluation; None where there is none."""
+    folder = next(flag for flag in cell.eval_argv(entry) if flag.startswith("--eval.out=")).partition("=")[2]
+    with suppress(OSError, ValueError):
+        return json.loads((Path(folder) / "summary.json").read_bytes())
+    return None
+
+
+def is_finished(cell: Cell) -> bool:
+    return train_status(cell) == "finished" and all(evaluation_summary(cell, e) is not None for e in cell.entries())
+
+
+# --------------------------------------------------------------------------------------------------- scheduling
+class Runner:
+    """Works on cells until all are finished, failed, or claimed by programs that never end."""
+
+    def __init__(self, cells: Sequence[Cell], slots: Sequence[Slot], *, on_change: Callable[[], None]) -> None:
+        """`on_change` is called, in this thread, after each cell."""
+        self._cells, self._slots, self._on_change = list(cells), list(slots), on_change
+        self._children: set[subprocess.Popen] = set()
+        self._guard = threading.Lock()
+        self._stopping = False
+
+    def run(self) -> int:
+        """Returns the number of cells that failed, or could not start for one that did."""
+        state = {(cell.arm.name, cell.seed): "finished" if is_finished(cell) else "open" for cell in self._cells}
+        if done := sum(value == "finished" for value in state.values()):
+            say(f"{done} of {len(state)} runs finished before, skipped.")
+        free, busy = list(self._slots), {}
+        with ThreadPoolExecutor(len(self._slots)) as pool:
+            try:
+                while ("open" in state.values() and not self._stopping) or busy:
+                    started = not self._stopping and self._start(state, free, busy, pool)
+                    if busy:
+                        wait(busy, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
+                    elif not started:
+                        time.sleep(POLL_SECONDS)
+                    self._collect(state, free, busy)
+            finally:
+                self.stop()
+        return sum(value == "failed" for value in state.values())
+
+    def _start(self, state: dict, free: list[Slot], busy: dict[Future, tuple], pool: ThreadPoolExecutor) -> bool:
+        """Give every free slot a cell, as far as there are any."""
+        started = False
+        for cell in self._cells:
+            key = (cell.arm.name, cell.seed)
+            if state[key] != "open" or not free:
+                continue
+            if is_finished(cell):  # by another program
+                state[key] = "finished"
+                continue
+            if cell.parent and train_status(cell.parent) != "finished":
+                parent = state.get((cell.parent.arm.name, cell.seed), "open")
+                if parent in ("failed", "finished"):
+                    state[key] = "failed"
+                    note(cell, "train", "not run", f"{cell.parent} did not finish", 0.0)
+                    self._on_change()
+                continue
+            lock = _claim(cell)
+            if lock is None:
+                continue
+            slot = free.pop(0)
+            state[key], started = "running", True
+            busy[pool.submit(self._work, cell, slot, lock)] = (key, slot)
+        return started
+
+    def _collect(self, state: dict, free: list[Slot], busy: dict[Future, tuple]) -> None:
+        for future in [future for future in busy if future.done()]:
+            key, slot = busy.pop(future)
+            free.append(slot)
+            state[key] = "finished" if future.result() else "failed"
+            self._on_change()
+
+    def stop(self) -> None:
+        """Ask what runs to save its state and end."""
+        self._stopping = True
+        with self._guard:
+            children = list(self._children)
+        for child in children:
+            with suppress(ProcessLookupError):
+                child.terminate()
+
+    # -------------------------------------------------------------------------------- one cell, in a thread
+    def _work(self, cell: Cell, slot: Slot, lock: BinaryIO) -> bool:
+        """Train, then evaluate; returns whether all of it is finished."""
+        with lock:
+            if not self._train(cell, slot, lock):
+                return False
+            return all([self._evaluate(cell, entry, slot, lock) for entry in cell.entries()])
+
+    def _train(self, cell: Cell, slot: Slot, lock: BinaryIO) -> bool:
+        status = train_status(cell)
+        if status == "finished":
+            return True
+        if status == "diverged":
+            return False
+        say(f"{cell}: training")
+        return self._call(cell, "train", ["train.py", *cell.train_argv()], slot, lock)
+
+    def _evaluate(self, cell: Cell, entry: Entry, slot: Slot, lock: BinaryIO) -> bool:
+        if evaluation_summary(cell, entry) is not None:
+            return True
+        say(f"{cell}: evaluation {entry.name}")
+        return self._call(cell, entry.name, ["runner_aa_eval.py", *cell.eval_argv(entry), *slot.eval_flags()], slot, lock)
+
+    def _call(self, cell: Cell, stage: str, argv: list[str], slot: Slot, lock: BinaryIO) -> bool:
+        """Run a program of the project; what it prints goes to a file."""
+        output = cell.folder / f"{stage}.out"
+        began = time.monotonic()
+        with open(output, "ab") as file:
+            with self._guard:
+                if self._stopping:
+                    return False
+                child = subprocess.Popen(
+                    [sys.executable, *argv],
+                    cwd=PROJECT,
+                    env=slot.environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,  # Ctrl-C reaches it once, through stop()
+                    pass_fds=[lock.fileno()],  # it goes on holding the cell, should this program be killed
+                )
+                self._children.add(child)
+            status = child.wait()
+            with self._guard:
+                self._children.discard(child)
+        seconds = time.monotonic() - began
+        if self._stopping and status != 0:
+            note(cell, stage, "stopped", "stopped on request", seconds)
+            return False
+        name = "finished" if status == 0 else "diverged" if status == DIVERGED else "failed"
+        reason = "" if status == 0 else f"status {status}: {_last_words(output)}"
+        note(cell, stage, name, reason, seconds)
+        if status:
+            say(f"{cell}: {stage} {name}, {reason} (all of it: {output})")
+        return status == 0
+
+
+def note(cell: Cell, stage: str, status: str, reason: str, seconds: float) -> None:
+    """Add a call to the cell's record; its seconds add up over restarts."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    record = read_record(cell)
+    stages = record.setdefault("stages", {})
+    before = stages.get(stage, {}).get("seconds", 0.0)
+    stages[stage] = {"status": status, "reason": reason, "seconds": round(before + seconds, 1), "commit": commit()}
+    content = json.dumps(record, indent=2).encode()
+    write_atomically(cell.folder / RECORD, lambda file: file.write(content))
+
+
+def _claim(cell: Cell) -> BinaryIO | None:
+    """The lock of a cell that nobody works on; None for any other."""
+    with writable("--out", cell.folder):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return take_folder(cell.folder, flag="--out")
+        except UserError:
+            return None
+
+
+def _last_words(output: Path) -> str:
+    """The last line of a program's output, or its last error."""
+    lines = [line.strip() for line in output.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["nothing printed"])[-1].removeprefix("error:").strip()
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def end_on_signals(runner: Runner) -> list[int]:
+    """SIGTERM and SIGINT stop the runner; returns a list that then holds the signal."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        runner.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return received
