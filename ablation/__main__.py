@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         arguments, extra = parse(argv)
         grid = load_grid(arguments.grid, out=arguments.out, seeds=arguments.seeds, extra=extra)
         if arguments.check:
-            print("\n".join(f"{cell}: train.py {' '.join(cell.train_argv())}" for cell in grid.cells()))
+            print("\n".join(f"{cell}: train.py {' '.join(cell.train_argv())}" for cell in grid.cells))
             return 0
         return run(grid, arguments)
     except UserError as error:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(grid: Grid, arguments: argparse.Namespace) -> int:
-    runner = Runner(grid.cells(), make_slots(arguments.jobs, arguments.threads), on_change=lambda: None)
+    runner = Runner(grid.cells, make_slots(arguments.jobs, arguments.threads), on_change=lambda: None)
     received = end_on_signals(runner)
     failed = runner.run()
     return 128 + received[0] if received else int(failed > 0)

@@ -29,6 +29,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,14 @@ class Grid:
     claims: Path | None
     extra: tuple[str, ...] = ()
 
+    @cached_property
     def cells(self) -> list[Cell]:
         """Arm by arm, so that what is named first is whole first."""
         return [Cell(self, arm, seed) for arm in self.arms.values() for seed in self.seeds]
+
+    def cell(self, arm: str, seed: int) -> Cell:
+        """The training of an arm with a seed."""
+        return self.cells[list(self.arms).index(arm) * len(self.seeds) + self.seeds.index(seed)]
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Cell:
 
     @property
     def parent(self) -> Cell | None:
-        return Cell(self.grid, self.grid.arms[self.arm.start], self.seed) if self.arm.start else None
+        return self.grid.cell(self.arm.start, self.seed) if self.arm.start else None
 
     def train_argv(self) -> list[str]:
         """Command line of train.py, without the program's name."""
@@ -120,29 +126,38 @@ class Cell:
             argv.append(f"--model.ckpt_path={self.parent.run_folder}")
         return argv
 
-    def train_config(self) -> TrainConfig:
+    @cached_property
+    def config(self) -> TrainConfig:
+        """All flags of the training."""
         return load_config(TrainConfig, self.train_argv())
 
     @property
     def run_folder(self) -> Path:
-        return self.train_config().run_folder
+        return self.config.run_folder
 
     def entries(self) -> list[Entry]:
         return [entry for entry in self.grid.entries.values() if entry.arm == self.arm.name]
 
-    def weights(self, entry: Entry, config: TrainConfig) -> Path:
+    def weights_kind(self, entry: Entry) -> str:
+        """Which weights an entry evaluates: raw or ema."""
+        return entry.weights or ("ema" if self.config.model.model_ema else "raw")
+
+    def weights(self, entry: Entry) -> Path:
         """The file an entry evaluates; its name is known before it is there."""
-        kind = entry.weights or ("ema" if config.model.model_ema else "raw")
-        return config.run_folder / f"weights{'_ema' if kind == 'ema' else ''}_{config.training.epochs}.pt"
+        ema = "_ema" if self.weights_kind(entry) == "ema" else ""
+        return self.run_folder / f"weights{ema}_{self.config.training.epochs}.pt"
+
+    def eval_folder(self, entry: Entry) -> Path:
+        """Where the reports of an entry are."""
+        return Path(self.eval_argv(entry)[-1].partition("=")[2])
 
     def eval_argv(self, entry: Entry) -> list[str]:
         """Command line of runner_aa_eval.py, but for devices."""
-        config = self.train_config()
-        data = config.data
+        data = self.config.data
         flags = {"data.val_dataset": data.val_dataset, "data.root": data.root, "data.val_split": data.val_split}
         flags = {name: value for name, value in flags.items() if value} | dict(entry.flags)
         argv = [f"--{name}={value}" for name, value in flags.items()]
-        argv.append(f"--eval.model_in={self.weights(entry, config)}")
+        argv.append(f"--eval.model_in={self.weights(entry)}")
         digest = hashlib.sha256(json.dumps(argv).encode()).hexdigest()[:6]
         return [*argv, f"--eval.out={self.folder / f'eval_{entry.name}_{digest}'}"]
 
@@ -315,11 +330,11 @@ def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
 
 def _check(grid: Grid, path: Path) -> None:
     """Read the command lines of one seed: the others differ in nothing that could be wrong."""
-    for cell in grid.cells()[:: len(grid.seeds)]:
+    for cell in grid.cells[:: len(grid.seeds)]:
         try:
-            config = cell.train_config()
+            ema = cell.config.model.model_ema
             for entry in cell.entries():
-                if entry.weights == "ema" and not config.model.model_ema:
+                if entry.weights == "ema" and not ema:
                     raise UserError(f"variants: {entry.name}: weights: ema needs model.model_ema=1.")
                 load_config(EvalConfig, cell.eval_argv(entry))
         except UserError as error:

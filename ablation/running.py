@@ -69,9 +69,8 @@ def train_status(cell: Cell) -> str:
 
 def evaluation_summary(cell: Cell, entry: Entry) -> dict[str, Any] | None:
     """summary.json of a finished evaluation; None where there is none."""
-    folder = next(flag for flag in cell.eval_argv(entry) if flag.startswith("--eval.out=")).partition("=")[2]
     with suppress(OSError, ValueError):
-        return json.loads((Path(folder) / "summary.json").read_bytes())
+        return json.loads((cell.eval_folder(entry) / "summary.json").read_bytes())
     return None
 
 
