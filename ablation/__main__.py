@@ -1,8 +1,12 @@
-"""Run a grid of trainings, evaluate it, and summarise it.
+"""Run a grid of trainings (flags × seeds), evaluate them, and summarise.
 
     bash run_ablation.sh GRID.yaml [--jobs N] [--threads N] [--out DIR] [--seeds 0,1] [--section.flag=value …]
     bash run_ablation.sh GRID.yaml --summary        only summarise what is there
     bash run_ablation.sh GRID.yaml --check          read the grid and list its runs
+
+The grid is a YAML file (see ablation/grid.py); further flags of train.py hold for all runs. A run that is finished is skipped, an
+interrupted one goes on. Leaves in the grid's folder: summary.md, summary.csv, summary.json, summary.png, and, where the grid names
+a claims file, evidence.md and evidence.json; a folder for each arm and seed with its run, evaluations and what they printed.
 
 Exit status: 0 all runs are finished; 1 some failed (the summary names them); 2 wrong input; 130, 143 interrupted or terminated.
 """
@@ -11,12 +15,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ablation.evidence import write_evidence
 from ablation.grid import Grid, load_grid
 from ablation.running import Runner, Slot, end_on_signals
+from ablation.summary import summarise
 from common.errors import UserError
 
 
@@ -28,31 +35,67 @@ def main(argv: Sequence[str]) -> int:
         if arguments.check:
             print("\n".join(f"{cell}: train.py {' '.join(cell.train_argv())}" for cell in grid.cells))
             return 0
-        return run(grid, arguments)
+        received, failed = ([], 0) if arguments.summary else run(grid, arguments)
+        summary = summarise(grid)
+        print(summary.markdown(), end="")
+        if grid.claims:
+            write_evidence(summary, grid.claims, arguments.evidence or grid.out)
+        print(f"summary.md, summary.csv, summary.json, summary.png: {grid.out}", file=sys.stderr)
+        return 128 + received[0] if received else int(failed > 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run(grid: Grid, arguments: argparse.Namespace) -> int:
-    runner = Runner(grid.cells, make_slots(arguments.jobs, arguments.threads), on_change=lambda: None)
+def run(grid: Grid, arguments: argparse.Namespace) -> tuple[list[int], int]:
+    """Signals received, and the number of runs that failed."""
+    slots = make_slots(arguments.jobs, arguments.threads)
+    runner = Runner(grid.cells, slots, on_change=lambda: summarise(grid))
     received = end_on_signals(runner)
-    failed = runner.run()
-    return 128 + received[0] if received else int(failed > 0)
+    return received, runner.run()
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="run_ablation.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("grid", type=Path)
-    parser.add_argument("--jobs", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[])
-    parser.add_argument("--check", action="store_true")
-    return parser.parse_known_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="run_ablation.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("grid", type=Path, metavar="GRID.yaml")
+    parser.add_argument(
+        "--jobs",
+        type=_count,
+        metavar="N",
+        help="runs at a time, dealt to the visible GPUs (default: one a GPU, or one)",
+    )
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="CPU threads of a run (default: an equal share of the cores)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the grid (default: runs/ablations/<file's name>)")
+    parser.add_argument("--seeds", type=_seeds, default=[], help="instead of the grid's, separated by commas")
+    parser.add_argument(
+        "--evidence", type=Path, metavar="DIR", help="where evidence.md and evidence.json go (default: --out)"
+    )
+    parser.add_argument("--check", action="store_true", help="read the grid and list its runs")
+    parser.add_argument("--summary", action="store_true", help="only summarise what is there")
+    arguments, extra = parser.parse_known_args(argv)
+    if wrong := [flag for flag in extra if not re.match(r"--\w+\.\w+=", flag)]:
+        raise UserError(f"command line: expected further flags as --section.name=value, got {wrong[0]!r}.")
+    return arguments, extra
 
 
-def make_slots(jobs: int, threads: int) -> list[Slot]:
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
+
+
+def make_slots(jobs: int | None, threads: int | None) -> list[Slot]:
     """As many places as runs at once, dealt to the visible GPUs in turn."""
     import torch
 

@@ -293,7 +293,9 @@ def _entries(content: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) ->
             raise UserError(f"{where}: weights: expected {_words(WEIGHTS)}; got {weights!r}.")
         if str(name) in entries or not NAME.fullmatch(str(name)):
             raise UserError(f"{where}: expected a new name of letters, digits and _ . = + -.")
-        entries[str(name)] = Entry(str(name), of, weights, {**common, **(arms[of].evaluate or {}), **_flags(flags, where)})
+        entries[str(name)] = Entry(
+            str(name), of, weights, {**common, **(arms[of].evaluate or {}), **_flags(flags, where)}
+        )
     return entries
 
 

@@ -170,7 +170,9 @@ class Runner:
         if evaluation_summary(cell, entry) is not None:
             return True
         say(f"{cell}: evaluation {entry.name}")
-        return self._call(cell, entry.name, ["runner_aa_eval.py", *cell.eval_argv(entry), *slot.eval_flags()], slot, lock)
+        return self._call(
+            cell, entry.name, ["runner_aa_eval.py", *cell.eval_argv(entry), *slot.eval_flags()], slot, lock
+        )
 
     def _call(self, cell: Cell, stage: str, argv: list[str], slot: Slot, lock: BinaryIO) -> bool:
         """Run a program of the project; what it prints goes to a file."""
@@ -229,7 +231,9 @@ def _claim(cell: Cell) -> BinaryIO | None:
 
 def _last_words(output: Path) -> str:
     """The last line of a program's output, or its last error."""
-    lines = [line.strip() for line in output.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in output.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()
+    ]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["nothing printed"])[-1].removeprefix("error:").strip()
 

@@ -34,7 +34,9 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF"
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ablation.subset", description="A part of a data set as class folders.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ablation.subset", description="A part of a data set as class folders."
+    )
     parser.add_argument("source", help="data set, as for data.train_dataset")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--split", default="train", help="name of the split (default train)")
@@ -61,14 +63,20 @@ def write_subset(source: str, out: Path, *, split: str, root: str, per_class: in
         raise UserError(f"--per-class, --skip: expected at least 1 and 0, got {per_class} and {skip}.")
     if out.exists():
         raise UserError(f"{out} exists already; expected a folder to be made.")
-    opened = open_source(source, split="train" if split == "train" else "val", flag="source", root=root, split_name=split)
+    opened = open_source(
+        source, split="train" if split == "train" else "val", flag="source", root=root, split_name=split
+    )
     if isinstance(opened, StreamSource):
-        raise UserError(f"source: {source} can only be read in order; expected a folder, .tar, torch/ or hfds/ data set.")
+        raise UserError(
+            f"source: {source} can only be read in order; expected a folder, .tar, torch/ or hfds/ data set."
+        )
     partial = out.with_name(f".{out.name}.part")
     with writable("out", out):
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            count = sum(_write_class(opened, c, partial, slice(skip, skip + per_class)) for c in range(opened.num_classes))
+            count = sum(
+                _write_class(opened, c, partial, slice(skip, skip + per_class)) for c in range(opened.num_classes)
+            )
             os.rename(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -84,7 +92,9 @@ def _write_class(source: Source, number: int, folder: Path, part: slice) -> int:
     bits = np.random.MT19937(derive_seed("subset", number, len(of_class)))
     chosen = np.random.RandomState(bits).permutation(of_class)[part]  # numpy never changes RandomState's results
     if len(chosen) < part.stop - part.start:
-        raise UserError(f"class {name} has {len(of_class)} images; expected at least {part.stop} (--skip and --per-class).")
+        raise UserError(
+            f"class {name} has {len(of_class)} images; expected at least {part.stop} (--skip and --per-class)."
+        )
     (target := folder / name.replace("/", "-")).mkdir(parents=True)
     for i in chosen.tolist():
         image = source.image(i)

@@ -1,0 +1,171 @@
+"""What a grid says of a paper's claims: evidence.md and evidence.json.
+
+A claims file is YAML:
+
+    title: …                       # heading of the page
+    text: …                        # what stands above the table
+    commands: [bash …]             # how to repeat it
+    claims:
+      - claim: ConvStem beats PatchStem under adversarial training
+        paper: "48.6 → 49.5 %"     # its number, or why there is none
+        compare: [patch, base]     # runs of the grid; the claim says that the second is better
+        metric: Linf 8/255         # under this
+        minus: clean               # perhaps: better by more than under this one
+    notes: …                       # what stands below
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ablation.statistics import Difference
+from ablation.summary import NOTHING, Summary, describe_setting, show_interval
+from common.errors import UserError
+from common.files import writable, write_atomically
+from common.tables import markdown_table
+
+AGREES, DOES_NOT, CANNOT_TELL, NOT_RUN = "agrees", "does not agree", "cannot tell", "not run"
+KEYS = {"claim", "paper", "compare", "metric", "minus"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: the second of `compare` is better than the first, under `metric` (by more than under `minus`)."""
+
+    claim: str
+    paper: str
+    compare: tuple[str, str]
+    metric: str
+    minus: str = ""
+
+
+def verdict(difference: Difference | None) -> str:
+    """Whether the difference is above zero, below, or neither can be told.
+
+    It counts as told where both intervals lie on one side: training again with other seeds, and trying other test images, would
+    show the same sign. With one seed only the images speak.
+    """
+    if difference is None:
+        return NOT_RUN
+    intervals = [interval for interval in (difference.ci95, difference.ci95_images) if interval]
+    if intervals and all(low > 0 for low, _ in intervals):
+        return AGREES
+    if intervals and all(high < 0 for _, high in intervals):
+        return DOES_NOT
+    return CANNOT_TELL
+
+
+def write_evidence(summary: Summary, path: Path, folder: Path) -> None:
+    """Write evidence.md and evidence.json of a claims file.
+
+    Raises:
+        UserError: the file cannot be read, or names runs or keys that are not there.
+    """
+    content, claims = read_claims(path, summary)
+    found = [(claim, summary.difference(*claim.compare, claim.metric, minus=claim.minus)) for claim in claims]
+    with writable("--evidence", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("evidence.json", json.dumps(_json(summary, found), indent=2, ensure_ascii=False) + "\n"),
+            ("evidence.md", _markdown(content, summary, found)),
+        ):
+            write_atomically(folder / name, lambda file: file.write(text.encode()))
+
+
+def read_claims(path: Path, summary: Summary) -> tuple[Mapping[str, Any], list[Claim]]:
+    """The file's texts, and its claims."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"claims: {path} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"claims: {path}: expected YAML; {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
+        raise UserError(f"claims: {path}: expected a mapping with a list `claims`.")
+    claims = []
+    for number, item in enumerate(content["claims"], 1):
+        if not isinstance(item, dict) or not {"claim", "compare", "metric"} <= item.keys() <= KEYS:
+            raise UserError(
+                f"claims: {path}, claim {number}: expected the keys {', '.join(sorted(KEYS))}; got {item!r}."
+            )
+        pair = item["compare"]
+        if not isinstance(pair, list) or len(pair) != 2 or any(name not in summary.grid.entries for name in pair):
+            raise UserError(
+                f"claims: {path}, claim {number}: compare: expected two of {', '.join(summary.grid.entries)}; got {pair!r}."
+            )
+        claims.append(
+            Claim(item["claim"], item.get("paper", NOTHING), tuple(pair), item["metric"], item.get("minus", ""))
+        )
+    return content, claims
+
+
+def _markdown(content: Mapping[str, Any], summary: Summary, found: list[tuple[Claim, Difference | None]]) -> str:
+    rows = []
+    for claim, difference in found:
+        first, second = claim.compare
+        how = f"{second} − {first}, {claim.metric}" + (f", less the same for {claim.minus}" if claim.minus else "")
+        rows.append(
+            {
+                "claim": claim.claim,
+                "paper": claim.paper,
+                "ours": f"{100 * difference.mean:+.1f}" if difference else NOTHING,
+                "95 %, seeds": show_interval(difference.ci95) if difference and difference.ci95 else NOTHING,
+                "95 %, images": show_interval(difference.ci95_images)
+                if difference and difference.ci95_images
+                else NOTHING,
+                "seeds": _seeds(difference),
+                "verdict": verdict(difference),
+                "measured as": how,
+            }
+        )
+    parts = [f"# {content.get('title', 'Evidence')}", content.get("text", "").strip()]
+    parts.append(markdown_table(rows))
+    parts.append(
+        "Ours: mean over seeds of the paired difference, in percentage points of accuracy. 95 %, seeds: Student's t over seeds, "
+        "on the same test images; images: over test images, for the same networks. Agrees, or does not agree: both intervals lie "
+        "on one side of zero."
+    )
+    parts.append(f"## Results\n\nAccuracy in %, mean ± standard deviation over seeds.\n\n{summary.results_table()}")
+    parts.append(f"Paired differences [95 % interval over seeds]:\n\n{summary.comparisons_table()}")
+    if problems := summary.problems():
+        parts.append("Failed, odd and missing runs:\n\n" + "\n".join(f"- {line}" for line in problems))
+    parts.append(f"## Setting\n\n{describe_setting(summary.setting())}")
+    if commands := content.get("commands"):
+        parts.append("## To repeat it\n\n```bash\n" + "\n".join(commands) + "\n```")
+    parts.append(str(content.get("notes", "")).strip())
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _seeds(difference: Difference | None) -> str:
+    if difference is None:
+        return "0"
+    return "one seed" if difference.seeds == 1 else str(difference.seeds)
+
+
+def _json(summary: Summary, found: list[tuple[Claim, Difference | None]]) -> dict[str, Any]:
+    return {
+        "grid": summary.grid.name,
+        "setting": summary.setting(),
+        "claims": [
+            {
+                "claim": claim.claim,
+                "paper": claim.paper,
+                "ours": difference.mean if difference else None,
+                "ci95": difference.ci95 if difference else None,
+                "ci95_images": difference.ci95_images if difference else None,
+                "seeds": difference.seeds if difference else 0,
+                "verdict": verdict(difference),
+                "compare": claim.compare,
+                "metric": claim.metric,
+                "minus": claim.minus,
+            }
+            for claim, difference in found
+        ],
+        "problems": summary.problems(),
+    }

@@ -1,0 +1,50 @@
+"""Bars with error bars."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ablation.statistics import Mean
+from common.files import write_atomically
+
+PANEL_WIDTH = 2.6  # inches
+
+
+def draw_bars(path: Path, bars: Mapping[str, Mapping[str, Mean | None]], metrics: Sequence[str]) -> None:
+    """A panel for each metric, a bar for each run: mean over seeds, in %, with the standard deviation as error bar.
+
+    Args:
+        path: the PNG to write.
+        bars: run → metric → mean; None where there is none.
+        metrics: in order.
+    """
+    names = [name for name, of_run in bars.items() if any(of_run.values())]
+    figure = Figure(
+        figsize=(2.2 + PANEL_WIDTH * max(len(metrics), 1), 1.4 + 0.3 * max(len(names), 1)), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, max(len(metrics), 1), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics):
+        for place, name in enumerate(names):
+            if (mean := bars[name].get(metric)) is None:
+                continue
+            error = 100 * mean.sd if mean.sd is not None else None
+            axes.barh(place, 100 * mean.mean, xerr=error, capsize=3, color="tab:blue", alpha=0.75)
+            end = 100 * mean.mean + (error or 0)
+            axes.annotate(
+                f"{100 * mean.mean:.1f}", (end, place), (3, 0), textcoords="offset points", va="center", fontsize=7
+            )
+        axes.set_title(metric, fontsize=9, parse_math=False)
+        axes.set_xlabel("accuracy [%]", fontsize=8)
+        axes.margins(x=0.15)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    panels[0].invert_yaxis()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))

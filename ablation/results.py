@@ -1,0 +1,138 @@
+"""What a grid has found so far, read from its folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ablation.grid import Cell, Entry, Grid
+from ablation.running import evaluation_summary, read_record, train_status
+from ablation.statistics import Value
+from evaluation.plan import show_eps
+
+CLEAN, CLEAN_ALL = "clean", "clean, all images"
+# 95 % of networks that guess lie below this many standard deviations above chance.
+GUESSING = 2.0
+
+
+@dataclass
+class Result:
+    """One network under one evaluation: a row of the results with one seed.
+
+    Attributes:
+        status: finished; failed, diverged, stopped or open.
+        notes: why it is not finished, and what is odd about it.
+        metrics: name → value.
+        seconds: of the training, and of this evaluation.
+        provenance: of both, where they ran.
+    """
+
+    entry: Entry
+    seed: int
+    status: str
+    notes: list[str] = field(default_factory=list)
+    metrics: dict[str, Value] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    provenance: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+def read_results(grid: Grid) -> list[Result]:
+    """Entry by entry, seed by seed; also of what failed or has not run."""
+    return [read_result(grid.cell(entry.arm, seed), entry) for entry in grid.entries.values() for seed in grid.seeds]
+
+
+def read_result(cell: Cell, entry: Entry) -> Result:
+    """One network under one evaluation."""
+    stages = read_record(cell).get("stages", {})
+    result = Result(entry, cell.seed, "open")
+    for stage, name in (("train", "training"), (entry.name, "evaluation")):
+        call = stages.get(stage, {})
+        result.seconds[name] = float(call.get("seconds", 0.0))
+        if call.get("reason"):
+            result.status = call["status"]
+            result.notes.append(f"{name}: {call['reason']}")
+    trained, summary = train_status(cell) == "finished", evaluation_summary(cell, entry)
+    if trained:
+        result.provenance.append(_read_json(cell.run_folder / "params.json").get("provenance", {}))
+        last = _last_epoch(cell.run_folder / "log")
+        result.metrics.update(_validation_metrics(cell, entry, last))
+        result.notes += _oddities(last)
+    if summary is not None:
+        for report in summary["evaluations"]:
+            result.provenance.append(report["provenance"])
+            result.metrics.update(_metrics(cell, entry, report, several=len(_sizes(summary)) > 1))
+    if trained and summary is not None:
+        result.status, result.notes = "finished", [n for n in result.notes if ":" not in n]
+        clean, classes = result.metrics[CLEAN], cell.config.model.num_classes
+        if clean.share < 1 / classes + GUESSING * (1 / classes / clean.n) ** 0.5:
+            result.notes.append("guesses")
+    return result
+
+
+def _metrics(cell: Cell, entry: Entry, report: Mapping[str, Any], *, several: bool) -> Iterator[tuple[str, Value]]:
+    """Of one evaluation of the entry: clean, and under its threat model; by image."""
+    px = f", {report['data']['img_size']} px" if several else ""
+    rows = _verdicts(cell.eval_folder(entry), report)
+    clean = np.array([row["broken_by"] != "clean" for row in rows], dtype=float)
+    standing = np.array([not row["broken_by"] for row in rows], dtype=float)
+    yield CLEAN + px, Value(report["clean_acc"], report["n"], clean)
+    yield f"{report['norm']} {show_eps(report['eps'])}{px}", Value(report["robust_acc"], report["n"], standing)
+
+
+def _verdicts(folder: Path, report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The images of a report, in order."""
+    for file in sorted(folder.rglob("report.json")):
+        found = _read_json(file)
+        same = all(found.get(key) == report[key] for key in ("norm", "eps", "seed", "attacks"))
+        if same and found["data"]["img_size"] == report["data"]["img_size"]:
+            with open(file.with_name("verdicts.csv"), newline="", encoding="utf-8", errors="surrogateescape") as lines:
+                return list(csv.DictReader(lines))
+    return []
+
+
+def _sizes(summary: Mapping[str, Any]) -> set[int]:
+    return {report["data"]["img_size"] for report in summary["evaluations"]}
+
+
+def _validation_metrics(cell: Cell, entry: Entry, last: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    """What the last epoch's validation says of the same weights, where the images and their size are the same."""
+    config = cell.config
+    if dict(entry.flags).get("eval.img_size", "") != str(config.validation.resolution):
+        return
+    prefix = "ema_" if cell.weights_kind(entry) == "ema" else ""
+    if f"{prefix}top1" in last:
+        yield CLEAN_ALL, Value(last[f"{prefix}top1"], 0)
+    if f"{prefix}adv_top1" in last:
+        name = f"{config.adv.norm} {show_eps(config.adv.eps)}, APGD-{config.validation.adv_n_iter}"
+        yield name, Value(last[f"{prefix}adv_top1"], config.validation.adv_n_ex)
+
+
+def _oddities(last: Mapping[str, Any]) -> list[str]:
+    found = [f"{last[key]} {key.replace('_', ' ')}" for key in ("skipped_steps", "bad_images") if last.get(key)]
+    return found + ["overfitting"] * ("overfitting" in last)
+
+
+def _last_epoch(log: Path) -> dict[str, Any]:
+    """The record of the last epoch; {} where there is none."""
+    record: dict[str, Any] = {}
+    with suppress(OSError):
+        for line in log.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and "top1" in found:
+                    record = found
+    return record
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}

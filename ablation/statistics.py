@@ -1,0 +1,98 @@
+"""Means over seeds and paired differences, with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t
+
+LEVEL = 0.95
+Z95 = 1.96
+RULE_OF_THREE = 3.0  # what was never seen in n images may yet happen to 3 / n of them, at 95 %
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of one value a seed, in [0, 1]; `sd` over seeds (n − 1), None for a single one."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over seeds of paired differences, each in [−1, 1].
+
+    Attributes:
+        mean: of them.
+        ci95: Student's t over seeds: what training again with other seeds would give on the same images; None for one seed.
+        ci95_images: what other test images would give with the same networks: normal, over images whose verdicts are paired where
+            they are known, else binomial and unpaired; None where the number of images is not known.
+        seeds: number of pairs.
+    """
+
+    mean: float
+    ci95: tuple[float, float] | None
+    ci95_images: tuple[float, float] | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metric of one network: a share in [0, 1], of so many images, and (N,) 0 or 1 for each, where known."""
+
+    share: float
+    n: int
+    images: np.ndarray | None = None
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean and standard deviation of at least one value."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Mean(float(np.mean(values)), sd, len(values))
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
+    return mean - half, mean + half
+
+
+def paired(terms: Sequence[tuple[int, Mapping[int, Value]]]) -> Difference | None:
+    """Sum of signed metrics, paired by seed: [(−1, a), (+1, b)] is the difference b − a.
+
+    Args:
+        terms: (sign, seed → value).
+
+    Returns:
+        None where no seed has all of them.
+    """
+    seeds = sorted(set.intersection(*(set(values) for _, values in terms)))
+    if not seeds:
+        return None
+    by_seed = [sum(sign * values[seed].share for sign, values in terms) for seed in seeds]
+    return Difference(float(np.mean(by_seed)), t_interval(by_seed), _over_images(terms, seeds), len(seeds))
+
+
+def _over_images(terms: Sequence[tuple[int, Mapping[int, Value]]], seeds: Sequence[int]) -> tuple[float, float] | None:
+    values = [[v[seed] for seed in seeds] for _, v in terms]
+    mean = sum(sign * float(np.mean([v.share for v in row])) for (sign, _), row in zip(terms, values))
+    if not all(v.n for row in values for v in row):
+        return None
+    counts = {len(v.images) if v.images is not None else -1 for row in values for v in row}
+    if len(counts) == 1 and counts != {-1}:
+        by_image = sum(sign * np.mean([v.images for v in row], axis=0) for (sign, _), row in zip(terms, values))
+        spread = float(np.std(by_image, ddof=1)) / math.sqrt(len(by_image)) if len(by_image) > 1 else 1.0
+        error = max(spread, RULE_OF_THREE / Z95 / len(by_image))
+    else:  # the networks of different seeds were tried on the same images: no smaller an error for having several
+        shares = [float(np.mean([v.share for v in row])) for row in values]
+        error = math.sqrt(sum(p * (1 - p) / min(v.n for v in row) for p, row in zip(shares, values)))
+        error = max(error, RULE_OF_THREE / Z95 / min(v.n for row in values for v in row))
+    return mean - Z95 * error, mean + Z95 * error
