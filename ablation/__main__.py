@@ -8,7 +8,8 @@ The grid is a YAML file (see ablation/grid.py); further flags of train.py hold f
 interrupted one goes on. Leaves in the grid's folder: summary.md, summary.csv, summary.json, summary.png, and, where the grid names
 a claims file, evidence.md and evidence.json; a folder for each arm and seed with its run, evaluations and what they printed.
 
-Exit status: 0 all runs are finished; 1 some failed (the summary names them); 2 wrong input; 130, 143 interrupted or terminated.
+Exit status: 0 all runs are finished; 1 some failed (the summary names them); 2 wrong input; 75 stopped (a file
+`stop` in a run's folder, the end of a Slurm job), 130, 143 interrupted or terminated: the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from ablation.evidence import write_evidence
 from ablation.grid import Grid, load_grid
-from ablation.running import Runner, Slot, end_on_signals
+from ablation.running import Runner, Slot, stopping_on_signals
 from ablation.summary import summarise
 from common.errors import UserError
 
@@ -35,24 +36,24 @@ def main(argv: Sequence[str]) -> int:
         if arguments.check:
             print("\n".join(f"{cell}: train.py {' '.join(cell.train_argv())}" for cell in grid.cells))
             return 0
-        received, failed = ([], 0) if arguments.summary else run(grid, arguments)
+        status = 0 if arguments.summary else run(grid, arguments)
         summary = summarise(grid)
         print(summary.markdown(), end="")
         if grid.claims:
             write_evidence(summary, grid.claims, arguments.evidence or grid.out)
         print(f"summary.md, summary.csv, summary.json, summary.png: {grid.out}", file=sys.stderr)
-        return 128 + received[0] if received else int(failed > 0)
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run(grid: Grid, arguments: argparse.Namespace) -> tuple[list[int], int]:
-    """Signals received, and the number of runs that failed."""
-    slots = make_slots(arguments.jobs, arguments.threads)
-    runner = Runner(grid.cells, slots, on_change=lambda: summarise(grid))
-    received = end_on_signals(runner)
-    return received, runner.run()
+def run(grid: Grid, arguments: argparse.Namespace) -> int:
+    """Work on the grid; returns the exit status."""
+    runner = Runner(grid.cells, make_slots(arguments.jobs, arguments.threads), on_change=lambda: summarise(grid))
+    with stopping_on_signals(runner) as received:
+        status = runner.run()
+    return 128 + received[0] if received else status
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

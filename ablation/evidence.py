@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ablation.statistics import Difference
 from ablation.summary import NOTHING, Summary, describe_setting, show_interval
+from common.config import read_yaml
 from common.errors import UserError
-from common.files import writable, write_atomically
+from common.files import writable
 from common.tables import markdown_table
+from evaluation.report import write_text
 
 AGREES, DOES_NOT, CANNOT_TELL, NOT_RUN = "agrees", "does not agree", "cannot tell", "not run"
 KEYS = {"claim", "paper", "compare", "metric", "minus"}
@@ -71,21 +71,13 @@ def write_evidence(summary: Summary, path: Path, folder: Path) -> None:
     found = [(claim, summary.difference(*claim.compare, claim.metric, minus=claim.minus)) for claim in claims]
     with writable("--evidence", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            ("evidence.json", json.dumps(_json(summary, found), indent=2, ensure_ascii=False) + "\n"),
-            ("evidence.md", _markdown(content, summary, found)),
-        ):
-            write_atomically(folder / name, lambda file: file.write(text.encode()))
+        write_text(folder / "evidence.json", json.dumps(_json(summary, found), indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / "evidence.md", _markdown(content, summary, found))
 
 
 def read_claims(path: Path, summary: Summary) -> tuple[Mapping[str, Any], list[Claim]]:
     """The file's texts, and its claims."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"claims: {path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"claims: {path}: expected YAML; {' '.join(str(error).split())}.") from error
+    content = read_yaml(path, "claims")
     if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
         raise UserError(f"claims: {path}: expected a mapping with a list `claims`.")
     claims = []

@@ -33,9 +33,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.config import EvalConfig, TrainConfig, load_config
+from common.config import EvalConfig, TrainConfig, load_config, read_yaml
 from common.errors import UserError
 
 KEYS = {"extends", "config", "train", "axes", "arms", "seeds", "evaluate", "variants", "compare", "claims"}
@@ -196,12 +194,7 @@ def load_grid(path: Path, *, out: Path | None = None, seeds: Sequence[int] = (),
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A grid's keys, with those of the grid it extends."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected YAML; {' '.join(str(error).split())}.") from error
+    content = read_yaml(path, "grid")
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a grid with the keys {_words(KEYS)}; got {type(content).__name__}.")
     if unknown := [key for key in content if key not in KEYS]:

@@ -14,22 +14,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 from ablation.grid import Cell, Entry
 from common.errors import UserError
 from common.files import take_folder, writable, write_atomically
 from common.provenance import PROJECT, commit
+from common.stop import STOPPED
 
 RECORD = "record.json"
 DIVERGED = 3  # exit status of train.py, which another try would only repeat
 POLL_SECONDS = 2.0
-PATIENCE_SECONDS = 60.0  # for a program asked to stop
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ class Runner:
         """`on_change` is called, in this thread, after each cell."""
         self._cells, self._slots, self._on_change = list(cells), list(slots), on_change
         self._children: set[subprocess.Popen] = set()
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a signal may come while stop() holds it
         self._stopping = False
 
     def run(self) -> int:
-        """Returns the number of cells that failed, or could not start for one that did."""
+        """Returns an exit status: 0 all are finished; 1 some failed, or could not start for one that did; 75 stopped."""
         state = {(cell.arm.name, cell.seed): "finished" if is_finished(cell) else "open" for cell in self._cells}
         if done := sum(value == "finished" for value in state.values()):
             say(f"{done} of {len(state)} runs finished before, skipped.")
@@ -104,9 +105,10 @@ class Runner:
                     elif not started:
                         time.sleep(POLL_SECONDS)
                     self._collect(state, free, busy)
-            finally:
+            except BaseException:
                 self.stop()
-        return sum(value == "failed" for value in state.values())
+                raise
+        return STOPPED if self._stopping else int("failed" in state.values())
 
     def _start(self, state: dict, free: list[Slot], busy: dict[Future, tuple], pool: ThreadPoolExecutor) -> bool:
         """Give every free slot a cell, as far as there are any."""
@@ -119,8 +121,7 @@ class Runner:
                 state[key] = "finished"
                 continue
             if cell.parent and train_status(cell.parent) != "finished":
-                parent = state.get((cell.parent.arm.name, cell.seed), "open")
-                if parent in ("failed", "finished"):
+                if state[cell.parent.arm.name, cell.seed] == "failed":
                     state[key] = "failed"
                     note(cell, "train", "not run", f"{cell.parent} did not finish", 0.0)
                     self._on_change()
@@ -141,7 +142,7 @@ class Runner:
             self._on_change()
 
     def stop(self) -> None:
-        """Ask what runs to save its state and end."""
+        """Ask what runs to save its state and end; nothing starts any more."""
         self._stopping = True
         with self._guard:
             children = list(self._children)
@@ -155,7 +156,10 @@ class Runner:
         with lock:
             if not self._train(cell, slot, lock):
                 return False
-            return all([self._evaluate(cell, entry, slot, lock) for entry in cell.entries()])
+            done = [
+                self._evaluate(cell, entry, slot, lock) for entry in cell.entries()
+            ]  # one that fails stops no other
+            return all(done)
 
     def _train(self, cell: Cell, slot: Slot, lock: BinaryIO) -> bool:
         status = train_status(cell)
@@ -197,6 +201,8 @@ class Runner:
             with self._guard:
                 self._children.discard(child)
         seconds = time.monotonic() - began
+        if status == STOPPED:  # a file `stop`, or the end of a Slurm job: what comes next would stop too
+            self.stop()
         if self._stopping and status != 0:
             note(cell, stage, "stopped", "stopped on request", seconds)
             return False
@@ -243,14 +249,18 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def end_on_signals(runner: Runner) -> list[int]:
-    """SIGTERM and SIGINT stop the runner; returns a list that then holds the signal."""
+@contextmanager
+def stopping_on_signals(runner: Runner) -> Iterator[list[int]]:
+    """SIGTERM and SIGINT stop the runner; gives a list that then holds the signal."""
     received: list[int] = []
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
         runner.stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return received
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,8 +13,9 @@ from ablation.grid import Grid
 from ablation.pictures import draw_bars
 from ablation.results import Result, read_results
 from ablation.statistics import Difference, Mean, Value, mean_of, paired
-from common.files import writable, write_atomically
+from common.files import writable
 from common.tables import markdown_table
+from evaluation.report import write_text
 
 NOTHING = "–"
 
@@ -147,11 +148,11 @@ class Summary:
         out = self.grid.out
         with writable("--out", out):
             out.mkdir(parents=True, exist_ok=True)
-            _write(out / "summary.csv", self.csv())
-            _write(out / "summary.json", json.dumps(self.json(), indent=2))
+            write_text(out / "summary.csv", self.csv())
+            write_text(out / "summary.json", json.dumps(self.json(), indent=2))
             bars = {name: {m: self.mean(name, m) for m in self.metrics} for name in self.grid.entries}
             draw_bars(out / "summary.png", bars, self.metrics)
-            _write(out / "summary.md", self.markdown())
+            write_text(out / "summary.md", self.markdown())
 
 
 def summarise(grid: Grid) -> Summary:
@@ -182,13 +183,12 @@ def show_interval(interval: tuple[float, float]) -> str:
 
 def describe_setting(setting: Mapping[str, Any]) -> str:
     """One paragraph."""
+    if not setting["commits"]:
+        return "Nothing has run yet."
     versions = ", ".join(f"{name} {'/'.join(found)}" for name, found in setting["versions"].items())
+    commits = ", ".join(commit[:10] + commit[40:] for commit in setting["commits"])
     return (
         f"{setting['runs_finished']} runs, {setting['hours']:.2f} hours of training and evaluation summed over runs, on "
-        f"{', '.join(setting['devices']) or 'nothing'} ({'/'.join(map(str, setting['threads']))} threads a run); commit "
-        f"{', '.join(commit[:10] + commit[40:] for commit in setting['commits'])}; Python {'/'.join(setting['python'])}, {versions}."
+        f"{', '.join(setting['devices'])} ({'/'.join(map(str, setting['threads']))} threads a run); commit {commits}; "
+        f"Python {'/'.join(setting['python'])}, {versions}."
     )
-
-
-def _write(path: Any, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))

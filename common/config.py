@@ -680,7 +680,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read_yaml(path: Path, flag: str) -> Any:
+def read_yaml(path: Path, flag: str) -> Any:
+    """A YAML or JSON file's content; a UserError, which begins with `flag`, where it cannot be read or gives a key twice."""
     try:
         return yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
@@ -691,7 +692,7 @@ def _read_yaml(path: Path, flag: str) -> Any:
 
 def _read_config_file(path: Path, known: Sequence[str]) -> dict[str, Any]:
     """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed."""
-    content = _read_yaml(path, "--config-file")
+    content = read_yaml(path, "--config-file")
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -714,7 +715,7 @@ def _read_config_file(path: Path, known: Sequence[str]) -> dict[str, Any]:
 
 def _read_models_file(path: Path, flags: EvalModelConfig) -> list[ModelEntry]:
     """A list of paths, or of mappings with `model_in`, perhaps `name`, and fields of `EvalModelConfig`."""
-    content = _read_yaml(path, "eval.models:")
+    content = read_yaml(path, "eval.models:")
     if not isinstance(content, list) or not content:
         found = "an empty one" if content == [] else type(content).__name__
         raise UserError(f"eval.models: expected a list of networks in {path}, got {found}.")

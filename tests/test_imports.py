@@ -17,13 +17,13 @@ ENTRIES = ["train", "runner_aa_eval", "demo"]
 
 # A room imports from itself and from lower floors only. Entries are scripts and may use one another.
 FLOORS = {
-    **dict.fromkeys([*ENTRIES, "benchmarks"], 5),
+    **dict.fromkeys([*ENTRIES, "ablation", "benchmarks"], 5),
     **dict.fromkeys(["training", "evaluation"], 4),
     "zoo": 3,
     **dict.fromkeys(["attacks", "data", "utils_architecture"], 2),
     "common": 1,
 }
-PACKAGES = ["training", "evaluation", "zoo", "attacks", "data", "common"]
+PACKAGES = ["ablation", "training", "evaluation", "zoo", "attacks", "data", "common"]
 
 # These rooms know neither flags nor ranks.
 PURE_ROOMS = ["attacks", "data", "utils_architecture"]

@@ -28,7 +28,7 @@ SYSTEM_PATH = "/usr/bin:/bin"
 
 # One test process a core.
 SPREAD = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
-SHELL_FILES = ["setup_env.sh", "run_train.sh", "run_eval.sh", "run_tests.sh"]
+SHELL_FILES = ["setup_env.sh", "run_train.sh", "run_eval.sh", "run_ablation.sh", "run_tests.sh"]
 
 # Arguments are recorded one call a line, separated by "|". A stand-in outside .venv meets the requirements if
 # a file <itself>.meets exists; one inside, if its pip has written .venv/installed. `-m venv` copies it there.
@@ -459,6 +459,7 @@ def test_tests_and_evaluation_pass_arguments_on(project: Project) -> None:
     chosen = ["tests/attacks", "-k", "a or b"]
     assert launched(project, "run_tests.sh", *chosen)[-1] == ["-m", "pytest", *SPREAD, *chosen]
     assert launched(project, "run_eval.sh", "--eps", "4/255")[-1] == ["runner_aa_eval.py", "--eps", "4/255"]
+    assert launched(project, "run_ablation.sh", "g.yaml", "--check")[-1] == ["-m", "ablation", "g.yaml", "--check"]
 
 
 def test_evaluation_without_arguments_is_the_demos(project: Project) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from timm.layers import LayerNorm2d
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from utils_architecture import (
@@ -426,16 +427,19 @@ def test_timm_vit_runs_at_other_sizes() -> None:
 # ----------------------------------------------------------------------------------------------- 32x32 models
 @pytest.mark.parametrize("name", MICRO)
 def test_micro_models_are_small_and_every_parameter_learns(name: str) -> None:
-    sizes = []
+    sizes, flops = [], []
     for not_original in (False, True):
         model = get_new_model(name, not_original=not_original, num_classes=10)
-        logits = model(pixels(4, 3, 32, 32))
+        with FlopCounterMode(display=False) as counter:
+            logits = model(pixels(4, 3, 32, 32))
+        flops.append(counter.get_total_flops())
         assert logits.shape == (4, 10)
         F.cross_entropy(logits, torch.arange(4)).backward()
         assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
         sizes.append(count(model))
     assert max(sizes) <= 1_500_000
     assert sizes[0] < sizes[1] < 1.03 * sizes[0]
+    assert flops[0] < flops[1] < 1.1 * flops[0]
     if name == "convnext_micro":
         assert sizes[0] == 441_514
 

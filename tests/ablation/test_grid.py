@@ -1,0 +1,150 @@
+"""Grids as YAML: what they stand for, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ablation.__main__ import main
+from ablation.grid import Grid, load_grid
+from common.errors import UserError
+from common.provenance import PROJECT
+
+GRIDS = sorted((PROJECT / "configs" / "ablations").glob("grid_*_*.yaml"))
+TRAIN = {"data": {"train_dataset": "digits", "val_dataset": "digits", "num_workers": 0, "in_memory": 0}}
+
+
+def grid_of(tmp_path: Path, content: dict, **arguments) -> Grid:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({"train": TRAIN, "seeds": [0], **content}, sort_keys=False))
+    return load_grid(path, out=tmp_path / "out", **arguments)
+
+
+def test_axes_make_a_product_compared_along_each_axis(tmp_path: Path) -> None:
+    stems = {"patch": {"model.not_original": 0}, "conv": {"model": {"not_original": 1}}}
+    grid = grid_of(tmp_path, {"axes": {"adv.eps": ["4/255", "8/255"], "stem": stems}, "seeds": [3, 5]})
+    assert list(grid.arms) == [
+        "eps=4-255+stem=patch",
+        "eps=4-255+stem=conv",
+        "eps=8-255+stem=patch",
+        "eps=8-255+stem=conv",
+    ]
+    assert [
+        (cell.config.adv.eps * 255, cell.config.model.not_original, cell.config.data.seed) for cell in grid.cells[:4]
+    ] == [
+        (4, False, 3),
+        (4, False, 5),
+        (4, True, 3),
+        (4, True, 5),
+    ]
+    names = list(grid.arms)
+    assert set(grid.compare) == {(names[0], names[1]), (names[0], names[2]), (names[1], names[3]), (names[2], names[3])}
+    assert len({cell.run_folder for cell in grid.cells}) == 8
+
+
+def test_an_arm_starts_from_anothers_weights_of_the_same_seed(tmp_path: Path) -> None:
+    arms = {"clean": {"evaluate": False}, "robust": {"from": "clean", "adv.attack": "apgd"}}
+    grid = grid_of(tmp_path, {"arms": arms, "seeds": [1, 2]})
+    clean, robust = grid.cell("clean", 2), grid.cell("robust", 2)
+    assert robust.config.model.ckpt_path == str(clean.run_folder) and clean.config.data.seed == 2
+    assert list(grid.entries) == ["robust"] and grid.compare == ()
+
+
+def test_evaluations(tmp_path: Path) -> None:
+    """Flags of the grid, then the arm's, then the variant's; weights by their kind; another evaluation has another folder."""
+    content = {
+        "arms": {"a": {"model.model_ema": 1, "evaluate": {"eval.n_ex": 7}}, "b": {}},
+        "evaluate": {"eval": {"norms": "Linf,L2", "n_ex": 5}},
+        "variants": {"a_raw": {"of": "a", "weights": "raw", "eval.norms": "Linf"}},
+    }
+    grid = grid_of(tmp_path, content)
+    flags = {name: set(grid.cell(entry.arm, 0).eval_argv(entry)) for name, entry in grid.entries.items()}
+    assert {"--eval.n_ex=7", "--eval.norms=Linf,L2", "--data.val_dataset=digits"} <= flags["a"]
+    assert {"--eval.n_ex=7", "--eval.norms=Linf"} <= flags["a_raw"] and "--eval.n_ex=5" in flags["b"]
+    names = {name: grid.cell(entry.arm, 0).weights(entry).name for name, entry in grid.entries.items()}
+    assert names == {"a": "weights_ema_100.pt", "a_raw": "weights_100.pt", "b": "weights_100.pt"}
+    content["evaluate"]["eval"]["n_ex"] = 6
+    other = grid_of(tmp_path, content)
+    assert other.cell("b", 0).eval_folder(other.entries["b"]) != grid.cell("b", 0).eval_folder(grid.entries["b"])
+    assert other.cell("b", 0).run_folder == grid.cell("b", 0).run_folder
+
+
+def test_extends_merges_and_the_command_line_wins(tmp_path: Path) -> None:
+    base = {"train": TRAIN | {"training.epochs": 4}, "arms": {"a": {"lr.lr": 1}, "b": {}}, "seeds": [0, 1, 2]}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "more.yaml").write_text(
+        "extends: base.yaml\ntrain: {training.epochs: 5}\narms: {a: {lr.lr_peak_epoch: 2}}\n"
+    )
+    config = load_grid(tmp_path / "more.yaml").cell("a", 2).config
+    assert (config.training.epochs, config.lr.lr, config.lr.lr_peak_epoch) == (5, 1, 2)
+    grid = load_grid(tmp_path / "more.yaml", seeds=[7], extra=["--training.epochs=6"])
+    assert grid.seeds == (7,) and grid.cell("a", 7).config.training.epochs == 6
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_our_grids(path: Path) -> None:
+    """Every arm but its starts differs from `base` in one thing; all command lines are valid."""
+    grid = load_grid(path)
+    assert len(grid.seeds) >= 3 and grid.claims.is_file()
+    base = grid.arms["base"]
+    for name in ("random_init", "fgsm", "apgd1", "apgd3", "heavy", "eps_warmup", "patch"):
+        arm = grid.arms[name]
+        changed = {flag for flag in {**arm.flags, **base.flags} if arm.flags.get(flag) != base.flags.get(flag)}
+        assert len(changed) == (name != "random_init") and (arm.start == base.start or name in ("random_init", "patch"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"arm": {}}, "unknown key 'arm'"),
+        ({"seeds": []}, "seeds: expected a list of different whole numbers"),
+        ({"seeds": [0, 0]}, "seeds: expected"),
+        ({"seeds": None}, "seeds: expected"),
+        ({"train": {"lr.rl": 1}}, "unknown flag '--lr.rl=1'"),
+        ({"train": {"lr": {"lr": None}}}, "train: lr.lr: expected a value"),
+        ({"train": TRAIN | {"training.epochs": "many"}}, "training.epochs: expected an integer"),
+        ({"arms": {"a": {"from": "c"}}}, "from: expected one of a; got 'c'"),
+        ({"arms": {"a": {"from": "b"}, "b": {"from": "a"}}}, "leads back to itself (a → b → a)"),
+        ({"arms": {"a,b": {}}}, "expected a name of letters"),
+        ({"arms": {"../a": {}}}, "expected a name of letters"),
+        ({"arms": ["a"]}, "arms: expected a mapping"),
+        ({"axes": {"adv.n_iter": []}}, "expected at least one value"),
+        ({"evaluate": {"eval.steps": 3}}, "unknown flag '--eval.steps=3'"),
+        ({"variants": {"x": {"of": "y"}}}, "of: expected one of run; got 'y'"),
+        ({"variants": {"x": {"of": "run", "weights": "best"}}}, "weights: expected ema, raw"),
+        ({"variants": {"x": {"of": "run", "weights": "ema"}}}, "needs model.model_ema=1"),
+        ({"compare": [["run", "nothing"]]}, "compare: expected pairs of run"),
+        ({"extends": "grid.yaml"}, "leads back to itself"),
+        ({"extends": "none.yaml"}, "cannot be read"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, capsys, content: dict, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        grid_of(tmp_path, content)
+    assert words in str(error.value)
+    assert main([str(tmp_path / "grid.yaml"), f"--out={tmp_path / 'out'}"]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["none.yaml"], "none.yaml: cannot be read"),
+        (["{grid}", "--lr.lr"], "expected further flags as --section.name=value"),
+        (["{grid}", "--quick"], "got '--quick'"),
+        (["{grid}", "--lr.lr=fast"], "lr.lr: expected a number"),
+    ],
+)
+def test_wrong_command_lines(tmp_path: Path, capsys, argv: list[str], words: str) -> None:
+    grid_of(tmp_path, {})
+    assert main([word.format(grid=tmp_path / "grid.yaml") for word in argv]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[", "- a", "seeds: [0]\nseeds: [1]"])
+def test_files_that_are_no_grid(tmp_path: Path, text: str) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(UserError, match="grid.yaml"):
+        load_grid(tmp_path / "grid.yaml")
