@@ -18,7 +18,7 @@ from ablation.statistics import Value
 from evaluation.plan import show_eps
 
 CLEAN, CLEAN_ALL = "clean", "clean, all images"
-# 95 % of networks that guess lie below this many standard deviations above chance.
+# Networks that guess lie below this many standard deviations above chance, 98 of 100.
 GUESSING = 2.0
 
 
@@ -70,8 +70,9 @@ def read_result(cell: Cell, entry: Entry) -> Result:
             result.metrics.update(_metrics(cell, entry, report, several=len(_sizes(summary)) > 1))
     if trained and summary is not None:
         result.status, result.notes = "finished", [n for n in result.notes if ":" not in n]
-        clean, classes = result.metrics[CLEAN], cell.config.model.num_classes
-        if clean.share < 1 / classes + GUESSING * (1 / classes / clean.n) ** 0.5:
+        chance = 1 / cell.config.model.num_classes
+        shares = [value for name, value in result.metrics.items() if name.startswith(CLEAN) and value.n]
+        if any(v.share < chance + GUESSING * (chance * (1 - chance) / v.n) ** 0.5 for v in shares):
             result.notes.append("guesses")
     return result
 

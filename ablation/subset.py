@@ -1,8 +1,8 @@
 """A part of a data set as class folders, for short runs.
 
-    python -m ablation.subset torch/CIFAR10 data/cifar10/train --root data --split train --per-class 1000
-    python -m ablation.subset torch/CIFAR10 data/cifar10/val   --root data --split train --per-class 100 --skip 4500
-    python -m ablation.subset torch/CIFAR10 data/cifar10/test  --root data --split test  --per-class 100
+    python -m ablation.subset torch/CIFAR10 images/cifar10/train --root images --split train --per-class 1000
+    python -m ablation.subset torch/CIFAR10 images/cifar10/val --root images --split train --per-class 100 --skip 4500
+    python -m ablation.subset torch/CIFAR10 images/cifar10/test --root images --split test  --per-class 100
 
 SOURCE is anything that `data.train_dataset` takes and that can be read in any order. Of each class, images number `skip` to
 `skip + per_class` of an order shuffled once and for all are written, as the bytes of the source's files, else as PNG: so parts

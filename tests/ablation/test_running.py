@@ -1,0 +1,245 @@
+"""Scheduling with stand-ins for train.py and runner_aa_eval.py, and a small grid from its command line with the real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import ablation.running
+from ablation.__main__ import main, make_slots
+from ablation.grid import Grid, load_grid
+from ablation.results import read_results
+from ablation.running import Runner, Slot, is_finished, read_record
+from common.files import take_folder
+from common.provenance import PROJECT
+from common.stop import STOPPED
+from tests.training.helpers import base_flags
+
+TRAIN = {"data": {"train_dataset": "digits", "val_dataset": "digits", "num_workers": 0, "in_memory": 0}}
+# What the runner relies on: a status file, weights, a summary; and exit statuses. `misc.notes` says what is to happen.
+STAND_IN_TRAIN = """
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {project!r})
+from common.config import TrainConfig, load_config
+config = load_config(TrainConfig, sys.argv[1:])
+folder, notes = config.run_folder, config.misc.notes
+folder.mkdir(parents=True, exist_ok=True)
+def log(what):
+    with open({calls!r}, "a") as file:
+        file.write(json.dumps([what, notes, config.data.seed, time.time(), os.environ["CUDA_VISIBLE_DEVICES"]]) + "\\n")
+def status(text):
+    (folder / "status.json").write_text(json.dumps({{"status": text}}))
+def stop(*_):
+    status("stopped")
+    log("stopped")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+log("start")
+if config.model.ckpt_path:
+    assert (Path(config.model.ckpt_path) / "weights_100.pt").exists()
+if notes == "fail":
+    sys.exit("error: the disk is full")
+if notes == "diverge":
+    status("diverged")
+    sys.exit(3)
+if notes == "asked":
+    stop()
+time.sleep(60 if notes == "slow" else 0.3)
+(folder / "weights_100.pt").touch()
+status("finished")
+log("end")
+"""
+STAND_IN_EVAL = """
+import json, sys
+from pathlib import Path
+out = Path(next(a for a in sys.argv if a.startswith("--eval.out=")).partition("=")[2])
+out.mkdir(parents=True)
+if "--eval.seed=13" in sys.argv:
+    sys.exit("error: no such attack")
+(out / "summary.json").write_text(json.dumps({"evaluations": [], "argv": sys.argv}))
+"""
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stand-ins; the file that notes their calls."""
+    folder, calls = tmp_path / "programs", tmp_path / "calls"
+    folder.mkdir()
+    (folder / "train.py").write_text(STAND_IN_TRAIN.format(project=str(PROJECT), calls=str(calls)))
+    (folder / "runner_aa_eval.py").write_text(STAND_IN_EVAL)
+    monkeypatch.setattr(ablation.running, "PROJECT", folder)
+    return calls
+
+
+def grid_of(tmp_path: Path, arms: dict, seeds=(0,), **content) -> Grid:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({"train": TRAIN, "arms": arms, "seeds": list(seeds), **content}, sort_keys=False))
+    return load_grid(path, out=tmp_path / "out")
+
+
+def work(grid: Grid, *slots: Slot) -> int:
+    return Runner(grid.cells, slots or [Slot("", 1)], on_change=lambda: None).run()
+
+
+def calls_of(file: Path, what: str = "start") -> list[list]:
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [call for call in map(json.loads, lines) if call[0] == what]
+
+
+def test_runs_spread_over_gpus_start_after_what_they_need_and_are_skipped_when_finished(tmp_path, programs) -> None:
+    arms = {"robust": {"from": "clean", "misc.notes": "robust"}, "clean": {"misc.notes": "clean", "evaluate": False}}
+    grid = grid_of(tmp_path, arms, seeds=(0, 1))
+    assert work(grid, Slot("4", 1), Slot("7", 1)) == 0
+    assert all(is_finished(cell) for cell in grid.cells)
+    starts, ends = calls_of(programs), calls_of(programs, "end")
+    assert sorted(call[1:3] for call in starts) == [["clean", 0], ["clean", 1], ["robust", 0], ["robust", 1]]
+    assert {call[4] for call in starts} == {"4", "7"}
+    assert starts[1][3] < ends[0][3], "two slots, but one run after the other"
+    evaluation = json.loads(next((tmp_path / "out/robust/seed0").glob("eval_robust_*/summary.json")).read_text())[
+        "argv"
+    ]
+    assert "--eval.gpus=0" in evaluation
+    assert work(grid, Slot("", 1)) == 0 and len(calls_of(programs)) == 4
+
+
+def test_failures_are_recorded_with_their_reason_and_stop_nothing_else(tmp_path, programs) -> None:
+    arms = {
+        "bad": {"misc.notes": "fail"},
+        "child": {"from": "bad"},
+        "diverging": {"misc.notes": "diverge"},
+        "fine": {},
+        "unknown": {"evaluate": {"eval.seed": 13}},
+    }
+    grid = grid_of(tmp_path, arms)
+    assert work(grid) == 1
+    found = {result.entry.name: (result.status, result.notes) for result in read_results(grid)}
+    assert found["bad"] == ("failed", ["training: status 1: the disk is full"])
+    assert found["child"] == ("not run", ["training: bad, seed 0 did not finish"])
+    assert found["diverging"][0] == "diverged"
+    assert found["unknown"] == ("failed", ["evaluation: status 1: no such attack"])
+    assert is_finished(grid.cell("fine", 0))
+    before = len(calls_of(programs))
+    assert work(grid) == 1
+    assert [call[1] for call in calls_of(programs)[before:]] == ["fail"], "only what may go better is tried again"
+
+
+def test_two_programs_share_a_grid(tmp_path, programs) -> None:
+    grid = grid_of(tmp_path, {"a": {"misc.notes": "a"}, "b": {"misc.notes": "b"}}, seeds=(0, 1))
+    statuses: list[int] = []
+    threads = [threading.Thread(target=lambda: statuses.append(work(grid))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert statuses == [0, 0]
+    assert sorted(call[1:3] for call in calls_of(programs)) == [["a", 0], ["a", 1], ["b", 0], ["b", 1]]
+
+
+def test_a_claimed_cell_is_left_alone(tmp_path, programs) -> None:
+    grid = grid_of(tmp_path, {"a": {"misc.notes": "a"}})
+    (cell,) = grid.cells
+    cell.folder.mkdir(parents=True)
+    lock = take_folder(cell.folder, flag="--out")
+    runner, statuses = Runner(grid.cells, [Slot("", 1)], on_change=lambda: None), []
+    thread = threading.Thread(target=lambda: statuses.append(runner.run()))
+    thread.start()
+    time.sleep(0.5)
+    assert not calls_of(programs)
+    lock.close()
+    thread.join(60)
+    assert statuses == [0] and len(calls_of(programs)) == 1
+
+
+def test_stopping_ends_what_runs_and_starts_nothing(tmp_path, programs) -> None:
+    grid = grid_of(tmp_path, {"a": {"misc.notes": "slow"}, "b": {}})
+    runner = Runner(grid.cells, [Slot("", 1)], on_change=lambda: None)
+
+    def stop_when_started() -> None:
+        while not calls_of(programs):
+            time.sleep(0.05)
+        runner.stop()
+
+    threading.Thread(target=stop_when_started).start()
+    assert runner.run() == STOPPED
+    assert [call[1] for call in calls_of(programs, "stopped")] == ["slow"] and len(calls_of(programs)) == 1
+    assert read_record(grid.cells[0])["stages"]["train"]["status"] == "stopped"
+
+
+def test_a_run_that_was_asked_to_stop_stops_the_grid(tmp_path, programs) -> None:
+    grid = grid_of(tmp_path, {"a": {"misc.notes": "asked"}, "b": {}})
+    assert work(grid) == STOPPED and len(calls_of(programs)) == 1
+
+
+def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [slot.gpu for slot in make_slots(5, 1)] == ["3", "5", "3", "5", "3"]
+    assert len(make_slots(None, None)) == 2
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [slot.gpu for slot in make_slots(None, 1)] == ["0", "1"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert make_slots(3, 1) == [Slot("", 1)] * 3
+
+
+def test_signals_stop_the_runner_and_are_told_apart(tmp_path, programs) -> None:
+    grid_of(tmp_path, {"a": {"misc.notes": "slow"}})
+    before = signal.getsignal(signal.SIGTERM)
+
+    def send_when_started() -> None:
+        while not calls_of(programs):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send_when_started).start()
+    assert main([str(tmp_path / "grid.yaml"), f"--out={tmp_path / 'out'}", "--jobs=1"]) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [call[1] for call in calls_of(programs, "stopped")] == ["slow"]
+
+
+@pytest.fixture(scope="module")
+def real(images, tmp_path_factory) -> tuple[Path, Path]:
+    """A grid of one run with the real programs, on tiny images."""
+    folder = tmp_path_factory.mktemp("real")
+    flags = {name: str(value) for name, value in base_flags(images, folder).items() if name != "logging.folder"}
+    grid = {
+        "train": flags | {"training.resume": "auto", "validation.adv_n_ex": "4"},
+        "arms": {"robust": {"adv.attack": "apgd", "adv.eps": 0.05}},
+        "seeds": [0],
+        "evaluate": {"eval.fullaa": 0, "eval.eps": 0.02, "eval.n_ex": 4, "eval.img_size": 32, "eval.crop_pct": 1},
+    }
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    assert main([str(folder / "grid.yaml"), f"--out={folder / 'out'}", "--threads=1"]) == 0
+    return folder / "grid.yaml", folder / "out"
+
+
+def test_a_real_grid(real) -> None:
+    path, out = real
+    (result,) = read_results(load_grid(path, out=out))
+    assert result.status == "finished"
+    assert set(result.metrics) == {"clean, all images", "Linf 0.05, APGD-10", "clean", "Linf 0.02"}
+    robust = result.metrics["Linf 0.02"]
+    report = json.loads(next(out.rglob("report.json")).read_text())
+    assert (robust.share, robust.n) == (report["robust_acc"], 4)
+    assert robust.images.mean() == pytest.approx(robust.share) and len(robust.images) == 4
+    assert result.seconds["training"] > 0 and result.seconds["evaluation"] > 0
+    assert [provenance["threads"] for provenance in result.provenance] == [1, 1]
+
+
+def test_summary_alone_runs_nothing(real, capsys) -> None:
+    path, out = real
+    times = {
+        file: os.stat(file).st_mtime_ns for file in out.rglob("*") if file.is_file() and "summary" not in file.name
+    }
+    assert main([str(path), f"--out={out}", "--summary"]) == 0
+    assert "| robust | 1/1" in capsys.readouterr().out
+    assert {file: os.stat(file).st_mtime_ns for file in times} == times
+    assert (out / "summary.png").read_bytes().startswith(b"\x89PNG")
