@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ablation.evidence import write_evidence
+from ablation.evidence import read_claims, write_evidence
 from ablation.grid import Grid, load_grid
 from ablation.running import Runner, Slot, stopping_on_signals
 from ablation.summary import summarise
@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments, extra = parse(argv)
         grid = load_grid(arguments.grid, out=arguments.out, seeds=arguments.seeds, extra=extra)
+        if grid.claims:
+            read_claims(grid.claims, grid)  # before hours of training
         if arguments.check:
             print("\n".join(f"{cell}: train.py {' '.join(cell.train_argv())}" for cell in grid.cells))
             return 0

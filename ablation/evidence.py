@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ablation.grid import Grid
 from ablation.statistics import Difference
 from ablation.summary import NOTHING, Summary, describe_setting, show_interval
 from common.config import read_yaml
@@ -65,9 +66,9 @@ def write_evidence(summary: Summary, path: Path, folder: Path) -> None:
     """Write evidence.md and evidence.json of a claims file.
 
     Raises:
-        UserError: the file cannot be read, or names runs or keys that are not there.
+        UserError: as `read_claims`, or the folder cannot be written.
     """
-    content, claims = read_claims(path, summary)
+    content, claims = read_claims(path, summary.grid)
     found = [(claim, summary.difference(*claim.compare, claim.metric, minus=claim.minus)) for claim in claims]
     with writable("--evidence", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +76,12 @@ def write_evidence(summary: Summary, path: Path, folder: Path) -> None:
         write_text(folder / "evidence.md", _markdown(content, summary, found))
 
 
-def read_claims(path: Path, summary: Summary) -> tuple[Mapping[str, Any], list[Claim]]:
-    """The file's texts, and its claims."""
+def read_claims(path: Path, grid: Grid) -> tuple[Mapping[str, Any], list[Claim]]:
+    """The file's texts, and its claims.
+
+    Raises:
+        UserError: it cannot be read, or names runs or keys that are not there.
+    """
     content = read_yaml(path, "claims")
     if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
         raise UserError(f"claims: {path}: expected a mapping with a list `claims`.")
@@ -87,9 +92,9 @@ def read_claims(path: Path, summary: Summary) -> tuple[Mapping[str, Any], list[C
                 f"claims: {path}, claim {number}: expected the keys {', '.join(sorted(KEYS))}; got {item!r}."
             )
         pair = item["compare"]
-        if not isinstance(pair, list) or len(pair) != 2 or any(name not in summary.grid.entries for name in pair):
+        if not isinstance(pair, list) or len(pair) != 2 or any(name not in grid.entries for name in pair):
             raise UserError(
-                f"claims: {path}, claim {number}: compare: expected two of {', '.join(summary.grid.entries)}; got {pair!r}."
+                f"claims: {path}, claim {number}: compare: expected two of {', '.join(grid.entries)}; got {pair!r}."
             )
         claims.append(
             Claim(item["claim"], item.get("paper", NOTHING), tuple(pair), item["metric"], item.get("minus", ""))
@@ -140,17 +145,22 @@ def _seeds(difference: Difference | None) -> str:
     return "one seed" if difference.seeds == 1 else str(difference.seeds)
 
 
+def _points(interval: tuple[float, float] | None) -> list[float] | None:
+    return [round(100 * bound, 2) for bound in interval] if interval else None
+
+
 def _json(summary: Summary, found: list[tuple[Claim, Difference | None]]) -> dict[str, Any]:
     return {
         "grid": summary.grid.name,
+        "unit": "percentage points of accuracy",
         "setting": summary.setting(),
         "claims": [
             {
                 "claim": claim.claim,
                 "paper": claim.paper,
-                "ours": difference.mean if difference else None,
-                "ci95": difference.ci95 if difference else None,
-                "ci95_images": difference.ci95_images if difference else None,
+                "ours": round(100 * difference.mean, 2) if difference else None,
+                "ci95": _points(difference.ci95) if difference else None,
+                "ci95_images": _points(difference.ci95_images) if difference else None,
                 "seeds": difference.seeds if difference else 0,
                 "verdict": verdict(difference),
                 "compare": claim.compare,

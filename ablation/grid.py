@@ -38,7 +38,7 @@ from common.errors import UserError
 
 KEYS = {"extends", "config", "train", "axes", "arms", "seeds", "evaluate", "variants", "compare", "claims"}
 WEIGHTS = ("raw", "ema")
-NAME = re.compile(r"[A-Za-z0-9][\w.=+-]*")
+NAME = re.compile(r"(?!train$)[A-Za-z0-9][\w.=+-]*")  # files are named after evaluations, and train.out after none
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _arms(content: Mapping[str, Any], path: Path) -> dict[str, Arm]:
 
 def _arm(name: str, value: Mapping[str, Any], where: str, at: Mapping[str, str] | None = None) -> Arm:
     if not NAME.fullmatch(name):
-        raise UserError(f"{where}: expected a name of letters, digits and _ . = + -; got {name!r}.")
+        raise UserError(f"{where}: expected a name of letters, digits and _ . = + -, and not train; got {name!r}.")
     flags = dict(value)
     start, evaluate = flags.pop("from", ""), flags.pop("evaluate", {})
     evaluate = None if evaluate is False else _flags({} if evaluate is True else evaluate, f"{where}: evaluate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,7 @@ def test_our_grids(path: Path) -> None:
         ({"arms": {"a": {"from": "b"}, "b": {"from": "a"}}}, "leads back to itself (a → b → a)"),
         ({"arms": {"a,b": {}}}, "expected a name of letters"),
         ({"arms": {"../a": {}}}, "expected a name of letters"),
+        ({"arms": {"train": {}}}, "and not train"),
         ({"arms": ["a"]}, "arms: expected a mapping"),
         ({"axes": {"adv.n_iter": []}}, "expected at least one value"),
         ({"evaluate": {"eval.steps": 3}}, "unknown flag '--eval.steps=3'"),
@@ -148,3 +150,11 @@ def test_files_that_are_no_grid(tmp_path: Path, text: str) -> None:
     (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(UserError, match="grid.yaml"):
         load_grid(tmp_path / "grid.yaml")
+
+
+def test_the_readmes_grid(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(# grid\.yaml.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    assert len(text.splitlines()) <= 10
+    (tmp_path / "grid.yaml").write_text(text)
+    grid = load_grid(tmp_path / "grid.yaml")
+    assert len(grid.cells) == 12 and len(grid.compare) == 4
