@@ -17,7 +17,7 @@ A grid is a YAML file; every key but `seeds` may be missing:
       robust_raw: {of: robust, weights: raw}      # of: arm; weights: raw or ema (default: ema where there is one); flags
     compare:                       # differences b − a, seed by seed; without it: along each axis, and of arms to the first
       - [robust_raw, robust]
-    claims: claims.yaml            # what the comparisons say of a paper's claims (see ablation.evidence)
+    claims: claims.yaml            # beside this file: what the comparisons say of a paper's claims (see ablation.evidence)
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def load_grid(path: Path, *, out: Path | None = None, seeds: Sequence[int] = (),
         entries=_entries(content, arms, path),
         seeds=_seeds(list(seeds) or content.get("seeds"), path),
         compare=(),
-        claims=path.parent / content["claims"] if content.get("claims") else None,
+        claims=content.get("claims"),
         extra=tuple(extra),
     )
     grid = dataclasses.replace(grid, compare=_comparisons(content.get("compare"), grid, path))
@@ -199,6 +199,8 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: expected a grid with the keys {_words(KEYS)}; got {type(content).__name__}.")
     if unknown := [key for key in content if key not in KEYS]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}; expected {_words(KEYS)}.")
+    if content.get("claims"):
+        content["claims"] = path.parent / str(content["claims"])
     if "extends" not in content:
         return content
     other = path.parent / str(content.pop("extends"))

@@ -80,6 +80,7 @@ def test_extends_merges_and_the_command_line_wins(tmp_path: Path) -> None:
     )
     config = load_grid(tmp_path / "more.yaml").cell("a", 2).config
     assert (config.training.epochs, config.lr.lr, config.lr.lr_peak_epoch) == (5, 1, 2)
+    assert load_grid(tmp_path / "more.yaml").claims == tmp_path / "below/c.yaml"
     grid = load_grid(tmp_path / "more.yaml", seeds=[7], extra=["--training.epochs=6"])
     assert grid.seeds == (7,) and grid.cell("a", 7).config.training.epochs == 6
 
