@@ -31,7 +31,7 @@ class Result:
         notes: why it is not finished, and what is odd about it.
         metrics: name → value.
         seconds: of the training, and of this evaluation.
-        provenance: of both, where they ran.
+        provenance: of the evaluation.
     """
 
     entry: Entry
@@ -41,6 +41,26 @@ class Result:
     metrics: dict[str, Value] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, whether it is evaluated or only lends its weights: seconds it took, and its provenance, {} before it ran."""
+
+    arm: str
+    seed: int
+    seconds: float
+    provenance: Mapping[str, Any]
+
+
+def read_trainings(grid: Grid) -> list[Training]:
+    """Of all arms and seeds."""
+    found = []
+    for cell in grid.cells:
+        seconds = read_record(cell).get("stages", {}).get("train", {}).get("seconds", 0.0)
+        provenance = _read_json(cell.run_folder / "params.json").get("provenance", {})
+        found.append(Training(cell.arm.name, cell.seed, float(seconds), provenance))
+    return found
 
 
 def read_results(grid: Grid) -> list[Result]:
@@ -60,7 +80,6 @@ def read_result(cell: Cell, entry: Entry) -> Result:
             result.notes.append(f"{name}: {call['reason']}")
     trained, summary = train_status(cell) == "finished", evaluation_summary(cell, entry)
     if trained:
-        result.provenance.append(_read_json(cell.run_folder / "params.json").get("provenance", {}))
         last = _last_epoch(cell.run_folder / "log")
         result.metrics.update(_validation_metrics(cell, entry, last))
         result.notes += _oddities(last)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ablation.grid import Grid
 from ablation.pictures import draw_bars
-from ablation.results import Result, read_results
+from ablation.results import Result, Training, read_results, read_trainings
 from ablation.statistics import Difference, Mean, Value, mean_of, paired
 from common.files import writable
 from common.tables import markdown_table
@@ -23,8 +23,8 @@ NOTHING = "–"
 class Summary:
     """Results of a grid, ready for tables."""
 
-    def __init__(self, grid: Grid, results: Sequence[Result]) -> None:
-        self.grid, self.results = grid, list(results)
+    def __init__(self, grid: Grid, results: Sequence[Result], trainings: Sequence[Training]) -> None:
+        self.grid, self.results, self.trainings = grid, list(results), list(trainings)
         self.metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
 
     def values(self, entry: str, metric: str) -> dict[int, Value]:
@@ -80,7 +80,7 @@ class Summary:
 
     def setting(self) -> dict[str, Any]:
         """Commits, versions and hardware that the numbers were made with, and the time they took."""
-        known = [p for r in self.results for p in r.provenance if p]
+        known = [p for r in self.results for p in r.provenance] + [t.provenance for t in self.trainings if t.provenance]
         versions: dict[str, set[str]] = {}
         for provenance in known:
             for package, version in provenance.get("versions", {}).items():
@@ -91,13 +91,15 @@ class Summary:
             "versions": {name: sorted(found) for name, found in sorted(versions.items())},
             "devices": sorted({device for p in known for device in p.get("devices", [])}),
             "threads": sorted({int(p["threads"]) for p in known if "threads" in p}),
-            "runs_finished": len({(r.entry.arm, r.seed) for r in self.results if r.status == "finished"}),
-            "hours": round(self._seconds() / 3600, 2),
+            "trainings": sum(bool(t.provenance) for t in self.trainings),
+            "hours": round(
+                sum([t.seconds for t in self.trainings] + [self._evaluating(r) for r in self.results]) / 3600, 2
+            ),
         }
 
-    def _seconds(self) -> float:
-        training = {(r.entry.arm, r.seed): r.seconds.get("training", 0.0) for r in self.results}
-        return sum(training.values()) + sum(r.seconds.get("evaluation", 0.0) for r in self.results)
+    @staticmethod
+    def _evaluating(result: Result) -> float:
+        return result.seconds.get("evaluation", 0.0)
 
     # ---------------------------------------------------------------------------------------------- files
     def markdown(self) -> str:
@@ -157,7 +159,7 @@ class Summary:
 
 def summarise(grid: Grid) -> Summary:
     """Read what is there, and write the summary."""
-    summary = Summary(grid, read_results(grid))
+    summary = Summary(grid, read_results(grid), read_trainings(grid))
     summary.write()
     return summary
 
@@ -188,7 +190,7 @@ def describe_setting(setting: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {'/'.join(found)}" for name, found in setting["versions"].items())
     commits = ", ".join(commit[:10] + commit[40:] for commit in setting["commits"])
     return (
-        f"{setting['runs_finished']} runs, {setting['hours']:.2f} hours of training and evaluation summed over runs, on "
+        f"{setting['trainings']} trainings, {setting['hours']:.2f} hours with their evaluations, summed over runs, on "
         f"{', '.join(setting['devices'])} ({'/'.join(map(str, setting['threads']))} threads a run); commit {commits}; "
         f"Python {'/'.join(setting['python'])}, {versions}."
     )

@@ -15,7 +15,7 @@ import yaml
 import ablation.running
 from ablation.__main__ import main, make_slots
 from ablation.grid import Grid, load_grid
-from ablation.results import read_results
+from ablation.results import read_results, read_trainings
 from ablation.running import Runner, Slot, is_finished, read_record
 from common.files import take_folder
 from common.provenance import PROJECT
@@ -231,7 +231,9 @@ def test_a_real_grid(real) -> None:
     assert (robust.share, robust.n) == (report["robust_acc"], 4)
     assert robust.images.mean() == pytest.approx(robust.share) and len(robust.images) == 4
     assert result.seconds["training"] > 0 and result.seconds["evaluation"] > 0
-    assert [provenance["threads"] for provenance in result.provenance] == [1, 1]
+    assert [provenance["threads"] for provenance in result.provenance] == [1]
+    (training,) = read_trainings(load_grid(path, out=out))
+    assert training.seconds == result.seconds["training"] and training.provenance["threads"] == 1
 
 
 def test_summary_alone_runs_nothing(real, capsys) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ablation.evidence import AGREES, CANNOT_TELL, DOES_NOT, NOT_RUN, verdict, write_evidence
 from ablation.grid import load_grid
-from ablation.results import Result
+from ablation.results import Result, Training
 from ablation.statistics import Difference, Value
 from ablation.summary import Summary
 from common.errors import UserError
@@ -42,7 +42,7 @@ def summary(tmp_path: Path) -> Summary:
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump({"train": TRAIN, "arms": arms, "seeds": [0, 1, 2]}))
     grid = load_grid(path, out=tmp_path / "out")
-    results = []
+    results, trainings = [], [Training("d", 0, 0.0, {})]
     for name, entry in grid.entries.items():
         for seed in grid.seeds:
             result = Result(entry, seed, "open")
@@ -50,10 +50,11 @@ def summary(tmp_path: Path) -> Summary:
                 share = SHARES.get(name, (0, 0.9, 0))[seed]
                 result = Result(entry, seed, "finished", metrics={"Linf 8/255": Value(share, N, right(share))})
                 result.seconds, result.provenance = {"training": 90.0, "evaluation": 30.0}, [PROVENANCE]
+                trainings.append(Training(name, seed, 90.0, PROVENANCE))
             results.append(result)
     failed = next(r for r in results if (r.entry.name, r.seed) == ("d", 0))
     failed.status, failed.notes = "failed", ["training: status 1: the disk is full"]
-    return Summary(grid, results)
+    return Summary(grid, results, trainings)
 
 
 def row_of(table: str, first: str) -> list[str]:
@@ -83,7 +84,7 @@ def test_files(summary: Summary) -> None:
     out = summary.grid.out
     text = (out / "summary.md").read_text()
     assert summary.results_table() in text and "the disk is full" in text
-    assert "10 runs, 0.33 hours" in text and "cccccccccc+changes" in text and "torch 2" in text
+    assert "10 trainings, 0.33 hours" in text and "cccccccccc+changes" in text and "torch 2" in text
     rows = list(csv.DictReader(io.StringIO((out / "summary.csv").read_text())))
     assert len(rows) == 15 and [row["share"] for row in rows if row["run"] == "b"] == ["0.5", "0.52", "0.53"]
     found = json.loads((out / "summary.json").read_text())
@@ -94,7 +95,7 @@ def test_files(summary: Summary) -> None:
 
 
 def test_a_grid_that_has_not_run_has_a_summary(summary: Summary) -> None:
-    Summary(summary.grid, [Result(entry, 0, "open") for entry in summary.grid.entries.values()]).write()
+    Summary(summary.grid, [Result(entry, 0, "open") for entry in summary.grid.entries.values()], []).write()
     assert "Nothing has run yet" in (summary.grid.out / "summary.md").read_text()
 
 
