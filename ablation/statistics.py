@@ -56,11 +56,15 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(float(np.mean(values)), sd, len(values))
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's 95 % interval of the mean; None for fewer than two values."""
+def t_interval(values: Sequence[float], *, grain: float = 0.0) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean; None for fewer than two values.
+
+    Values are multiples of `grain`: a few that happen to be equal still have the spread of the rounding.
+    """
     if len(values) < 2:
         return None
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    spread = max(float(np.std(values, ddof=1)), grain / math.sqrt(12))
+    mean, error = float(np.mean(values)), spread / math.sqrt(len(values))
     half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
     return mean - half, mean + half
 
@@ -78,7 +82,9 @@ def paired(terms: Sequence[tuple[int, Mapping[int, Value]]]) -> Difference | Non
     if not seeds:
         return None
     by_seed = [sum(sign * values[seed].share for sign, values in terms) for seed in seeds]
-    return Difference(float(np.mean(by_seed)), t_interval(by_seed), _over_images(terms, seeds), len(seeds))
+    counts = [values[seed].n for _, values in terms for seed in seeds]
+    interval = t_interval(by_seed, grain=1 / min(counts) if all(counts) else 0.0)
+    return Difference(float(np.mean(by_seed)), interval, _over_images(terms, seeds), len(seeds))
 
 
 def _over_images(terms: Sequence[tuple[int, Mapping[int, Value]]], seeds: Sequence[int]) -> tuple[float, float] | None:

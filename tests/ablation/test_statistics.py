@@ -45,6 +45,12 @@ def test_equal_verdicts_leave_room_for_what_was_not_seen() -> None:
     assert difference.ci95_images == pytest.approx((-0.1, 0.1))
 
 
+def test_seeds_that_happen_to_agree_are_not_certain() -> None:
+    difference = paired([(-1, values(0.2, 0.3, n=10)), (1, values(0.3, 0.4, n=10))])
+    half = 12.7062 * 0.1 / np.sqrt(12) / np.sqrt(2)
+    assert difference.ci95 == pytest.approx((0.1 - half, 0.1 + half), abs=1e-5)
+
+
 def test_without_verdicts_the_images_count_as_unpaired() -> None:
     difference = paired([(-1, values(0.4, 0.4, n=100)), (1, values(0.5, 0.5, n=100))])
     half = 1.96 * np.sqrt(0.4 * 0.6 / 100 + 0.5 * 0.5 / 100)
