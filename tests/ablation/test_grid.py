@@ -74,9 +74,10 @@ def test_evaluations(tmp_path: Path) -> None:
 
 def test_extends_merges_and_the_command_line_wins(tmp_path: Path) -> None:
     base = {"train": TRAIN | {"training.epochs": 4}, "arms": {"a": {"lr.lr": 1}, "b": {}}, "seeds": [0, 1, 2]}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/base.yaml").write_text(yaml.safe_dump(base | {"claims": "c.yaml"}))
     (tmp_path / "more.yaml").write_text(
-        "extends: base.yaml\ntrain: {training.epochs: 5}\narms: {a: {lr.lr_peak_epoch: 2}}\n"
+        "extends: below/base.yaml\ntrain: {training.epochs: 5}\narms: {a: {lr.lr_peak_epoch: 2}}\n"
     )
     config = load_grid(tmp_path / "more.yaml").cell("a", 2).config
     assert (config.training.epochs, config.lr.lr, config.lr.lr_peak_epoch) == (5, 1, 2)
