@@ -63,7 +63,7 @@ def verdict(difference: Difference | None) -> str:
 
 
 def write_evidence(summary: Summary, path: Path, folder: Path) -> None:
-    """Write evidence.md and evidence.json of a claims file.
+    """Write evidence.md, evidence.json and evidence.png of a claims file.
 
     Raises:
         UserError: as `read_claims`, or the folder cannot be written.
@@ -73,6 +73,7 @@ def write_evidence(summary: Summary, path: Path, folder: Path) -> None:
     with writable("--evidence", folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "evidence.json", json.dumps(_json(summary, found), indent=2, ensure_ascii=False) + "\n")
+        summary.draw(folder / "evidence.png")
         write_text(folder / "evidence.md", _markdown(content, summary, found))
 
 
@@ -129,6 +130,7 @@ def _markdown(content: Mapping[str, Any], summary: Summary, found: list[tuple[Cl
         "on one side of zero."
     )
     parts.append(f"## Results\n\nAccuracy in %, mean ± standard deviation over seeds.\n\n{summary.results_table()}")
+    parts.append("![bars](evidence.png)")
     parts.append(f"Paired differences [95 % interval over seeds]:\n\n{summary.comparisons_table()}")
     if problems := summary.problems():
         parts.append("Failed, odd and missing runs:\n\n" + "\n".join(f"- {line}" for line in problems))

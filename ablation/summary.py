@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ablation.grid import Grid
@@ -145,6 +146,11 @@ class Summary:
             "problems": self.problems(),
         }
 
+    def draw(self, path: Path) -> None:
+        """Bars of all means, as a PNG."""
+        bars = {name: {m: self.mean(name, m) for m in self.metrics} for name in self.grid.entries}
+        draw_bars(path, bars, self.metrics)
+
     def write(self) -> None:
         """summary.md, summary.csv, summary.json and summary.png into the grid's folder."""
         out = self.grid.out
@@ -152,8 +158,7 @@ class Summary:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "summary.csv", self.csv())
             write_text(out / "summary.json", json.dumps(self.json(), indent=2))
-            bars = {name: {m: self.mean(name, m) for m in self.metrics} for name in self.grid.entries}
-            draw_bars(out / "summary.png", bars, self.metrics)
+            self.draw(out / "summary.png")
             write_text(out / "summary.md", self.markdown())
 
 

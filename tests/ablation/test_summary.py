@@ -139,6 +139,7 @@ def test_evidence(summary: Summary, tmp_path: Path) -> None:
     assert {"claim", "paper", "ours", "ci95", "seeds", "verdict"} <= found[0].keys()
     assert found[0]["ours"] == 20.67 and found[0]["seeds"] == 3
     assert found[0]["ci95"] == pytest.approx([20.67 - 1.43, 20.67 + 1.43], abs=0.02)
+    assert (tmp_path / "docs" / "evidence.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "docs" / "evidence.md").read_text()
     assert row_of(text, "e is better")[5] == "one seed" and row_of(text, "b is better")[1:3] == ["1 → 2 %", "+20.7"]
     assert all(words in text for words in ("# Claims", "A text.", "A note.", "bash run_ablation.sh grid.yaml", "a CPU"))
