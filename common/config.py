@@ -204,6 +204,12 @@ class TrainingConfig:
         harmless=True,
     )
     deterministic: bool = flag(False, "1: only deterministic algorithms, for exact resume on a GPU")
+    compile: str = flag(
+        "auto",
+        "torch.compile for attack and training; auto: 1 on a GPU, 0 on a CPU; changes rounding only",
+        choices=("auto", "0", "1"),
+        harmless=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,6 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
     model = model.to(processes.device, dtype, memory_format=memory_format)
     return TrainState(
         model=model,
-        parallel=processes.parallel(model),
         optimizer=build_optimizer(model, arch=m.arch, training=training),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=training.precision == "fp16"),
         ema=EMA(model, decay=m.ema_decay, warmup=m.ema_warmup) if m.model_ema else None,
@@ -142,21 +141,3 @@ def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = str(error).strip().split("\n")[0]
                 raise UserError(f"{flag}: {config.model.arch} cannot take images of {size} pixels: {reason}") from error
-
-
-def settle_gradients(state: TrainState, processes: Processes, *, size: int) -> None:
-    """Two backward passes whose gradients are thrown away.
-
-    After the first one DistributedDataParallel orders its buckets anew, and sums over three or more processes are rounded
-    otherwise from then on. So that has to lie before the first step, of every start.
-    """
-    if processes.world_size == 1:
-        return
-    parameter, buffers = next(state.model.parameters()), [buffer.clone() for buffer in state.model.buffers()]
-    state.model.train()
-    for _ in range(2):
-        x = torch.zeros(2, 3, size, size, device=parameter.device, dtype=parameter.dtype)
-        state.parallel(x).sum().backward()
-    state.optimizer.zero_grad(set_to_none=True)
-    for buffer, before in zip(state.model.buffers(), buffers):
-        buffer.copy_(before)

@@ -73,7 +73,7 @@ def train_step(
 ) -> Tensor:
     """One optimiser step over the micro-batches of this process; advances `state`.
 
-    The attack runs on the bare network, so that DistributedDataParallel sees one forward and one backward pass of each
+    The attack runs on the network that no DistributedDataParallel wraps, so that DistributedDataParallel sees one forward and one backward pass of each
     micro-batch and averages gradients once, at the last one. Nothing is read back from the device.
 
     Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
@@ -109,7 +109,7 @@ def train_step(
         if mixup is not None:
             x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)
         with autocast(device, precision):
-            x = attack_batch(state.model, x, y, adv=config.adv, eps=eps, on_step=on_attack_step)
+            x = attack_batch(state.attacked, x, y, adv=config.adv, eps=eps, on_step=on_attack_step)
         last = i + 1 == len(batches)
         with nullcontext() if last or processes.world_size == 1 else state.parallel.no_sync():
             with autocast(device, precision):

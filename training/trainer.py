@@ -24,8 +24,9 @@ from common.provenance import provenance
 from common.stop import StopRequest
 from data.loader import Batch, EvalLoader, spread_indices
 from data.transforms import Mixup
-from training.build import build_state, build_train_loader, check_image_sizes, open_sources, settle_gradients
+from training.build import build_state, build_train_loader, check_image_sizes, open_sources
 from training.checkpoint import StateFiles, newest_state
+from training.compiled import prepare_networks
 from training.forecast import Forecast
 from training.log import RunFolder
 from training.overfitting import OverfittingWatch
@@ -87,7 +88,6 @@ class Trainer:
         )
         self.times_back, self._failed_at = 0, 0  # going back to a state: how often, and the step last given up
         check_image_sizes(self.state.model, config)
-        settle_gradients(self.state, processes, size=config.resolution.min_res)
         self.class_names = train_source.class_names
         self.val_loader = self._eval_loader(val_source)
         self.adv_loader = None
@@ -108,6 +108,8 @@ class Trainer:
             self.origin = start.state["run"]["origin"] if start.own else config.training.resume
             notes += self._check_run(start.state["run"])
             self._restore(start.state)
+        first = min(self.progress.epochs_done, config.training.epochs - 1)
+        prepare_networks(self.state, config, processes, size=resolution_at_epoch(first, resolution=config.resolution))
         self._together(lambda: self._open_folder(notes))
         if start.state is not None:
             start.state = {"step": start.state["step"]}  # the rest is as large as the model, average and optimiser
