@@ -72,9 +72,7 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
         rehearse(state, config, processes, size=size, attack=False)
 
 
-def rehearse(
-    state: TrainState, config: TrainConfig, processes: Processes, *, size: int, attack: bool = True
-) -> None:
+def rehearse(state: TrainState, config: TrainConfig, processes: Processes, *, size: int, attack: bool = True) -> None:
     """What a step calls, on black images of its shape; gradients and running statistics are thrown away."""
     training, device = config.training, processes.device
     x = torch.zeros(training.batch_size, 3, size, size)

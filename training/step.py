@@ -118,7 +118,7 @@ def train_step(
             poison = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
             state.scaler.scale(loss).backward(poison)
         total += loss.detach()
-    skipped = _update(state, grad_clip=config.training.grad_clip)
+    skipped = update(state, grad_clip=config.training.grad_clip)
     if statistics:
         for buffer, before in statistics:
             buffer.copy_(torch.where(skipped, before, buffer))
@@ -128,7 +128,7 @@ def train_step(
     return torch.stack([total.double(), skipped.double()])
 
 
-def _update(state: TrainState, *, grad_clip: float) -> Tensor:
+def update(state: TrainState, *, grad_clip: float) -> Tensor:
     """Optimiser and scaler; returns whether the step was skipped, a bool on the device."""
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]

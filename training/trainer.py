@@ -20,6 +20,7 @@ from common.distributed import Processes
 from common.errors import UserError
 from common.files import take_folder, writable
 from common.liveness import Liveness
+from common.memory import keep_freed_memory
 from common.provenance import provenance
 from common.stop import StopRequest
 from data.loader import Batch, EvalLoader, spread_indices
@@ -71,6 +72,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, processes: Processes, start: Start) -> None:
         self.config, self.processes, self.start = config, processes, start
         torch.backends.cudnn.allow_tf32 = False  # otherwise "fp32" convolutions are not float32
+        if processes.device.type == "cpu" and config.misc.keep_memory:
+            keep_freed_memory()
         train_source, val_source = open_sources(config, copies=processes.on_this_machine, progress=processes.is_first)
         self.accum = config.training.grad_accum
         if start.state is not None:
