@@ -2,8 +2,9 @@
 
     python -m benchmarks.same_result [--seeds 3] [--folder DIR] [--quick] [--json FILE]
 
-Each seed's clean network is trained once, in float32 and uncompiled; from it start the adversarial trainings (configs/demo_robust.yaml).
-Robust accuracy is that of APGD-CE + APGD-T on the held-out digits (configs/demo_eval.yaml). The same --folder goes on where it stopped.
+Each seed's clean network is trained once, in float32 and uncompiled; from it start the adversarial trainings of
+configs/demo_robust.yaml. Robust accuracy is that of APGD-CE + APGD-T on the held-out digits (configs/demo_eval.yaml).
+The same --folder goes on where it stopped.
 """
 
 from __future__ import annotations

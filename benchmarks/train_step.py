@@ -2,8 +2,9 @@
 
     python -m benchmarks.train_step --arch convnext_tiny [--quick] [--json FILE]
 
-APGD with 2 steps at Linf 4/255, AdamW, average of the weights, ConvStem where there is one. On a CPU in float32, on a GPU in float16
-(published) and bfloat16 (ours; `--precision`). One command an architecture.
+APGD with 2 steps at Linf 4/255, AdamW, average of the weights, ConvStem where there is one. On a CPU in float32, on a GPU in
+float16 (published) and bfloat16 (ours; `--precision`). One command an architecture; the model's FLOPs count all forward and
+backward passes of the attack too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from common.config import TrainConfig, load_config
 from common.distributed import Processes
 from common.errors import UserError
 from common.memory import keep_freed_memory
+from common.precision import float32_matmul
 from data.loader import Batch
 from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
@@ -248,32 +250,42 @@ def rows(
         what += f", {torch.get_num_threads()} threads"
     whole = median(wall["ours"])
 
-    def name(figure: str) -> str:
-        return f"{figure}_{arguments.arch}{suffix}"
-
     def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
         return [a / b for a, b in zip(above, below)]
 
-    on_cpu_counts = counts and not on_gpu and arguments.arch in CPU_TARGETS and batch_size == 8
-    share = f">= {MATMUL_SHARE[arguments.arch]}" if on_gpu and arguments.arch in MATMUL_SHARE else None
-    return [
-        row(name("time_ratio"), ratios(wall["ours"], wall["published"]), "of published", "<= 0.82" if not on_gpu else None, counts=on_cpu_counts, note=what),
-        row(name("cpu_time_ratio"), ratios(cpu["ours"], cpu["published"]), "of published", note="CPU seconds"),
-        row(name("speedup"), ratios(wall["published"], wall["ours"]), "times", ">= 2.5" if on_gpu else None, counts=counts),
-        row(name("adv_over_clean"), ratios(wall["ours"], wall["clean"]), "times", "<= 3.0" if on_gpu else None, counts=counts),
-        row(name("matmul_share"), [ideal_seconds / s for s in wall["ours"]], "of matmul rate", share, counts=counts,
-            note=f"{FORWARDS} forward passes a step"),
-        row(name("memory_ratio"), [measured.memory["ours"] / measured.memory["published"]] if on_gpu else None, "of published",
-            "<= 0.8" if on_gpu else None, counts=counts, note="" if on_gpu else "only on a GPU"),
-        row(name("ema_optimizer_share"), [(a + b) / 1000 / whole for a, b in zip(part_ms["optimizer"], part_ms["ema"])], "of step",
-            "<= 0.04" if on_gpu else None, counts=counts),
-        *(row(name(f"images_per_second_{arm}"), [batch_size / s for s in seconds], "images/s",
-              note=f"{median(cpu[arm]):.3g} CPU s a step") for arm, seconds in wall.items()),
-        *(row(name(f"ms_{part}"), found, "ms") for part, found in part_ms.items()),
-        *(row(name(f"peak_memory_{arm}"), [used / 2**20], "MiB", note="of a step, beside what stays")
-          for arm, used in measured.memory.items() if on_gpu),
-        row(name("prepare_seconds"), [prepared], "s", note="compilation, or reading it from its cache"),
-    ]  # fmt: skip
+    def figure(kind: str, values: Sequence[float] | None, unit: str, target: str | None = None, note: str = "") -> Row:
+        held = counts and (kind != "time_ratio" or (arguments.arch in CPU_TARGETS and batch_size == 8))
+        return row(f"{kind}_{arguments.arch}{suffix}", values, unit, target, note=note, counts=held)
+
+    share = MATMUL_SHARE.get(arguments.arch)
+    small = [(a + b) / 1000 / whole for a, b in zip(part_ms["optimizer"], part_ms["ema"])]
+    memory = measured.memory if on_gpu else {}
+    memory_ratio = [memory["ours"] / memory["published"]] if on_gpu else None
+    found = [
+        figure(
+            "time_ratio", ratios(wall["ours"], wall["published"]), "of published", None if on_gpu else "<= 0.82", what
+        ),
+        figure("cpu_time_ratio", ratios(cpu["ours"], cpu["published"]), "of published", note="CPU seconds"),
+        figure("speedup", ratios(wall["published"], wall["ours"]), "times", ">= 2.5" if on_gpu else None),
+        figure("adv_over_clean", ratios(wall["ours"], wall["clean"]), "times", "<= 3.0" if on_gpu else None),
+        figure(
+            "matmul_share",
+            [ideal_seconds / seconds for seconds in wall["ours"]],
+            "of matmul rate",
+            f">= {share}" if on_gpu and share else None,
+            f"{FORWARDS} forward passes a step",
+        ),
+        figure(
+            "memory_ratio", memory_ratio, "of published", "<= 0.8" if on_gpu else None, "" if on_gpu else "GPU only"
+        ),
+        figure("ema_optimizer_share", small, "of step", "<= 0.04" if on_gpu else None),
+    ]
+    for arm, seconds in wall.items():
+        note = f"{median(seconds):.3g} s, {median(cpu[arm]):.3g} CPU s a step"
+        found.append(figure(f"images_per_second_{arm}", [batch_size / s for s in seconds], "images/s", note=note))
+    found += [figure(f"ms_{part}", values, "ms") for part, values in part_ms.items()]
+    found += [figure(f"peak_memory_{arm}", [used / 2**20], "MiB", note="of a step") for arm, used in memory.items()]
+    return [*found, figure("prepare_seconds", [prepared], "s", note="compilation, or reading it from its cache")]
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
@@ -285,7 +297,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     sizes = [int(item) for item in (arguments.batch_size or ("4" if arguments.quick else default)).split(",")]
     found: list[Row] = []
     for number, batch_size in enumerate(sizes):
-        found += measure_batch(arguments, batch_size, suffix=f"_batch{batch_size}" if number else "")
+        with float32_matmul(tf32=arguments.precision == "tf32"):
+            found += measure_batch(arguments, batch_size, suffix=f"_batch{batch_size}" if number else "")
     return found
 
 

@@ -17,7 +17,7 @@ from training.ema import EMA
 from training.optim import build_optimizer
 from training.schedule import resolution_at_epoch
 from training.state import TrainState
-from utils_architecture import freeze_parameters
+from utils_architecture import checkpoint_blocks, freeze_parameters
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
 from zoo.names import locate, split_kind
@@ -82,6 +82,8 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
     """
     torch.manual_seed(derive_seed("init", config.data.seed))
     m, training = config.model, config.training
+    if training.precision == "tf32" and processes.device.type != "cuda":
+        raise UserError("training.precision: tf32 is arithmetic of NVIDIA GPUs, and there is none; give fp32 or bf16.")
     model = build_model(
         m.arch,
         # Weights that ckpt_path replaces need no download.
@@ -98,6 +100,8 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
         load_weights(model, read_weights(path, flag="model.ckpt_path"), flag="model.ckpt_path", source=path)
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
+    if training.grad_checkpointing:
+        checkpoint_blocks(model)
     dtype = torch.float64 if training.precision == "fp64" else torch.float32
     memory_format = torch.channels_last if config.misc.use_channel_last else torch.contiguous_format
     model = model.to(processes.device, dtype, memory_format=memory_format)

@@ -53,10 +53,10 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
         # Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
         settings = {"dynamic": False, "options": {"fallback_random": True}}
-        state.attacked = torch.compile(frozen_twin(state.model), **settings)
-        state.parallel = processes.parallel(torch.compile(state.model, **settings))
         problem = None
         try:
+            state.attacked = torch.compile(frozen_twin(state.model), **settings)
+            state.parallel = processes.parallel(torch.compile(state.model, **settings))
             rehearse(state, config, processes, size=size)
         except torch.OutOfMemoryError:
             raise

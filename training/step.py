@@ -23,7 +23,7 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """Context in which a network runs in `precision`; fp32 and fp64 need none."""
+    """Context in which a network runs in `precision`; the others need none (tf32 is a switch of the process)."""
     return torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
@@ -73,7 +73,7 @@ def train_step(
 ) -> Tensor:
     """One optimiser step over the micro-batches of this process; advances `state`.
 
-    The attack runs on the network that no DistributedDataParallel wraps, so that DistributedDataParallel sees one forward and one backward pass of each
+    The attack runs on the network itself, so that DistributedDataParallel sees one forward and one backward pass of each
     micro-batch and averages gradients once, at the last one. Nothing is read back from the device.
 
     Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of

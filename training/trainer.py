@@ -24,6 +24,7 @@ from common.memory import keep_freed_memory
 from common.provenance import provenance
 from common.stop import StopRequest
 from data.loader import Batch, EvalLoader, spread_indices
+from data.prefetch import prefetch
 from data.transforms import Mixup
 from training.build import build_state, build_train_loader, check_image_sizes, open_sources
 from training.checkpoint import StateFiles, newest_state
@@ -71,7 +72,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, processes: Processes, start: Start) -> None:
         self.config, self.processes, self.start = config, processes, start
-        torch.backends.cudnn.allow_tf32 = False  # otherwise "fp32" convolutions are not float32
+        # By default PyTorch rounds the inputs of "fp32" convolutions.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
         if processes.device.type == "cpu" and config.misc.keep_memory:
             keep_freed_memory()
         train_source, val_source = open_sources(config, copies=processes.on_this_machine, progress=processes.is_first)
@@ -295,7 +297,7 @@ class Trainer:
             on_skipped=lambda: self.alive.beat("reading what comes before in the stream", state.step),
         )
         with self._bar(epoch, first) as bar:
-            for step, batches in enumerate(grouped(batches_left, self.accum), first):
+            for step, batches in enumerate(grouped(prefetch(batches_left, self.processes.device), self.accum), first):
                 self.alive.beat("training", state.step)
                 self._note_failures(batches, bad_names)
                 lr, eps = self._schedule(epoch, step)
