@@ -108,25 +108,25 @@ def timed(action: Callable[[], object], device: torch.device, *, times: int = 1)
 
 
 def measure_arms(arms: dict[str, Arm], device: torch.device, *, repeats: int, times: int) -> Measured:
-    """Take steps of all arms in turns; the first turn warms up and is not counted."""
+    """Take steps of all arms in turns. On a GPU the first turn is not counted, as it warms up."""
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     memory = dict.fromkeys(arms, 0)
-    for turn in range(repeats + 1):
+    on_gpu = device.type == "cuda"
+    keeps_memory = None
+    for turn in range(repeats + on_gpu):
         for name, arm in arms.items():
-            if (
-                device.type == "cpu"
-                and keep_freed_memory(arm.keeps_memory)
-                and len({a.keeps_memory for a in arms.values()}) > 1
-            ):
-                arm.step()  # the heap of the arm before is not this one's
-            elif device.type == "cuda":
+            if not on_gpu and arm.keeps_memory != keeps_memory:
+                keep_freed_memory(arm.keeps_memory)
+                arm.step()  # the heap is another one now: not counted
+                keeps_memory = arm.keeps_memory
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            before = torch.cuda.memory_allocated(device) if on_gpu else 0
             sample = timed(arm.step, device, times=times)
-            if turn:
-                samples[name].append(sample)
-            if device.type == "cuda":
+            if on_gpu:
                 memory[name] = torch.cuda.max_memory_allocated(device) - before
+            if turn or not on_gpu:
+                samples[name].append(sample)
             print(f"{name}: {sample.wall:.3f} s, {sample.cpu:.3f} CPU s", file=sys.stderr)
     return Measured(samples, memory)
 

@@ -14,7 +14,7 @@ from common.memory import keep_freed_memory
 from tests.attacks.test_apgd import batch, micro
 
 
-@pytest.mark.parametrize("n_iter", [1, 2, 10, 20])
+@pytest.mark.parametrize("n_iter", [1, 2, 8])
 def test_published_attack_equals_ours(n_iter):
     model, (x, y) = micro().double(), batch()
     x = x.double()
@@ -28,11 +28,15 @@ def test_published_attack_equals_ours(n_iter):
 def test_published_step_trains():
     model, (x, y) = micro(), batch()
     published = PublishedTraining(model, arch="convnext_micro", eps=4 / 255, n_iter=2)
+    for group in published.optimizer.param_groups:
+        group["lr"] = 0.1
     before = {name: value.clone() for name, value in published.model.state_dict().items()}
     published.step(x, y)
     changed = [name for name, value in published.model.state_dict().items() if not torch.equal(value, before[name])]
     assert len(changed) > len(before) / 2
-    assert not any(torch.equal(published.average[name], before[name]) for name in changed)
+    for name in changed:
+        expected = 0.9999 * before[name] + 0.0001 * published.model.state_dict()[name]
+        torch.testing.assert_close(published.average[name], expected)
 
 
 def test_rows():
