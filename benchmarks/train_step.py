@@ -26,7 +26,6 @@ from benchmarks.published_step import PublishedTraining
 from common.config import TrainConfig, load_config
 from common.distributed import Processes
 from common.errors import UserError
-from common.memory import keep_freed_memory
 from common.precision import float32_matmul
 from data.loader import Batch
 from training.build import build_state
@@ -48,14 +47,6 @@ class Sample:
 
     wall: float
     cpu: float
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of the things that are compared: what takes a step, and whether the C library keeps freed memory meanwhile."""
-
-    step: Callable[[], object]
-    keeps_memory: bool
 
 
 @dataclass(frozen=True)
@@ -107,25 +98,20 @@ def timed(action: Callable[[], object], device: torch.device, *, times: int = 1)
     return Sample((time.perf_counter() - wall) / times, (time.process_time() - cpu) / times)
 
 
-def measure_arms(arms: dict[str, Arm], device: torch.device, *, repeats: int, times: int) -> Measured:
-    """Take steps of all arms in turns. On a GPU the first turn is not counted, as it warms up."""
+def measure_arms(arms: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, times: int) -> Measured:
+    """Take steps of all arms in turns, `times` in a row; the first turn warms up and is not counted."""
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     memory = dict.fromkeys(arms, 0)
     on_gpu = device.type == "cuda"
-    keeps_memory = None
-    for turn in range(repeats + on_gpu):
-        for name, arm in arms.items():
-            if not on_gpu and arm.keeps_memory != keeps_memory:
-                keep_freed_memory(arm.keeps_memory)
-                arm.step()  # the heap is another one now: not counted
-                keeps_memory = arm.keeps_memory
+    for turn in range(repeats + 1):
+        for name, step in arms.items():
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device) if on_gpu else 0
-            sample = timed(arm.step, device, times=times)
+            sample = timed(step, device, times=times)
             if on_gpu:
                 memory[name] = torch.cuda.max_memory_allocated(device) - before
-            if turn or not on_gpu:
+            if turn:
                 samples[name].append(sample)
             print(f"{name}: {sample.wall:.3f} s, {sample.cpu:.3f} CPU s", file=sys.stderr)
     return Measured(samples, memory)
@@ -213,11 +199,7 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
             state, [batch], config=flags, processes=processes, mixup=None, lr=1e-5, eps=flags.adv.eps
         )
 
-    arms = {
-        "published": Arm(lambda: published.step(x, y), keeps_memory=False),
-        "ours": Arm(ours(config), keeps_memory=config.misc.keep_memory),
-        "clean": Arm(ours(clean), keeps_memory=config.misc.keep_memory),
-    }
+    arms = {"published": lambda: published.step(x, y), "ours": ours(config), "clean": ours(clean)}
     repeats = arguments.repeats or (3 if arguments.quick else 10 if on_gpu else 5)
     measured = measure_arms(arms, device, repeats=repeats, times=5 if on_gpu else 1)
     part_ms = parts(state, config, processes, x, y, repeats=repeats)
@@ -309,7 +291,7 @@ if __name__ == "__main__":
         "--batch-size", help="one, or several with commas (default 80 on a GPU, 8 on a CPU, 4 with --quick)"
     )
     parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), help="of ours")
-    parser.add_argument("--compile", choices=("0", "1"), default="1", help="0: ours without torch.compile")
+    parser.add_argument("--compile", choices=("auto", "0", "1"), default="auto", help="as training.compile")
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
     parser.add_argument("--repeats", type=int, help="turns (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
     sys.exit(main(measure, parser.parse_args()))

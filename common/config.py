@@ -255,9 +255,6 @@ class MiscConfig:
 
     notes: str = flag("", "free text, kept with the run", harmless=True)
     use_channel_last: bool = flag(True, "1: channels_last memory format")
-    keep_memory: bool = flag(
-        True, "CPU: 1 keeps freed memory for the next tensors instead of giving it back to the system", harmless=True
-    )
 
 
 def _check_radius(name: str, norm: str, eps: float, *, size: int) -> None:

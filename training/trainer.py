@@ -20,7 +20,6 @@ from common.distributed import Processes
 from common.errors import UserError
 from common.files import take_folder, writable
 from common.liveness import Liveness
-from common.memory import keep_freed_memory
 from common.provenance import provenance
 from common.stop import StopRequest
 from data.loader import Batch, EvalLoader, spread_indices
@@ -74,8 +73,6 @@ class Trainer:
         self.config, self.processes, self.start = config, processes, start
         # By default PyTorch rounds the inputs of "fp32" convolutions.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
-        if processes.device.type == "cpu" and config.misc.keep_memory:
-            keep_freed_memory()
         train_source, val_source = open_sources(config, copies=processes.on_this_machine, progress=processes.is_first)
         self.accum = config.training.grad_accum
         if start.state is not None:

@@ -10,7 +10,6 @@ import torch
 from attacks.apgd import apgd
 from benchmarks.published_step import PublishedTraining, published_apgd
 from benchmarks.train_step import Measured, Sample, config_for, rows
-from common.memory import keep_freed_memory
 from tests.attacks.test_apgd import batch, micro
 
 
@@ -55,8 +54,3 @@ def test_rows():
     if not torch.cuda.is_available():
         assert found["time_ratio_convnext_tiny"]["ok"] is True
         assert found["memory_ratio_convnext_tiny"]["figure"] is None
-
-
-def test_freed_memory_is_kept_and_given_back():
-    assert keep_freed_memory(True)
-    assert keep_freed_memory(False)

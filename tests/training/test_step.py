@@ -33,7 +33,8 @@ class SmallNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        # No bias: in front of a BatchNorm its gradient is rounding noise, of which AdamW makes steps of ± lr.
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, bias=False)
         self.bn = nn.BatchNorm2d(8)
         self.norm = nn.LayerNorm(8)
         self.drop = nn.Dropout(0.25)
@@ -151,7 +152,7 @@ def test_compiled_steps_equal_eager_ones_and_compile_once(monkeypatch):
 
     states = {}
     for compile in ("0", "1"):
-        state, config = small_state(monkeypatch, **{"training.compile": compile, "training.grad_accum": 1})
+        state, config = small_state(monkeypatch, **{"training.compile": compile, "training.precision": "fp64"})
         begin = copy.deepcopy(state.state_dict())
         graphs = counters["stats"]["unique_graphs"]
         prepare_networks(state, config, Processes.alone(), size=32)
@@ -161,16 +162,16 @@ def test_compiled_steps_equal_eager_ones_and_compile_once(monkeypatch):
         torch.testing.assert_close(state.state_dict()["model"], begin["model"], rtol=0, atol=0)
         graphs = counters["stats"]["unique_graphs"]
         losses = steps(state, config, 2)
-        state.model.eval()(batch().x)
+        state.model.eval()(batch().x.double())
         losses += steps(state, config, 2)
         assert counters["stats"]["unique_graphs"] == graphs
         states[compile] = (losses, state.state_dict())
     (eager_losses, eager), (losses, compiled) = states["0"], states["1"]
-    assert losses == pytest.approx(eager_losses, rel=1e-5)
+    assert losses == pytest.approx(eager_losses, rel=1e-9)
     assert eager["model"].keys() == compiled["model"].keys() == begin["model"].keys()
     for kind in ("model", "ema"):
         for name, value in eager[kind].items():
-            torch.testing.assert_close(compiled[kind][name], value, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(compiled[kind][name], value, rtol=0, atol=1e-9, msg=name)
     assert max((eager["model"][n].double() - begin["model"][n].double()).abs().max() for n in begin["model"]) > 1e-3
 
 
@@ -267,14 +268,6 @@ def test_checkpointing_refuses_what_it_would_spoil():
         build_state(config, Processes.alone("cpu"))
     with pytest.raises(UserError, match="training.grad_checkpointing.*no modules"):
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2)))
-
-
-def test_freed_memory_is_kept_on_a_cpu(images, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(training.trainer, "keep_freed_memory", lambda: calls.append(1))
-    for value, count in ((0, 0), (1, 1)):
-        assert run(base_flags(images, tmp_path) | {"misc.keep_memory": value}).status == 0
-        assert len(calls) == count
 
 
 def test_tf32_needs_a_gpu():
