@@ -278,15 +278,17 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     default = "80" if on_gpu else "8"
     sizes = [int(item) for item in (arguments.batch_size or ("4" if arguments.quick else default)).split(",")]
     found: list[Row] = []
-    for number, batch_size in enumerate(sizes):
-        with float32_matmul(tf32=arguments.precision == "tf32"):
-            found += measure_batch(arguments, batch_size, suffix=f"_batch{batch_size}" if number else "")
+    for arch in arguments.arch.split(","):
+        one = argparse.Namespace(**{**vars(arguments), "arch": arch})
+        for number, batch_size in enumerate(sizes):
+            with float32_matmul(tf32=arguments.precision == "tf32"):
+                found += measure_batch(one, batch_size, suffix=f"_batch{batch_size}" if number else "")
     return found
 
 
 if __name__ == "__main__":
     parser = options(__doc__.split("\n")[0])
-    parser.add_argument("--arch", default="convnext_tiny", help="a name of utils_architecture.ARCHITECTURES")
+    parser.add_argument("--arch", default="convnext_tiny", help="names of utils_architecture.ARCHITECTURES")
     parser.add_argument(
         "--batch-size", help="one, or several with commas (default 80 on a GPU, 8 on a CPU, 4 with --quick)"
     )
