@@ -38,6 +38,8 @@ from timm.models import is_model_in_modules
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 
@@ -505,3 +507,26 @@ def freeze_parameters(model: nn.Module, *, early: bool) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(in_stem[name] == early)
     return [name for name, belongs in in_stem.items() if belongs != early]
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let every block keep only its input for the backward pass and compute the rest again there, in place.
+
+    Blocks are the outermost modules whose class is named `…Block`: those of ConvNeXt and ViT, and of most of timm's others.
+    Names in the state dict stay. timm's own switch does not work with `torch.autograd.grad`, which attacks use.
+
+    Raises:
+        UserError: the model has no such blocks, or batch normalisation, whose statistics a second forward pass would change.
+    """
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError(
+            "training.grad_checkpointing: expected a model without batch normalisation, whose running statistics would be "
+            "updated twice a step; leave the flag out."
+        )
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Block") and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    if not found:
+        raise UserError("training.grad_checkpointing: the model has no modules named …Block; leave the flag out.")

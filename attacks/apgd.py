@@ -105,6 +105,7 @@ class _Search:
 
     def __init__(self, threat, x: Tensor, eps: float, n_iter: int) -> None:
         self.threat, self.x, self.eps = threat, x, eps
+        self.project = threat.projection(x, eps)
         self.x_adv = self.x_old = x
         self.step = self._first_step()
         self.interval = max(int(0.22 * n_iter), 1)
@@ -131,11 +132,9 @@ class _Search:
     def update(self, i: int) -> Tensor:
         """Next iterate."""
         ascent = self.over_images(self.step) * self.threat.direction(self.grad)
-        z = self.threat.project(self.x_adv + ascent, self.x, self.eps)
+        z = self.project(self.x_adv + ascent)
         if i > 0:
-            z = self.threat.project(
-                self.x_adv + MOMENTUM * (z - self.x_adv) + (1 - MOMENTUM) * (self.x_adv - self.x_old), self.x, self.eps
-            )
+            z = self.project(self.x_adv + MOMENTUM * (z - self.x_adv) + (1 - MOMENTUM) * (self.x_adv - self.x_old))
         self.x_old, self.x_adv = self.x_adv, z
         return z
 
@@ -189,7 +188,7 @@ class _SparseSearch(_Search):
 
     def update(self, i: int) -> Tensor:
         ascent = self.over_images(self.step) * self.threat.direction(self.grad, self.kept)
-        self.x_adv = self.threat.project(self.x_adv + ascent, self.x, self.eps)
+        self.x_adv = self.project(self.x_adv + ascent)
         return self.x_adv
 
     def _checkpoint(self) -> None:

@@ -26,16 +26,17 @@ def under_attack(model: Model) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
+    in_training = [module for module in model.modules() if module.training]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        model.eval()
+        if in_training:
+            model.eval()
         for p in trained:
             p.requires_grad_(False)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in in_training:
+            module.training = True
         for p in trained:
             p.requires_grad_(True)
 

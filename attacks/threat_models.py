@@ -8,6 +8,8 @@ attacks" (2020); L1 follows Croce & Hein, "Mind the box: l1-APGD for sparse adve
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,13 +31,17 @@ class Linf:
 
     def project(self, x_new: Tensor, x: Tensor, eps: float) -> Tensor:
         """Nearest point to `x_new` (B, …) in the ball of radius `eps` around `x` (B, …) and in [0, 1]."""
+        return self.projection(x, eps)(x_new)
+
+    def projection(self, x: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+        """`project` with `x` and `eps` fixed, for many points: the bounds are computed once."""
         # x ± eps is rounded to the pixel's dtype; a bound that was rounded outwards is moved in by one unit in the last
         # place, so that |x_new − x| ≤ eps holds for any eps and not only to rounding.
         exact = x.double()
         lower, upper = (exact - eps).to(x.dtype), (exact + eps).to(x.dtype)
         lower = torch.where(exact - lower > eps, torch.nextafter(lower, x), lower).clamp_(min=0.0)
         upper = torch.where(upper - exact > eps, torch.nextafter(upper, x), upper).clamp_(max=1.0)
-        return torch.minimum(torch.maximum(x_new, lower), upper)
+        return lambda x_new: torch.minimum(torch.maximum(x_new, lower), upper)
 
     def direction(self, grad: Tensor) -> Tensor:
         """Sign of the gradient (B, …): the unit step of steepest ascent."""
@@ -56,6 +62,10 @@ class L2:
         delta = x_new - x
         length = _per_sample(self.norm(delta), x)
         return (x + delta * (eps / length.clamp(min=1e-12)).clamp(max=1.0)).clamp_(0.0, 1.0)
+
+    def projection(self, x: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+        """`project` with `x` and `eps` fixed, for many points."""
+        return partial(self.project, x=x, eps=eps)
 
     def direction(self, grad: Tensor) -> Tensor:
         """The gradient (B, …) divided by its norm."""
@@ -95,6 +105,10 @@ class L1:
         shrunk = torch.minimum((magnitude - lam.clamp(min=0.0)).clamp(min=0.0), room)
         delta = (u.sign() * shrunk).view_as(x).to(x.dtype)
         return (x + delta).clamp_(0.0, 1.0)
+
+    def projection(self, x: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+        """`project` with `x` and `eps` fixed, for many points."""
+        return partial(self.project, x=x, eps=eps)
 
     def direction(self, grad: Tensor, kept: Tensor) -> Tensor:
         """Sign of the `kept` (B,) int64 largest coordinates of the gradient (B, …) (ties included), divided by their number."""

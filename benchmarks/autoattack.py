@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from benchmarks.harness import Row, environment, main, options, row, run_program, train_on_digits
-from evaluation.autoattack import float32_matmul, perturb, standard_autoattack
+from common.precision import float32_matmul
+from evaluation.autoattack import perturb, standard_autoattack
 from zoo.models import build_model
 
 # Enough robustness for a good part of the images to stand against all attacks, in about 20 seconds of training.

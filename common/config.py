@@ -35,7 +35,7 @@ from common.errors import UserError
 DEFAULT_EPS = {"Linf": 4 / 255, "L2": 2.0, "L1": 75.0}
 NORMS = tuple(DEFAULT_EPS)
 # fp64 is for comparing runs to the last digits, not for training.
-PRECISIONS = ("fp32", "fp16", "bf16", "fp64")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp64")
 IMAGE_IDS = ("auto", "robustbench", "all")
 # Top-level key of a run's params.json that is not a section, so that the file itself serves as a config file.
 PROVENANCE_KEY = "provenance"
@@ -193,7 +193,11 @@ class TrainingConfig:
     label_smoothing: float = flag(0.1, "with mixup: 0 off, 1 on (0.1), between: the value", at_least=0, at_most=1)
     distributed: bool = flag(False, "1: dist.world_size processes; implied under torchrun", harmless=True)
     use_blurpool: bool = flag(False, "1: blur before strided convolutions of at least 16 channels")
-    precision: str = flag("fp16", "autocast of attack and training; fp16 with loss scaling", choices=PRECISIONS)
+    precision: str = flag(
+        "fp16",
+        "arithmetic of attack and training: fp16 (loss scaling) and bf16 by autocast, tf32 on a GPU only",
+        choices=PRECISIONS,
+    )
     grad_clip: float = flag(0.0, "largest L2 norm of the gradient; 0: no clipping", at_least=0)
     grad_accum: int = flag(1, "forward passes summed into one optimiser step", at_least=1)
     resume: str = flag(
@@ -209,6 +213,15 @@ class TrainingConfig:
         harmless=True,
     )
     deterministic: bool = flag(False, "1: only deterministic algorithms, for exact resume on a GPU")
+    grad_checkpointing: bool = flag(
+        False, "1: keep less for the backward pass and compute it again: less memory, more time", harmless=True
+    )
+    compile: str = flag(
+        "auto",
+        "torch.compile for attack and training; auto: 1 on a GPU, 0 on a CPU; changes rounding only",
+        choices=("auto", "0", "1"),
+        harmless=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

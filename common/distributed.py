@@ -157,7 +157,12 @@ class Processes:
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are the same everywhere: constants, and statistics that training averages
+        )
 
 
 @dataclass(frozen=True)

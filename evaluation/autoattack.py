@@ -7,12 +7,11 @@ equal those of `AutoAttack(version="standard").run_standard_evaluation` on that 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from attacks.threat_models import get_threat_model
 from common.errors import UserError
+from common.precision import float32_matmul
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 # The targeted loss compares the four largest logits.
@@ -190,20 +190,6 @@ def rounding(norm: str, eps: float, pixels: int) -> float:
     """How far beyond `eps` the norm of a perturbation may be for no other reason than float32 pixels in [0, 1]."""
     half_step = 2.0**-24  # of numbers in [0.5, 1), twice: in the sum, and in what was added
     return 1e-5 * eps + 2 * half_step * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[norm]
-
-
-@contextlib.contextmanager
-def float32_matmul(*, tf32: bool) -> Iterator[None]:
-    """Let matrix products and convolutions of float32 on a GPU use TensorFloat-32, or not; as before afterwards.
-
-    PyTorch's own default rounds the inputs of "float32" convolutions to 10 bits.
-    """
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def standard_autoattack(

@@ -19,7 +19,7 @@ from training.ema import EMA
 from training.optim import build_optimizer
 from training.schedule import resolution_at_epoch
 from training.state import TrainState
-from utils_architecture import freeze_parameters
+from utils_architecture import checkpoint_blocks, freeze_parameters
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
 from zoo.names import locate, split_kind
@@ -85,6 +85,8 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
     """
     torch.manual_seed(derive_seed("init", config.data.seed))
     m, training = config.model, config.training
+    if training.precision == "tf32" and processes.device.type != "cuda":
+        raise UserError("training.precision: tf32 is arithmetic of NVIDIA GPUs, and there is none; give fp32 or bf16.")
     model = build_model(
         m.arch,
         # Weights that ckpt_path replaces need no download.
@@ -101,12 +103,13 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
         load_weights(model, read_weights(path, flag="model.ckpt_path"), flag="model.ckpt_path", source=path)
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
+    if training.grad_checkpointing:
+        checkpoint_blocks(model)
     dtype = torch.float64 if training.precision == "fp64" else torch.float32
     memory_format = torch.channels_last if config.misc.use_channel_last else torch.contiguous_format
     model = model.to(processes.device, dtype, memory_format=memory_format)
     return TrainState(
         model=model,
-        parallel=processes.parallel(model),
         optimizer=build_optimizer(model, arch=m.arch, training=training),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=training.precision == "fp16"),
         ema=EMA(model, decay=m.ema_decay, warmup=m.ema_warmup) if m.model_ema else None,
@@ -145,21 +148,3 @@ def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = str(error).strip().split("\n")[0]
                 raise UserError(f"{flag}: {config.model.arch} cannot take images of {size} pixels: {reason}") from error
-
-
-def settle_gradients(state: TrainState, processes: Processes, *, size: int) -> None:
-    """Two backward passes whose gradients are thrown away.
-
-    After the first one DistributedDataParallel orders its buckets anew, and sums over three or more processes are rounded
-    otherwise from then on. So that has to lie before the first step, of every start.
-    """
-    if processes.world_size == 1:
-        return
-    parameter, buffers = next(state.model.parameters()), [buffer.clone() for buffer in state.model.buffers()]
-    state.model.train()
-    for _ in range(2):
-        x = torch.zeros(2, 3, size, size, device=parameter.device, dtype=parameter.dtype)
-        state.parallel(x).sum().backward()
-    state.optimizer.zero_grad(set_to_none=True)
-    for buffer, before in zip(state.model.buffers(), buffers):
-        buffer.copy_(before)

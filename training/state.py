@@ -19,7 +19,9 @@ class TrainState:
 
     Attributes:
         model: the bare network (with its normaliser); attacks, EMA, validation and files use it.
-        parallel: the same network as training calls it: wrapped for several processes, else `model` itself.
+        parallel: the same network as training calls it; `model` itself until `training.compiled.prepare_networks` compiles it, or
+            wraps it for several processes.
+        attacked: the same network as the attack calls it; `model` itself unless it is compiled.
         optimizer, scaler: of torch; the scaler is disabled unless training runs in float16.
         ema: None without `model.model_ema`.
         step: optimiser steps done, skipped ones included.
@@ -27,14 +29,16 @@ class TrainState:
     """
 
     model: nn.Module
-    parallel: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: EMA | None
     step: int = 0
+    parallel: nn.Module = field(init=False)
+    attacked: nn.Module = field(init=False)
     statistics: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.parallel = self.attacked = self.model
         layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
         both = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
         self.statistics = [buffer for buffer in both if buffer is not None]

@@ -25,7 +25,7 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """Context in which a network runs in `precision`; fp32 and fp64 need none."""
+    """Context in which a network runs in `precision`; the others need none (tf32 is a switch of the process)."""
     return torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
@@ -81,7 +81,7 @@ def train_step(
 ) -> Tensor:
     """One optimiser step over the micro-batches of this process; advances `state`.
 
-    The attack runs on the bare network, so that DistributedDataParallel sees one forward and one backward pass of each
+    The attack runs on the network itself, so that DistributedDataParallel sees one forward and one backward pass of each
     micro-batch and averages gradients once, at the last one. Nothing is read back from the device.
 
     Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
@@ -117,7 +117,7 @@ def train_step(
         if mixup is not None:
             x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)
         with autocast(device, precision):
-            x = attack_batch(state.model, x, y, adv=config.adv, eps=eps, on_step=on_attack_step)
+            x = attack_batch(state.attacked, x, y, adv=config.adv, eps=eps, on_step=on_attack_step)
         last = i + 1 == len(batches)
         with nullcontext() if last or processes.world_size == 1 else state.parallel.no_sync():
             with autocast(device, precision):
@@ -126,7 +126,7 @@ def train_step(
             poison = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
             state.scaler.scale(loss).backward(poison)
         total += loss.detach()
-    skipped = _update(state, grad_clip=config.training.grad_clip)
+    skipped = update(state, grad_clip=config.training.grad_clip)
     if statistics:
         for buffer, before in statistics:
             buffer.copy_(torch.where(skipped, before, buffer))
@@ -136,7 +136,7 @@ def train_step(
     return torch.stack([total.double(), skipped.double()])
 
 
-def _update(state: TrainState, *, grad_clip: float) -> Tensor:
+def update(state: TrainState, *, grad_clip: float) -> Tensor:
     """Optimiser and scaler; returns whether the step was skipped, a bool on the device."""
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]

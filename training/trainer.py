@@ -23,9 +23,11 @@ from common.liveness import Liveness
 from common.provenance import provenance
 from common.stop import StopRequest
 from data.loader import Batch, EvalLoader, spread_indices
+from data.prefetch import prefetch
 from data.transforms import Mixup
-from training.build import build_state, build_train_loader, check_image_sizes, open_sources, settle_gradients
+from training.build import build_state, build_train_loader, check_image_sizes, open_sources
 from training.checkpoint import StateFiles, newest_state
+from training.compiled import prepare_networks
 from training.feeding import NOTICED_SECONDS, Feed
 from training.forecast import Forecast
 from training.log import RunFolder
@@ -70,7 +72,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, processes: Processes, start: Start) -> None:
         self.config, self.processes, self.start = config, processes, start
-        torch.backends.cudnn.allow_tf32 = False  # otherwise "fp32" convolutions are not float32
+        # By default PyTorch rounds the inputs of "fp32" convolutions.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
         train_source, val_source = open_sources(config, once=processes.once_here, progress=processes.is_first)
         self.accum = config.training.grad_accum
         if start.state is not None:
@@ -90,7 +93,6 @@ class Trainer:
         )
         self.times_back, self._failed_at = 0, 0  # going back to a state: how often, and the step last given up
         check_image_sizes(self.state.model, config)
-        settle_gradients(self.state, processes, size=config.resolution.min_res)
         self.class_names = train_source.class_names
         self.val_loader = self._eval_loader(val_source)
         self.adv_loader = None
@@ -111,6 +113,8 @@ class Trainer:
             self.origin = start.state["run"]["origin"] if start.own else config.training.resume
             notes += self._check_run(start.state["run"])
             self._restore(start.state)
+        first = min(self.progress.epochs_done, config.training.epochs - 1)
+        prepare_networks(self.state, config, processes, size=resolution_at_epoch(first, resolution=config.resolution))
         self._together(lambda: self._open_folder(notes))
         if start.state is not None:
             start.state = {"step": start.state["step"]}  # the rest is as large as the model, average and optimiser
@@ -294,7 +298,7 @@ class Trainer:
         )
         batches_left = self.feed.watch(batches_left, lambda: self.alive.beat("loading the first batches", state.step))
         with self._bar(epoch, first) as bar:
-            for step, batches in enumerate(grouped(batches_left, self.accum), first):
+            for step, batches in enumerate(grouped(prefetch(batches_left, self.processes.device), self.accum), first):
                 self.alive.beat("training", state.step)
                 self._note_failures(batches, bad_names)
                 lr, eps = self._schedule(epoch, step)

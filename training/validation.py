@@ -11,6 +11,7 @@ from attacks.apgd import apgd
 from common.config import TrainConfig
 from common.distributed import Processes
 from common.errors import UserError
+from common.precision import float32_matmul
 from common.seeding import derive_seed
 from data.loader import Batch
 from training.step import attack_batch, autocast, to_device
@@ -86,7 +87,7 @@ def _mean_over_images(model, batches, measure, width: int, *, config: TrainConfi
             channels_last=config.misc.use_channel_last,
         )
         y = batch.y.to(processes.device, non_blocking=True)
-        with autocast(processes.device, precision):
+        with float32_matmul(tf32=precision == "tf32"), autocast(processes.device, precision):
             values = measure(x, y)
         sums[:width] += values.double()
         sums[width] += len(y)

@@ -12,13 +12,13 @@ from torch import nn
 
 import evaluation.autoattack
 from common.errors import UserError
+from common.precision import float32_matmul
 from evaluation.autoattack import (
     ATTACKS,
     FastCopy,
     Verdicts,
     attack_chunk,
     check_adversarial,
-    float32_matmul,
     package_name,
     rounding,
     standard_autoattack,
