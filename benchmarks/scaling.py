@@ -5,7 +5,7 @@
 
 `measure` trains the demo's network (APGD-2, digits) with each number of processes, in turns, with the same global batch; on a
 CPU each process has one thread. `predict` prints docs/scaling.md (`--write`: writes it): what every published run costs on 8, 64
-and 512 GPUs. A step's time comes from measured rows `images_per_second_<arch>` (of `benchmarks.train_step --json`) or, where
+and 512 GPUs. A step's time comes from measured rows `images_per_second_ours_<arch>` (of `benchmarks.train_step --json`) or, where
 there are none, from an assumed share of the GPU's peak rate.
 """
 
@@ -151,12 +151,12 @@ def read_measured(path: Path | None) -> tuple[dict[str, float], str]:
         return {}, ""
     try:
         content = json.loads(path.read_text())
-        prefix = "images_per_second_"
+        prefix = "images_per_second_ours_"
         rates = {r["name"].removeprefix(prefix): r["figure"] for r in content["rows"] if r["name"].startswith(prefix)}
         return {arch: rate for arch, rate in rates.items() if rate}, content["device"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--measured: expected a result of benchmarks.train_step with rows images_per_second_<arch>, got {path} ({error})."
+            f"--measured: expected a result of benchmarks.train_step with rows images_per_second_ours_<arch>, got {path} ({error})."
         ) from error
 
 

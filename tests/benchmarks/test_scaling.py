@@ -46,11 +46,14 @@ def test_the_document_tells_measured_from_assumed_and_has_every_run():
 
 def test_measured_rates_are_read_or_refused(tmp_path, capsys):
     file = tmp_path / "rates.json"
-    rows = [{"name": "images_per_second_vit_s", "figure": 3.0}, {"name": "images_per_second_vit_b", "figure": None}]
+    rows = [
+        {"name": "images_per_second_ours_vit_s", "figure": 3.0},
+        {"name": "images_per_second_ours_vit_b", "figure": None},
+    ]
     file.write_text(json.dumps({"device": "a GPU", "rows": [*rows, {"name": "other", "figure": 1.0}]}))
     assert read_measured(file) == ({"vit_s": 3.0}, "a GPU")
     file.write_text("[]")
-    with pytest.raises(UserError, match="images_per_second_<arch>"):
+    with pytest.raises(UserError, match="images_per_second_ours_<arch>"):
         read_measured(file)
     assert scaling._run(["predict", "--measured", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err

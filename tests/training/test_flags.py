@@ -252,7 +252,9 @@ def test_in_memory_survives_the_loss_of_the_files(tmp_path, during_steps, capsys
 def test_validation_batch_size_and_resolution(images, tmp_path, monkeypatch):
     shapes, original = [], training.validation.to_device
     monkeypatch.setattr(
-        training.validation, "to_device", lambda x, **kw: (shapes.append(tuple(x.shape)), original(x, **kw))[1]
+        training.validation,
+        "to_device",
+        lambda batch, **kw: (shapes.append(tuple(batch.x.shape)), original(batch, **kw))[1],
     )
     flags = base_flags(images, tmp_path) | {"training.eval_only": 1}
     run(flags)

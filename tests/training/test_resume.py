@@ -467,7 +467,9 @@ def test_elastic_restart(many, tmp_path):
 
 
 def poison(state, batches):
-    batches[0].x[0, 0, 0, 0] = torch.nan
+    x = batches[0].x.float() / 255
+    x[0, 0, 0, 0] = torch.nan
+    batches[0] = batches[0]._replace(x=x, draws=None)
 
 
 @pytest.mark.parametrize(
