@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -330,15 +331,15 @@ class TestDeadWorkers:
 
     @pytest.mark.parametrize("training", [True, False])
     def test_defects_are_raised_as_they_are(self, training: bool) -> None:
-        before, warnings = set(psutil.Process().children()), []
+        before, warnings = set(multiprocessing.active_children()), []
         options = {"batch_size": 2, "num_workers": 2, "on_warning": warnings.append}
         loader = basic(Defect(8), **options).epoch(0, 8) if training else EvalLoader(Defect(8), size=8, **options)
         with pytest.raises(ZeroDivisionError, match="picture"):
             list(loader)
         assert not warnings
-        for worker in set(psutil.Process().children()) - before:  # PyTorch's error refers to itself, and so keeps them
+        for worker in set(multiprocessing.active_children()) - before:  # PyTorch's error refers to itself, and so keeps them
             worker.kill()
-            worker.wait()
+            worker.join()
 
     @pytest.mark.parametrize("ignored", [False, True])
     def test_no_signal_handler_stays(self, monkeypatch: pytest.MonkeyPatch, ignored: bool) -> None:
