@@ -102,6 +102,7 @@ def names(folder: RunFolder) -> set[str]:
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.curves
 def test_log_goes_on_without_gap_or_double(runs):
     folder = runs.start()
     write_steps(folder, 1, 2, 3)
@@ -375,6 +376,7 @@ def test_really_full_file_system(tmp_path):
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
+@pytest.mark.curves
 def test_close_survives_broken_curves(runs):
     folder = runs.start()
     folder.write({"top1": 0.5})  # no epoch to draw it at

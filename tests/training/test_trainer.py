@@ -33,6 +33,7 @@ PROJECT = Path(training.__file__).resolve().parent.parent
 APGD = {"adv.attack": "apgd", "adv.eps": "8/255"}
 
 
+@pytest.mark.curves
 def test_run_folder(images, tmp_path):
     outcome = run(base_flags(images, tmp_path) | APGD | {"model.model_ema": 1, "training.epochs": 2})
     assert {"params.json", "log", "curves.png", "weights_2.pt", "weights_ema_2.pt"} <= outcome.files
