@@ -439,6 +439,9 @@ def _spawned(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Otherwise it would be that of this process, spawn: loader workers would import everything anew, for seconds each.
     multiprocessing.set_start_method(start_method, force=True)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Each would take all cores, and as many threads on every core slow one another down tenfold and more.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     for number in SIGNALS:  # until `main` takes them over there is nothing to save
         signal.signal(number, lambda number, frame: os._exit(STOPPED))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

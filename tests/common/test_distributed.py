@@ -269,6 +269,7 @@ def act(config: tuple[str, str], processes: Processes) -> None:
         processes.wait()
         found = {"same": same(value, nested()), "listening": listening(), "others": connection.get("0").decode()}
         found["start method"] = multiprocessing.get_start_method()
+        found["threads"] = torch.get_num_threads()
         own.write_text(json.dumps(found))
     elif what == "killed" and last:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -322,13 +323,15 @@ def short(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_started_processes_share_and_listen_on_this_machine_only(tmp_path, short):
+def test_started_processes_share_and_listen_on_this_machine_only(tmp_path, short, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert started("share", tmp_path) == 0
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}").read_text())
         assert found["same"] and found["others"] == "here"
         # What they start, loader workers, starts as it would without them: spawned ones take seconds.
         assert found["start method"] == multiprocessing.get_start_method()
+        assert found["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)  # cores are shared, not fought over
         assert found["listening"], "the first process at least keeps a store"
         loopback = ("0100007F:", "00000000000000000000000001000000:")
         assert all(address.startswith(loopback) for address in found["listening"])

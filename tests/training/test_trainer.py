@@ -120,7 +120,7 @@ def test_grad_accumulation_equals_the_large_batch(images, tmp_path):
 def test_grad_clip(images, tmp_path):
     flags = base_flags(images, tmp_path) | {"training.optimizer": "sgd", "training.momentum": 0, "lr.lr": 1.0}
     flags |= {"training.weight_decay": 0, "lr.lr_schedule_type": "step", "training.epochs": 1}
-    start = run(flags | {"lr.lr": 1e-30}).weights
+    start = run(flags | {"lr.lr": 1e-30, "validation.adv_n_ex": 0, "adv.attack": "none"}).weights
     moved = run(flags | {"training.grad_clip": 1e-3}).weights
     distance = sum((moved[n] - start[n]).double().square().sum() for n in start).sqrt().item()
     assert 1e-4 < distance <= 3e-3 * 1.01  # three steps of at most lr · 1e-3
@@ -196,6 +196,7 @@ FIVE_STEPS = APGD | {
     "lr.lr_schedule_type": "step",
     "training.epochs": 1,
     "validation.adv_n_ex": 8,
+    "validation.adv_n_iter": 2,
     "model.model_ema": 1,
     "data.augmentations": 2,
 }
@@ -225,7 +226,7 @@ def test_two_processes_equal_one(forty_images, tmp_path, arch, optimizer, precis
     one = run(flags | {"training.batch_size": 8})
     two = run(flags | processes(2) | {"training.batch_size": 4})
     assert len(one.steps) == len(two.steps) == 5
-    start = run(flags | {"lr.lr": 1e-30}).weights
+    start = run(flags | {"lr.lr": 1e-30, "validation.adv_n_ex": 0, "adv.attack": "none"}).weights
     assert largest_difference(one.weights, start) > 1e-3
     assert largest_difference(one.weights, two.weights) < tolerance
     # 12 validation images over two processes, batches of unequal size: still each counted once.
@@ -287,7 +288,7 @@ def test_grad_clip_under_loss_scaling(images, tmp_path):
     """Clipping sees the true gradient, not the scaled one: fp16 moves as far as fp32."""
     flags = base_flags(images, tmp_path) | {"training.optimizer": "sgd", "training.momentum": 0, "lr.lr": 1e-2}
     flags |= {"training.weight_decay": 0, "lr.lr_schedule_type": "step", "training.grad_clip": 100}
-    start = run(flags | {"lr.lr": 1e-30}).weights
+    start = run(flags | {"lr.lr": 1e-30, "validation.adv_n_ex": 0, "adv.attack": "none"}).weights
     moves = []
     for precision in ("fp32", "fp16"):
         end = run(flags | {"training.precision": precision}).weights
