@@ -138,7 +138,11 @@ def test_parameters_with_conv_stem(name: str, parameters: int) -> None:
     assert count(get_new_model(name, not_original=True)) == parameters
 
 
-@pytest.mark.parametrize("key", LOGITS)
+def large(key: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.large] if STATE_DICTS[key]["parameters"] > 45e6 else []
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=large(key)) for key in LOGITS])
 def test_logits_are_the_published_ones(key: str, request: pytest.FixtureRequest) -> None:
     name, not_original = split_key(key)
     images = 2 if STATE_DICTS[key]["parameters"] < 30e6 else 1  # of a large model the first image alone, for time

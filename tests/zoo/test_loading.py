@@ -131,13 +131,16 @@ def state_without_values(arch, not_original):
         return get_new_model(arch, not_original=not_original).state_dict()
 
 
-@pytest.mark.parametrize("arch, not_original", VARIANTS)
-def test_every_architecture_in_every_layout(tmp_path, arch, not_original):
-    """Read and described as it was, from a file of each layout, with and without the normaliser."""
+@pytest.mark.parametrize("number", range(len(VARIANTS)))
+def test_every_architecture_in_several_layouts(tmp_path, number):
+    """Read and described as it was, from files of three layouts, with or without the normaliser; each layout has its turns."""
+    arch, not_original = VARIANTS[number]
     state, path = numbered_state(arch, not_original), tmp_path / "w.pt"
-    for layout, normalized in itertools.product(
-        ("plain", "module", "base_model", "both", "EMA", "full state"), (False, True)
-    ):
+    layouts = list(
+        itertools.product(("plain", "module", "base_model", "both", "EMA", "full state"), (False, True))
+    )
+    for turn in (number, number + 3, number + 8):
+        layout, normalized = layouts[turn % len(layouts)]
         torch.save(LAYOUTS[layout](with_normalizer(state) if normalized else state), path)
         weights = read_weights(path, flag=FLAG)
         assert list(weights.network) == list(state) and (weights.normalizer is not None) == normalized
@@ -149,7 +152,7 @@ def test_every_architecture_in_every_layout(tmp_path, arch, not_original):
         assert weights.which == {"EMA": "ema", "full state": "raw"}.get(layout)
     found = describe_weights(weights)
     assert arch in found.candidates and found.not_original is not_original and found.num_classes == 1000
-    assert found.add_normalization
+    assert found.add_normalization == normalized
 
 
 @pytest.mark.parametrize("arch, not_original", VARIANTS)
@@ -594,6 +597,12 @@ def largest_difference(modelname, get_convstem_models, size):
 
 
 @pytest.mark.filterwarnings("ignore")  # RobustBench's, about old names in timm and pkg_resources
-@pytest.mark.parametrize("modelname", SINGH)
+@pytest.mark.parametrize(
+    "modelname",
+    [
+        pytest.param(name, marks=pytest.mark.large if name in ("convnext_b_cvst", "convnext_l_cvst", "vit_b_cvst") else ())
+        for name in SINGH
+    ],
+)
 def test_robustbench_and_ours_load_each_other(modelname, convstem_models):
     assert largest_difference(modelname, convstem_models, SINGH[modelname][1]) < 1e-6
