@@ -13,6 +13,8 @@ export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 # timm 1.0.9 uses what newer versions of PyTorch call deprecated: nothing a user can act on.
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script}"
 
-# One process a core, each with one thread; the tests of a file stay together, as they share what is slow to make.
+# One process a core and one more, as many tests wait for programs that they start; each with one thread. The tests of a file
+# stay together, as they share what is slow to make.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PY" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+cores=$(nproc)
+exec "$PY" -m pytest -n $((cores < 4 ? cores + 1 : 4)) --dist loadfile "$@"

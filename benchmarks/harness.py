@@ -127,7 +127,7 @@ def run_program(arguments: Sequence[str], *, env: Mapping[str, str] | None = Non
     """Run a Python program in the project's root; returns its wall time in seconds.
 
     Raises:
-        UserError: it failed; the end of its output is in the message.
+        UserError: it failed, the end of its output is in the message; or it trained uncompiled where it was to be compiled.
     """
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=PROJECT, env=env, capture_output=True, text=True)
@@ -136,6 +136,9 @@ def run_program(arguments: Sequence[str], *, env: Mapping[str, str] | None = Non
         raise UserError(
             f"{arguments[0]} ended with status {done.returncode}: {done.stderr[-TAIL:] or done.stdout[-TAIL:]}"
         )
+    uncompiled = [line for line in done.stderr.splitlines() if "training runs uncompiled" in line]
+    if uncompiled:
+        raise UserError(f"{arguments[0]}: {uncompiled[0]}")
     return seconds
 
 

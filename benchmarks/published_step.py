@@ -126,3 +126,7 @@ class PublishedTraining:
             else:
                 self.average[name].copy_(value)
         return loss.item()
+
+    def free(self) -> None:
+        """Let go of the gradients, which the design keeps until its next step: they belong to the memory of a step."""
+        self.optimizer.zero_grad()

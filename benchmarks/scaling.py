@@ -6,7 +6,7 @@
 `measure` trains the demo's network (APGD-2, digits) with each number of processes, in turns, with the same global batch; on a
 CPU each process has one thread. `predict` prints docs/scaling.md (`--write`: writes it): what every published run costs on 8, 64
 and 512 GPUs. A step's time comes from measured rows `images_per_second_ours_<arch>` (of `benchmarks.train_step --json`) or, where
-there are none, from an assumed share of the GPU's peak rate.
+there are none, from an assumed share of an assumed rate of matrix products.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from zoo.published import PUBLISHED, Published
 GLOBAL_BATCH = 64
 IMAGES = 1_281_167  # ImageNet's training set
 BATCH = 80  # a GPU
+SETTING = f"batch {BATCH}, 224 px"  # as the notes of benchmarks.train_step begin
 PASSES = 8  # forward-equivalents of APGD-2 training: 3 forwards and 2 input gradients, then forward and backward (2)
 OVERLAP = 2 / PASSES  # share of a step during which gradients are summed while others are still computed
 GPUS = (8, 64, 512)
@@ -44,13 +45,14 @@ class Cluster:
     """What a prediction assumes of the machines.
 
     Attributes:
-        peak: dense half-precision rate of a GPU, in FLOP/s (H100 and H200 SXM, by NVIDIA's data sheet).
+        matmul: half-precision matrix products of a GPU, in FLOP/s: an assumed 0.7 of the 989e12 in NVIDIA's data sheet for
+            H100 and H200 SXM.
         gpus_per_node: joined by NVLink.
         node_bandwidth: bytes/s of an all-reduce within a node (bus bandwidth).
         network_bandwidth: bytes/s of an all-reduce over nodes, likewise: four fifths of one 400 Gbit/s adapter a node.
     """
 
-    peak: float = 989e12
+    matmul: float = 700e12
     gpus_per_node: int = 8
     node_bandwidth: float = 300e9
     network_bandwidth: float = 40e9
@@ -72,7 +74,7 @@ class Prediction:
 
 
 def assumed_share(published: Published) -> float:
-    """Share of the peak rate that a training step is assumed to reach where none was measured: this project's goals."""
+    """Share of `Cluster.matmul` that a training step is assumed to reach where none was measured: this project's goals."""
     small = published.params < 60
     if published.family == "ViT":
         return 0.28 if small else 0.38
@@ -83,7 +85,7 @@ def step_seconds(published: Published, cluster: Cluster, measured: Mapping[str, 
     """Seconds that one GPU computes for a step of `BATCH` images; `measured`: images/s of one GPU by architecture."""
     if published.arch in measured:
         return BATCH / measured[published.arch]
-    return BATCH * PASSES * 2 * published.gflops * 1e9 / (assumed_share(published) * cluster.peak)
+    return BATCH * PASSES * 2 * published.gflops * 1e9 / (assumed_share(published) * cluster.matmul)
 
 
 def all_reduce_seconds(parameters: float, gpus: int, cluster: Cluster) -> float:
@@ -109,15 +111,16 @@ def document(cluster: Cluster, measured: Mapping[str, float], device: str) -> st
         if measured
         else "No step has been measured on a GPU yet: **all step times are assumed**."
     )
-    peak = f"{cluster.peak / 1e12:.0f} TFLOP/s"
+    matmul = f"{cluster.matmul / 1e12:.0f} TFLOP/s"
     within, between = (f"{rate / 1e9:.0f} GB/s" for rate in (cluster.node_bandwidth, cluster.network_bandwidth))
     return f"""# What the published runs cost on 8, 64 and 512 GPUs
 
 Made by `python -m benchmarks.scaling predict --write`; a prediction, not a measurement. {source}
 
 - Assumed step times: {PASSES} forward passes' FLOPs for each image (APGD-2: 3 forwards and 2 input gradients; training: forward and
-  backward), {BATCH} images a GPU, at a share of {peak} (H100, H200; bf16) that is this project's goal: 28 % for
-  ViTs below 60 M parameters, 38 % for larger ones, 14 % and 22 % for ConvNeXts.
+  backward), {BATCH} images a GPU, at a share of {matmul} (assumed for large bf16 matrix products of an H100 or
+  H200; the data sheet says 989) that is this project's goal: 28 % for ViTs below 60 M parameters, 38 % for larger ones, 14 % and
+  22 % for ConvNeXts.
 - All-reduce: a ring, float32 gradients, {within} within a node of {cluster.gpus_per_node} GPUs, {between} over nodes (one
   adapter of 400 Gbit/s a node). The training's backward pass, a quarter of the step, hides it; what is left is in brackets.
 - Images always arrive in time, and validation is not counted. The global batch grows with the GPUs, the learning rate does not:
@@ -146,14 +149,16 @@ def _cells(published: Published, cluster: Cluster, measured: Mapping[str, float]
 
 
 def read_measured(path: Path | None) -> tuple[dict[str, float], str]:
-    """Images/s of one GPU by architecture, and the device, from a result of `benchmarks.train_step`."""
+    """Images/s of one GPU by architecture, and the device, from a result of `benchmarks.train_step` with `SETTING`."""
     if path is None:
         return {}, ""
     try:
         content = json.loads(path.read_text())
         prefix = "images_per_second_ours_"
-        rates = {r["name"].removeprefix(prefix): r["figure"] for r in content["rows"] if r["name"].startswith(prefix)}
-        return {arch: rate for arch, rate in rates.items() if rate}, content["device"]
+        rows = [r for r in content["rows"] if r["name"].startswith(prefix) and r["figure"]]
+        if other := [r["note"] for r in rows if not r["note"].startswith(SETTING)]:
+            raise UserError(f"--measured: expected steps of {SETTING}, got {other[0]} in {path}.")
+        return {r["name"].removeprefix(prefix): r["figure"] for r in rows}, content["device"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--measured: expected a result of benchmarks.train_step with rows images_per_second_ours_<arch>, got {path} ({error})."

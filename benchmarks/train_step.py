@@ -199,7 +199,11 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
             state, [batch], config=flags, processes=processes, mixup=None, lr=1e-5, eps=flags.adv.eps
         )
 
-    arms = {"published": lambda: published.step(x, y), "ours": ours(config), "clean": ours(clean)}
+    def published_step() -> None:
+        published.step(x, y)
+        published.free()
+
+    arms = {"published": published_step, "ours": ours(config), "clean": ours(clean)}
     repeats = arguments.repeats or (3 if arguments.quick else 10 if on_gpu else 5)
     measured = measure_arms(arms, device, repeats=repeats, times=5 if on_gpu else 1)
     part_ms = parts(state, config, processes, batch, repeats=repeats)
@@ -263,7 +267,7 @@ def rows(
         figure("ema_optimizer_share", small, "of step", "<= 0.04" if on_gpu else None),
     ]
     for arm, seconds in wall.items():
-        note = f"{median(seconds):.3g} s, {median(cpu[arm]):.3g} CPU s a step"
+        note = f"{what if arm == 'ours' else arm}; {median(seconds):.3g} s, {median(cpu[arm]):.3g} CPU s a step"
         found.append(figure(f"images_per_second_{arm}", [batch_size / s for s in seconds], "images/s", note=note))
     found += [figure(f"ms_{part}", values, "ms") for part, values in part_ms.items()]
     found += [figure(f"peak_memory_{arm}", [used / 2**20], "MiB", note="of a step") for arm, used in memory.items()]

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,12 +158,14 @@ class Processes:
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model,
-            device_ids=devices,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # they are the same everywhere: constants, and statistics that training averages
-        )
+        with warnings.catch_warnings():  # newer versions of PyTorch call the argument by another name
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=devices,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # they are the same everywhere: constants, and statistics that training averages
+            )
 
 
 @dataclass(frozen=True)
@@ -528,7 +531,8 @@ def _joined(
         shared, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
         start = _agree_on_start(shared, rank, world_size, timeout)
         store = dist.PrefixStore(start, shared)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    bound = {"device_id": device} if backend == "nccl" else {}  # else barriers guess it, with a warning
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **bound)
     try:
         yield Processes(rank=rank, world_size=world_size, device=device, store=store, start=start)
     finally:

@@ -140,11 +140,17 @@ def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
         }
     parameter = next(model.parameters())
     model.eval()
+    # Interpolated position embeddings, for one, have no deterministic gradient on a GPU.
+    with_gradient = config.training.deterministic and not config.training.eval_only
     for flag, values in sizes.items():
         for size in sorted(values):
             try:
-                with torch.no_grad():
-                    model(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+                with torch.set_grad_enabled(with_gradient):
+                    logits = model(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+                if with_gradient:
+                    logits.sum().backward()
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = str(error).strip().split("\n")[0]
                 raise UserError(f"{flag}: {config.model.arch} cannot take images of {size} pixels: {reason}") from error
+            finally:
+                model.zero_grad()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attacks.losses import cross_entropy
 from common.config import TrainConfig
@@ -50,43 +51,80 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
     """
     if config.training.eval_only:
         return
-    if wants_compiled(config, processes):
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
-        # Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
-        settings = {"dynamic": False, "options": {"fallback_random": True}}
+    if not wants_compiled(config, processes):
+        _stay_uncompiled(state, config, processes, size=size)
+        return
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    # Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
+    settings = {"dynamic": False, "options": {"fallback_random": True}}
+
+    def compile_attacked() -> None:
+        state.attacked = torch.compile(frozen_twin(state.model), **settings)
+
+    def compile_trained() -> None:
+        state.parallel = processes.parallel(torch.compile(state.model, **settings))
+
+    _rehearse_or_stay_uncompiled(state, config, processes, size=size, before=(compile_attacked, compile_trained))
+
+
+def prepare_size(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
+    """Before the first step at another image size: compile for it, where `prepare_networks` has compiled. Fails as that does."""
+    if state.attacked is not state.model:
+        _rehearse_or_stay_uncompiled(state, config, processes, size=size)
+
+
+def _rehearse_or_stay_uncompiled(
+    state: TrainState,
+    config: TrainConfig,
+    processes: Processes,
+    *,
+    size: int,
+    before: tuple[Callable[[], None], Callable[[], None]] = (lambda: None, lambda: None),
+) -> None:
+    # The attack needs no other process. So one that cannot compile says so before the others wait for its gradients.
+    for make, rehearse in zip(before, (_rehearse_attack, _rehearse_training)):
         problem = None
         try:
-            state.attacked = torch.compile(frozen_twin(state.model), **settings)
-            state.parallel = processes.parallel(torch.compile(state.model, **settings))
+            make()
             rehearse(state, config, processes, size=size)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            problem = f"{type(error).__name__}: {' '.join(lines[:2])}"
         problems = [found for found in processes.gather(problem) if found is not None]
-        if not problems:
+        if problems:
+            if processes.is_first:
+                print(f"warning: training.compile: training runs uncompiled: {problems[0]}", file=sys.stderr)
+            _stay_uncompiled(state, config, processes, size=size)
             return
-        if processes.is_first:
-            print(f"warning: training.compile: training runs uncompiled: {problems[0]}", file=sys.stderr)
+
+
+def _stay_uncompiled(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
     state.attacked, state.parallel = state.model, processes.parallel(state.model)
     if processes.world_size > 1:
-        rehearse(state, config, processes, size=size, attack=False)
+        _rehearse_training(state, config, processes, size=size)
 
 
-def rehearse(state: TrainState, config: TrainConfig, processes: Processes, *, size: int, attack: bool = True) -> None:
-    """What a step calls, on black images of its shape; gradients and running statistics are thrown away."""
-    training, device = config.training, processes.device
-    y = torch.zeros(training.batch_size, dtype=torch.int64, device=device)
-    batch = Batch(x=torch.zeros(len(y), 3, size, size), y=y, index=y, failures=[])
-    x = to_device(batch, device=device, precision=training.precision, channels_last=config.misc.use_channel_last)
+def _rehearse_attack(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
+    """What a step calls of the attacked network, on black images of its shape; where there is no attack, a forward pass."""
+    x, y = _black(config, processes, size=size)
+    with autocast(processes.device, config.training.precision):
+        if config.adv.attack != "none":
+            attack_batch(state.attacked, x, y, adv=config.adv, eps=config.adv.eps)
+        elif processes.world_size > 1:
+            with torch.no_grad():
+                state.attacked(x)
+
+
+def _rehearse_training(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
+    """What a step calls of the trained network; gradients and running statistics are thrown away."""
+    x, y = _black(config, processes, size=size)
     buffers = [buffer.clone() for buffer in state.model.buffers()]
     state.model.train()
     try:
-        if attack:
-            with autocast(device, training.precision):
-                attack_batch(state.attacked, x, y, adv=config.adv, eps=config.adv.eps)
         for _ in range(2 if processes.world_size > 1 else 1):
-            with autocast(device, training.precision):
+            with autocast(processes.device, config.training.precision):
                 loss = cross_entropy(state.parallel(x), y).mean()
             loss.backward()
     finally:
@@ -94,3 +132,11 @@ def rehearse(state: TrainState, config: TrainConfig, processes: Processes, *, si
             parameter.grad = None
         for buffer, before in zip(state.model.buffers(), buffers):
             buffer.copy_(before)
+
+
+def _black(config: TrainConfig, processes: Processes, *, size: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of one micro-batch."""
+    y = torch.zeros(config.training.batch_size, dtype=torch.int64, device=processes.device)
+    batch = Batch(x=torch.zeros(len(y), 3, size, size), y=y, index=y, failures=[])
+    precision, channels_last = config.training.precision, config.misc.use_channel_last
+    return to_device(batch, device=processes.device, precision=precision, channels_last=channels_last), y

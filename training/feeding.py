@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
+
+import torch
 
 from data.loader import Batch
 
@@ -18,14 +21,18 @@ NOTICED_SECONDS = 30.0  # of training
 class Feed:
     """Watches the batches of one process.
 
+    A CPU waits where this process does. A GPU has work queued while the host waits for a batch: what counts is how long it has
+    none, between the events of `on_gap`.
+
     Attributes:
         rate: images/s of this process's loader while nothing else is done; None until it has been measured, and where there are
             too few batches to measure it.
     """
 
-    def __init__(self, *, num_workers: int) -> None:
+    def __init__(self, *, num_workers: int, device: torch.device) -> None:
         self.rate: float | None = None
-        self._num_workers, self._measured, self._waited = num_workers, False, 0.0
+        self._num_workers, self._device, self._measured, self._waited = num_workers, device, False, 0.0
+        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def watch(self, batches: Iterator[Batch], on_batch: Callable[[], None] = lambda: None) -> Iterator[Batch]:
         """The same batches; the first time, some are loaded ahead to measure the loader alone, calling `on_batch` for each."""
@@ -34,7 +41,8 @@ class Feed:
         while True:
             begin = time.perf_counter()
             batch = next(batches, None)
-            self._waited += time.perf_counter() - begin
+            if self._device.type == "cpu":
+                self._waited += time.perf_counter() - begin
             if batch is None:
                 return
             yield batch
@@ -58,8 +66,15 @@ class Feed:
             self.rate = sum(len(batch.y) for batch in ahead[first:]) / max(now - since, 1e-9)
         return ahead
 
+    def on_gap(self, before: torch.cuda.Event, after: torch.cuda.Event) -> None:
+        """The GPU waits for a batch from `before` to `after`; as `data.prefetch.prefetch` tells."""
+        self._gaps.append((before, after))
+
     def take(self) -> float:
-        """Seconds waited for batches since the last call."""
+        """Seconds waited for batches since the last call, as far as the GPU has come."""
+        while self._gaps and self._gaps[0][1].query():
+            before, after = self._gaps.popleft()
+            self._waited += before.elapsed_time(after) / 1000
         waited, self._waited = self._waited, 0.0
         return waited
 

@@ -27,7 +27,7 @@ from data.prefetch import prefetch
 from data.transforms import Mixup
 from training.build import build_state, build_train_loader, check_image_sizes, open_sources
 from training.checkpoint import StateFiles, newest_state
-from training.compiled import prepare_networks
+from training.compiled import prepare_networks, prepare_size
 from training.feeding import NOTICED_SECONDS, Feed
 from training.forecast import Forecast
 from training.log import RunFolder
@@ -80,7 +80,7 @@ class Trainer:
             self.accum = accumulation(start.state, config, processes.world_size)
         self.loader = build_train_loader(config, train_source, processes, accum=self.accum)
         self.images = len(train_source)
-        self.feed, self._advised = Feed(num_workers=config.data.num_workers), False
+        self.feed, self._advised = Feed(num_workers=config.data.num_workers, device=processes.device), False
         self._loader_rate: float | None = None  # images/s of all processes together
         self.state = build_state(config, processes, initial=start.state is None)
         self.progress, self.watch = Progress(), OverfittingWatch(chance=1 / config.model.num_classes)
@@ -114,7 +114,8 @@ class Trainer:
             notes += self._check_run(start.state["run"])
             self._restore(start.state)
         first = min(self.progress.epochs_done, config.training.epochs - 1)
-        prepare_networks(self.state, config, processes, size=resolution_at_epoch(first, resolution=config.resolution))
+        self._prepared = {resolution_at_epoch(first, resolution=config.resolution)}  # image sizes
+        prepare_networks(self.state, config, processes, size=next(iter(self._prepared)))
         self._together(lambda: self._open_folder(notes))
         if start.state is not None:
             start.state = {"step": start.state["step"]}  # the rest is as large as the model, average and optimiser
@@ -287,6 +288,10 @@ class Trainer:
         size = resolution_at_epoch(epoch, resolution=config.resolution)
         steps = self.loader.steps_per_epoch
         first = state.step - epoch * steps
+        if size not in self._prepared:
+            self.alive.beat(f"preparing for images of {size} pixels", state.step)
+            prepare_size(state, config, self.processes, size=size)
+            self._prepared.add(size)
         losses = StepLog(epoch=epoch, shape=[config.training.batch_size, 3, size, size])
         self._begin, self._counted, bad_names = time.perf_counter(), set(), set()
         lr, eps = self._schedule(epoch, max(first - 1, 0))
@@ -298,7 +303,8 @@ class Trainer:
         )
         batches_left = self.feed.watch(batches_left, lambda: self.alive.beat("loading the first batches", state.step))
         with self._bar(epoch, first) as bar:
-            for step, batches in enumerate(grouped(prefetch(batches_left, self.processes.device), self.accum), first):
+            on_device = prefetch(batches_left, self.processes.device, self.feed.on_gap)
+            for step, batches in enumerate(grouped(on_device, self.accum), first):
                 self.alive.beat("training", state.step)
                 self._note_failures(batches, bad_names)
                 lr, eps = self._schedule(epoch, step)

@@ -11,7 +11,7 @@ from benchmarks.scaling import Cluster, all_reduce_seconds, predict, read_measur
 from common.errors import UserError
 from zoo.published import PUBLISHED
 
-CLUSTER = Cluster(peak=1e15, gpus_per_node=8, node_bandwidth=100e9, network_bandwidth=10e9)
+CLUSTER = Cluster(matmul=1e15, gpus_per_node=8, node_bandwidth=100e9, network_bandwidth=10e9)
 
 
 def test_all_reduce_moves_the_gradients_almost_twice():
@@ -47,11 +47,14 @@ def test_the_document_tells_measured_from_assumed_and_has_every_run():
 def test_measured_rates_are_read_or_refused(tmp_path, capsys):
     file = tmp_path / "rates.json"
     rows = [
-        {"name": "images_per_second_ours_vit_s", "figure": 3.0},
-        {"name": "images_per_second_ours_vit_b", "figure": None},
+        {"name": "images_per_second_ours_vit_s", "figure": 3.0, "note": "batch 80, 224 px, fp16, compiled; 1 s"},
+        {"name": "images_per_second_ours_vit_b", "figure": None, "note": ""},
     ]
     file.write_text(json.dumps({"device": "a GPU", "rows": [*rows, {"name": "other", "figure": 1.0}]}))
     assert read_measured(file) == ({"vit_s": 3.0}, "a GPU")
+    file.write_text(file.read_text().replace("batch 80", "batch 8"))
+    with pytest.raises(UserError, match="expected steps of batch 80, 224 px, got batch 8, 224 px"):
+        read_measured(file)
     file.write_text("[]")
     with pytest.raises(UserError, match="images_per_second_ours_<arch>"):
         read_measured(file)

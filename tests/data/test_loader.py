@@ -337,7 +337,9 @@ class TestDeadWorkers:
         with pytest.raises(ZeroDivisionError, match="picture"):
             list(loader)
         assert not warnings
-        for worker in set(multiprocessing.active_children()) - before:  # PyTorch's error refers to itself, and so keeps them
+        for worker in (
+            set(multiprocessing.active_children()) - before
+        ):  # PyTorch's error refers to itself, and so keeps them
             worker.kill()
             worker.join()
 

@@ -12,6 +12,8 @@ from data.loader import Batch
 from tests.training.helpers import base_flags, run
 from training.feeding import Feed
 
+CPU = torch.device("cpu")
+
 
 def slow(count, seconds, size=4):
     for _ in range(count):
@@ -21,7 +23,7 @@ def slow(count, seconds, size=4):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_all_batches_come_and_the_first_are_timed(workers):
-    feed, seen, ready = Feed(num_workers=workers), [], []
+    feed, seen, ready = Feed(num_workers=workers, device=CPU), [], []
     batches = feed.watch(slow(9, 0.02), lambda: ready.append(len(seen)))
     for batch in batches:
         seen.append(batch)
@@ -33,15 +35,38 @@ def test_all_batches_come_and_the_first_are_timed(workers):
     assert len(list(feed.watch(slow(3, 0)))) == 3 and feed.rate == rate  # measured once
 
 
+class Event:
+    """Of a GPU's stream, at a time in milliseconds; None: the GPU has not come there yet."""
+
+    def __init__(self, time):
+        self.time = time
+
+    def query(self):
+        return self.time is not None
+
+    def elapsed_time(self, other):
+        return other.time - self.time
+
+
+def test_a_gpu_waits_only_where_it_has_nothing_to_do():
+    feed = Feed(num_workers=0, device=torch.device("cuda"))
+    assert len(list(feed.watch(slow(5, 0.02)))) == 5 and feed.take() == 0  # the host's waiting does not count
+    for before, after in ((1000, 1500), (2000, 2250), (3000, None)):
+        feed.on_gap(Event(before), last := Event(after))
+    assert feed.take() == 0.75 and feed.take() == 0
+    last.time = 3125
+    assert feed.take() == 0.125
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_too_few_batches_to_measure(count):
-    feed = Feed(num_workers=2)
+    feed = Feed(num_workers=2, device=CPU)
     assert len(list(feed.watch(slow(count, 0)))) == count and feed.rate is None
     assert feed.advice(images_per_second=1, waiting=1.0, processes=1) is None
 
 
 def test_advice(monkeypatch):
-    feed = Feed(num_workers=4)
+    feed = Feed(num_workers=4, device=CPU)
     feed.rate = 400.0
     monkeypatch.setattr("training.feeding.os.sched_getaffinity", lambda _: range(32))
     assert feed.advice(images_per_second=390, waiting=0.04, processes=2) is None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import training.build
 import training.compiled
@@ -15,13 +16,14 @@ from attacks.apgd import apgd
 from common.config import TrainConfig, load_config
 from common.distributed import Processes
 from common.errors import UserError
+from data.augment import concatenated, draw, generator
 from data.loader import Batch
 from data.prefetch import prefetch
 from data.transforms import Mixup
 from tests.attacks.test_apgd import GOLDEN, NORMS, GoldenNet, NoReads
 from tests.training.helpers import base_flags, run
-from training.build import build_state
-from training.compiled import frozen_twin, prepare_networks
+from training.build import build_state, check_image_sizes
+from training.compiled import frozen_twin, prepare_networks, prepare_size
 from training.step import train_step
 from utils_architecture import checkpoint_blocks, get_new_model
 
@@ -97,15 +99,21 @@ def test_a_step_does_not_synchronise_on_a_gpu(precision, compile):
     def step(moved: Batch) -> None:
         train_step(state, [moved], config=config, processes=processes, mixup=mixup, lr=1e-3, eps=config.adv.eps)
 
-    pinned = batch()._replace(x=batch().x.pin_memory(), y=batch().y.pin_memory())
+    rng = generator("draws")
+    draws = concatenated([draw(rng, 32, flip=0.5, heavy=True) for _ in range(8)])
+    levels = batch()._replace(x=(batch().x * 255).to(torch.uint8), draws=draws)  # as the loader gives them
+    pinned = pin_memory(levels)
     for _ in range(2):  # the first calls load kernels
         step(pinned)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for moved in prefetch([pinned] * 3, processes.device):
+        gaps = []
+        for moved in prefetch([pinned] * 3, processes.device, lambda *events: gaps.append(events)):
             step(moved)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert len(gaps) == 3 and all(before.elapsed_time(after) >= 0 for before, after in gaps)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -225,6 +233,77 @@ def test_without_a_compiler_training_is_eager_and_says_why(images, tmp_path, mon
         "warning: training.compile: training runs uncompiled: RuntimeError: no C++ compiler" in capsys.readouterr().err
     )
     assert all(torch.equal(outcome.weights[name], value) for name, value in expected.items())
+
+
+def fake_compile(model, **kwargs):
+    return copy.copy(model)
+
+
+def test_one_process_that_cannot_compile_keeps_all_from_it(monkeypatch, capsys):
+    """It is told before the others wait for its gradients."""
+
+    class WithAnother(Processes):
+        def gather(self, value):
+            return [value, "RuntimeError: no C++ compiler"]
+
+    def never(*_, **__):
+        raise AssertionError("the others would wait")
+
+    state, config = small_state(monkeypatch, **{"training.compile": "1"})
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    monkeypatch.setattr(training.compiled, "_rehearse_training", never)
+    prepare_networks(state, config, WithAnother(rank=0, world_size=1, device=torch.device("cpu")), size=32)
+    assert state.attacked is state.model and state.parallel is state.model
+    assert "training runs uncompiled: RuntimeError: no C++ compiler" in capsys.readouterr().err
+
+
+def test_a_size_that_cannot_be_compiled_is_trained_uncompiled(monkeypatch, capsys):
+    state, config = small_state(monkeypatch, **{"training.compile": "1"})
+    processes, sizes = Processes.alone("cpu"), []
+
+    def compile(model, **kwargs):
+        class Picky(nn.Module):
+            def forward(self, x):
+                sizes.append(x.shape[-1])
+                if x.shape[-1] == 40:
+                    raise ValueError("backend='inductor' raised:\n\n  no room\nfor more")
+                return model(x)
+
+        return Picky()
+
+    monkeypatch.setattr(torch, "compile", compile)
+    prepare_networks(state, config, processes, size=32)
+    prepare_size(state, config, processes, size=36)
+    assert state.attacked is not state.model and set(sizes) == {32, 36} and not capsys.readouterr().err
+    prepare_size(state, config, processes, size=40)
+    assert state.attacked is state.parallel is state.model
+    assert "uncompiled: ValueError: backend='inductor' raised: no room\n" in capsys.readouterr().err
+    sizes.clear()
+    prepare_size(state, config, processes, size=44)  # nothing is tried again
+    assert not sizes
+
+
+def test_a_gradient_that_is_not_deterministic_is_refused_at_the_start(monkeypatch):
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("upsample_bicubic2d_backward does not have a deterministic implementation")
+
+    state, config = small_state(monkeypatch)
+    original = state.model.forward
+    state.model.forward = lambda x: NoGradient.apply(original(x))
+    check_image_sizes(state.model, config)
+    state, config = small_state(monkeypatch, **{"training.deterministic": 1})
+    check_image_sizes(state.model, config)
+    assert all(p.grad is None for p in state.model.parameters())
+    original = state.model.forward
+    state.model.forward = lambda x: NoGradient.apply(original(x))
+    with pytest.raises(UserError, match="images of 32 pixels: upsample_bicubic2d_backward"):
+        check_image_sizes(state.model, config)
 
 
 def test_compile_is_off_on_a_cpu_unless_asked_for():

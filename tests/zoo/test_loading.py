@@ -136,9 +136,7 @@ def test_every_architecture_in_several_layouts(tmp_path, number):
     """Read and described as it was, from files of three layouts, with or without the normaliser; each layout has its turns."""
     arch, not_original = VARIANTS[number]
     state, path = numbered_state(arch, not_original), tmp_path / "w.pt"
-    layouts = list(
-        itertools.product(("plain", "module", "base_model", "both", "EMA", "full state"), (False, True))
-    )
+    layouts = list(itertools.product(("plain", "module", "base_model", "both", "EMA", "full state"), (False, True)))
     for turn in (number, number + 3, number + 8):
         layout, normalized = layouts[turn % len(layouts)]
         torch.save(LAYOUTS[layout](with_normalizer(state) if normalized else state), path)
@@ -600,7 +598,9 @@ def largest_difference(modelname, get_convstem_models, size):
 @pytest.mark.parametrize(
     "modelname",
     [
-        pytest.param(name, marks=pytest.mark.large if name in ("convnext_b_cvst", "convnext_l_cvst", "vit_b_cvst") else ())
+        pytest.param(
+            name, marks=pytest.mark.large if name in ("convnext_b_cvst", "convnext_l_cvst", "vit_b_cvst") else ()
+        )
         for name in SINGH
     ],
 )
