@@ -15,6 +15,6 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script
 
 # One process a core and one more, as many tests wait for programs that they start; each with one thread. The tests of a file
 # stay together, as they share what is slow to make.
+cores=$(env -u OMP_NUM_THREADS nproc)  # which would take the threads for the cores
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-cores=$(nproc)
 exec "$PY" -m pytest -n $((cores < 4 ? cores + 1 : 4)) --dist loadfile "$@"

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from common.files import write_atomically
 
 CURVES = {
@@ -25,6 +21,11 @@ CURVES = {
 
 def draw_curves(log: Path, picture: Path) -> None:
     """Draw loss, accuracy and learning rate by epoch from the epoch records of `log` into a PNG."""
+    # Here, as their import takes most of a second of every start.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     records = [record for line in log.read_text().splitlines() if "top1" in (record := json.loads(line))]
     figure = Figure(figsize=(12, 3.6))
     # A layout engine takes as long as the drawing.

@@ -105,7 +105,7 @@ def test_trains_on_the_attacked_images(images, tmp_path, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_precisions_train(images, tmp_path, precision):
     flags = base_flags(images, tmp_path) | APGD | {"training.precision": precision, "validation.precision": precision}
-    outcome = run(flags | {"training.epochs": 4, "lr.lr": 3e-3, "data.augmentations": 2})
+    outcome = run(flags | {"training.epochs": 2, "lr.lr": 3e-3, "data.augmentations": 2})
     assert outcome.epochs[-1]["train_loss"] < outcome.epochs[0]["train_loss"]
     assert {v.dtype for v in outcome.weights.values()} == {torch.float32}
 
