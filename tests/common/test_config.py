@@ -152,7 +152,7 @@ def test_config_file(tmp_path):
         ("dist: {port: 70000}", ["dist.port", "65535"]),
         ("lr: !!python/object/apply:os.system ['true']", ["YAML"]),
         ("lr: {lr: &x [*x]}", ["bad.yaml", "recursive"]),
-        ("[" * 3000, ["bad.yaml", "nested too deeply"]),
+        pytest.param("[" * 3000, ["bad.yaml", "nested too deeply"], id="deep"),
         ("lr: {lr: 2024-13-01}", ["bad.yaml", "month must be in 1..12"]),
     ],
 )
