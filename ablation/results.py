@@ -15,6 +15,7 @@ import numpy as np
 from ablation.grid import Cell, Entry, Grid
 from ablation.running import evaluation_summary, is_share, read_json, read_record, train_status
 from ablation.statistics import Value
+from common.config import EvalConfig, load_config
 from evaluation.plan import show_eps
 
 CLEAN, CLEAN_ALL = "clean", "clean, all images"
@@ -108,12 +109,30 @@ def read_result(cell: Cell, entry: Entry) -> Result:
     return result
 
 
+def metric_names(cell: Cell, entry: Entry) -> list[str]:
+    """The metrics that a finished run has under an evaluation, which its flags decide."""
+    settings = load_config(EvalConfig, cell.eval_argv(entry)).eval
+    names = []
+    for size in settings.img_size:
+        px = _px(size, several=len(settings.img_size) > 1)
+        names += [CLEAN + px, *(_threat(norm, eps) + px for norm, eps in zip(settings.norms, settings.eps))]
+    return [*names, *_validations(cell, entry)]
+
+
 def _metrics(cell: Cell, entry: Entry, report: Mapping[str, Any], *, several: bool) -> Iterator[tuple[str, Value]]:
     """Of one evaluation of the entry: clean, and under its threat model; by image."""
-    px = f", {report['data']['img_size']} px" if several else ""
+    px = _px(report["data"]["img_size"], several=several)
     clean, standing = _verdicts(cell.eval_folder(entry), report) or (None, None)
     yield CLEAN + px, Value(report["clean_acc"], report["n"], clean)
-    yield f"{report['norm']} {show_eps(report['eps'])}{px}", Value(report["robust_acc"], report["n"], standing)
+    yield _threat(report["norm"], report["eps"]) + px, Value(report["robust_acc"], report["n"], standing)
+
+
+def _px(size: int, *, several: bool) -> str:
+    return f", {size} px" if several else ""
+
+
+def _threat(norm: str, eps: float) -> str:
+    return f"{norm} {show_eps(eps)}"
 
 
 def _verdicts(folder: Path, report: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -148,15 +167,22 @@ def _sizes(summary: Mapping[str, Any]) -> set[int]:
 
 def _validation_metrics(cell: Cell, entry: Entry, last: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     """What the last epoch's validation says of the same weights, where the images and their size are the same."""
+    for name, (key, n) in _validations(cell, entry).items():
+        if is_share(last.get(key)):
+            yield name, Value(last[key], n)
+
+
+def _validations(cell: Cell, entry: Entry) -> dict[str, tuple[str, int]]:
+    """Metric → its key in the record of the last epoch, and the number of images where it counts."""
     config = cell.config
     if dict(entry.flags).get("eval.img_size", "") != str(config.validation.resolution):
-        return
+        return {}
     prefix = "ema_" if cell.weights_kind(entry) == "ema" else ""
-    if is_share(last.get(f"{prefix}top1")):
-        yield CLEAN_ALL, Value(last[f"{prefix}top1"], 0)
-    if is_share(last.get(f"{prefix}adv_top1")):
-        name = f"{config.adv.norm} {show_eps(config.adv.eps)}, APGD-{config.validation.adv_n_iter}"
-        yield name, Value(last[f"{prefix}adv_top1"], config.validation.adv_n_ex)
+    found = {CLEAN_ALL: (f"{prefix}top1", 0)}
+    if config.validation.adv_n_ex:
+        name = f"{_threat(config.adv.norm, config.adv.eps)}, APGD-{config.validation.adv_n_iter}"
+        found[name] = (f"{prefix}adv_top1", config.validation.adv_n_ex)
+    return found
 
 
 def _oddities(last: Mapping[str, Any]) -> list[str]:
