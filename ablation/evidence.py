@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ablation.grid import Grid
+from ablation.grid import Grid, is_one_of
+from ablation.results import metric_names
 from ablation.statistics import Difference
 from ablation.summary import NOTHING, Summary, describe_setting, show_interval
 from common.config import read_yaml
@@ -81,26 +82,42 @@ def read_claims(path: Path, grid: Grid) -> tuple[Mapping[str, Any], list[Claim]]
     """The file's texts, and its claims.
 
     Raises:
-        UserError: it cannot be read, or names runs or keys that are not there.
+        UserError: it cannot be read, holds no claim, or names runs, metrics or keys that are not there.
     """
     content = read_yaml(path, "claims")
-    if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
-        raise UserError(f"claims: {path}: expected a mapping with a list `claims`.")
-    claims = []
-    for number, item in enumerate(content["claims"], 1):
-        if not isinstance(item, dict) or not {"claim", "compare", "metric"} <= item.keys() <= KEYS:
+    if not isinstance(content, dict) or not isinstance(content.get("claims"), list) or not content["claims"]:
+        raise UserError(f"claims: {path}: expected a mapping with a list `claims` of at least one claim.")
+    for key in ("title", "text", "notes"):
+        if not isinstance(content.setdefault(key, ""), str):
+            raise UserError(f"claims: {path}: {key}: expected text, got {content[key]!r}.")
+    commands = content.setdefault("commands", [])
+    if not isinstance(commands, list) or not all(isinstance(command, str) for command in commands):
+        raise UserError(f"claims: {path}: commands: expected a list of texts, got {commands!r}.")
+    claims = content["claims"]
+    return content, [_claim(item, f"claims: {path}, claim {number}", grid) for number, item in enumerate(claims, 1)]
+
+
+def _claim(item: Any, where: str, grid: Grid) -> Claim:
+    if not isinstance(item, dict) or not {"claim", "compare", "metric"} <= item.keys() <= KEYS:
+        raise UserError(f"{where}: expected the keys {', '.join(sorted(KEYS))}; got {item!r}.")
+    claim, paper, pair = item["claim"], item.get("paper", NOTHING), item["compare"]
+    if not isinstance(claim, str):
+        raise UserError(f"{where}: claim: expected text, got {claim!r}.")
+    if not isinstance(paper, (str, int, float)):
+        raise UserError(f"{where}: paper: expected text or a number, got {paper!r}.")
+    if not isinstance(pair, list) or len(pair) != 2 or not all(is_one_of(name, grid.entries) for name in pair):
+        raise UserError(f"{where}: compare: expected two of {', '.join(grid.entries)}; got {pair!r}.")
+    entries = [grid.entries[name] for name in pair]
+    first, second = (metric_names(grid.cell(entry.arm, grid.seeds[0]), entry) for entry in entries)
+    metrics = [name for name in first if name in second]
+    metric, minus = item["metric"], item.get("minus") or ""
+    for key, value, known in (("metric", metric, metrics), ("minus", minus, ["", *metrics])):
+        if not is_one_of(value, known):
             raise UserError(
-                f"claims: {path}, claim {number}: expected the keys {', '.join(sorted(KEYS))}; got {item!r}."
+                f"{where}: {key}: expected what {' and '.join(pair)} are both evaluated under ({'; '.join(metrics)}); "
+                f"got {value!r}."
             )
-        pair = item["compare"]
-        if not isinstance(pair, list) or len(pair) != 2 or any(name not in grid.entries for name in pair):
-            raise UserError(
-                f"claims: {path}, claim {number}: compare: expected two of {', '.join(grid.entries)}; got {pair!r}."
-            )
-        claims.append(
-            Claim(item["claim"], item.get("paper", NOTHING), tuple(pair), item["metric"], item.get("minus", ""))
-        )
-    return content, claims
+    return Claim(claim, str(paper), (pair[0], pair[1]), metric, minus)
 
 
 def _markdown(content: Mapping[str, Any], summary: Summary, found: list[tuple[Claim, Difference | None]]) -> str:
@@ -122,7 +139,7 @@ def _markdown(content: Mapping[str, Any], summary: Summary, found: list[tuple[Cl
                 "measured as": how,
             }
         )
-    parts = [f"# {content.get('title', 'Evidence')}", content.get("text", "").strip()]
+    parts = [f"# {content['title'] or 'Evidence'}", content["text"].strip()]
     parts.append(markdown_table(rows))
     parts.append(
         "Ours: mean over seeds of the paired difference, in percentage points of accuracy. 95 %, seeds: Student's t over seeds, "
@@ -131,13 +148,14 @@ def _markdown(content: Mapping[str, Any], summary: Summary, found: list[tuple[Cl
     )
     parts.append(f"## Results\n\nAccuracy in %, mean ± standard deviation over seeds.\n\n{summary.results_table()}")
     parts.append("![bars](evidence.png)")
-    parts.append(f"Paired differences [95 % interval over seeds]:\n\n{summary.comparisons_table()}")
+    if summary.grid.compare:
+        parts.append(f"Paired differences [95 % interval over seeds]:\n\n{summary.comparisons_table()}")
     if problems := summary.problems():
         parts.append("Failed, odd and missing runs:\n\n" + "\n".join(f"- {line}" for line in problems))
     parts.append(f"## Setting\n\n{describe_setting(summary.setting())}")
-    if commands := content.get("commands"):
+    if commands := content["commands"]:
         parts.append("## To repeat it\n\n```bash\n" + "\n".join(commands) + "\n```")
-    parts.append(str(content.get("notes", "")).strip())
+    parts.append(content["notes"].strip())
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

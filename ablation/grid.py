@@ -27,7 +27,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,16 @@ from common.errors import UserError
 
 KEYS = {"extends", "config", "train", "axes", "arms", "seeds", "evaluate", "variants", "compare", "claims"}
 WEIGHTS = ("raw", "ema")
+# Flags that every run and evaluation gets from the grid, and what decides on them.
+DECIDED = {
+    "data.seed": "seeds (--seeds)",
+    "logging.folder": "--out",
+    "eval.model_in": "arms and variants",
+    "eval.models": "arms and variants",
+    "eval.out": "--out",
+    "eval.gpus": "--jobs",
+    "eval.workers": "--threads",
+}
 NAME = re.compile(r"(?!train$)[A-Za-z0-9][\w.=+-]*")  # files are named after evaluations, and train.out after none
 
 
@@ -173,6 +183,7 @@ def load_grid(path: Path, *, out: Path | None = None, seeds: Sequence[int] = (),
     Raises:
         UserError: unreadable file, unknown key or flag, wrong value, an arm that is not there.
     """
+    _refuse_decided((flag.removeprefix("--").partition("=")[0] for flag in extra), "command line")
     content = _read(path)
     arms = _arms(content, path)
     grid = Grid(
@@ -243,7 +254,10 @@ def _arm(name: str, value: Mapping[str, Any], where: str, at: Mapping[str, str] 
     flags = dict(value)
     start, evaluate = flags.pop("from", ""), flags.pop("evaluate", {})
     evaluate = None if evaluate is False else _flags({} if evaluate is True else evaluate, f"{where}: evaluate")
-    return Arm(name, _flags(flags, where), str(start or ""), evaluate, at or {})
+    flags = _flags(flags, where)
+    if start and "model.ckpt_path" in flags:
+        raise UserError(f"{where}: expected from or model.ckpt_path, got both.")
+    return Arm(name, flags, str(start or ""), evaluate, at or {})
 
 
 def _axis_arms(axes: Any, path: Path) -> list[Arm]:
@@ -254,7 +268,10 @@ def _axis_arms(axes: Any, path: Path) -> list[Arm]:
     for axis, values in _mapping(axes, f"{path}: axes").items():
         where = f"{path}: axes: {axis}"
         if isinstance(values, list):
-            values = {_text(value, where): {axis: value} for value in values}
+            texts = [_text(value, where) for value in values]
+            if len(set(texts)) != len(texts):
+                raise UserError(f"{where}: expected different values, got {', '.join(texts)}.")
+            values = {text: {axis: text} for text in texts}
         named = _mapping(values, where).items()
         if not named:
             raise UserError(f"{where}: expected at least one value.")
@@ -282,7 +299,7 @@ def _entries(content: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) ->
         where = f"{path}: variants: {name}"
         flags = dict(_mapping(value, where))
         of, weights = flags.pop("of", None), str(flags.pop("weights", ""))
-        if of not in arms:
+        if not is_one_of(of, arms):
             raise UserError(f"{where}: of: expected one of {_words(arms)}; got {of!r}.")
         if weights not in ("", *WEIGHTS):
             raise UserError(f"{where}: weights: expected {_words(WEIGHTS)}; got {weights!r}.")
@@ -299,7 +316,7 @@ def _comparisons(pairs: Any, grid: Grid, path: Path) -> tuple[tuple[str, str], .
         return tuple(_default_comparisons(grid))
     found = []
     for pair in _list(pairs, f"{path}: compare"):
-        if not isinstance(pair, list) or len(pair) != 2 or any(name not in grid.entries for name in pair):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(is_one_of(name, grid.entries) for name in pair):
             raise UserError(f"{path}: compare: expected pairs of {_words(grid.entries)}; got {pair!r}.")
         found.append((pair[0], pair[1]))
     return tuple(found)
@@ -347,7 +364,14 @@ def _flags(value: Any, where: str) -> dict[str, str]:
             flags[f"{name}.{key}"] = _text(item, f"{where}: {name}.{key}")
         if inner is None:
             flags[str(name)] = _text(content, f"{where}: {name}")
+    _refuse_decided(flags, where)
     return flags
+
+
+def _refuse_decided(names: Iterable[str], where: str) -> None:
+    for name in names:
+        if name in DECIDED:
+            raise UserError(f"{where}: {name} is decided by {DECIDED[name]}; expected no such flag.")
 
 
 def _text(value: Any, where: str) -> str:
@@ -374,6 +398,11 @@ def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise UserError(f"{where}: expected a list, got {value!r}.")
     return value
+
+
+def is_one_of(name: Any, names: Container[str]) -> bool:
+    """Whether a YAML value, perhaps a list, is one of the names."""
+    return isinstance(name, str) and name in names
 
 
 def _words(names: Any) -> str:

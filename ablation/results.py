@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ablation.grid import Cell, Entry, Grid
-from ablation.running import evaluation_summary, read_record, train_status
+from ablation.running import evaluation_summary, is_share, read_json, read_record, train_status
 from ablation.statistics import Value
+from common.config import EvalConfig, load_config
 from evaluation.plan import show_eps
 
 CLEAN, CLEAN_ALL = "clean", "clean, all images"
@@ -57,8 +58,8 @@ def read_trainings(grid: Grid) -> list[Training]:
     """Of all arms and seeds."""
     found = []
     for cell in grid.cells:
-        seconds = read_record(cell).get("stages", {}).get("train", {}).get("seconds", 0.0)
-        provenance = _read_json(cell.run_folder / "params.json").get("provenance", {})
+        seconds = read_record(cell)["stages"].get("train", {}).get("seconds", 0.0)
+        provenance = _whole_provenance(read_json(cell.run_folder / "params.json").get("provenance"))
         found.append(Training(cell.arm.name, cell.seed, float(seconds), provenance))
     return found
 
@@ -70,7 +71,7 @@ def read_results(grid: Grid) -> list[Result]:
 
 def read_result(cell: Cell, entry: Entry) -> Result:
     """One network under one evaluation."""
-    stages = read_record(cell).get("stages", {})
+    stages = read_record(cell)["stages"]
     result = Result(entry, cell.seed, "open")
     for stage, name in (("train", "training"), (entry.name, "evaluation")):
         call = stages.get(stage, {})
@@ -83,12 +84,24 @@ def read_result(cell: Cell, entry: Entry) -> Result:
         last = _last_epoch(cell.run_folder / "log")
         result.metrics.update(_validation_metrics(cell, entry, last))
         result.notes += _oddities(last)
+    finished = trained and summary is not None
+    if finished:  # what was noted of earlier calls is over
+        result.status, result.notes = "finished", [n for n in result.notes if ":" not in n]
     if summary is not None:
         for report in summary["evaluations"]:
-            result.provenance.append(report["provenance"])
-            result.metrics.update(_metrics(cell, entry, report, several=len(_sizes(summary)) > 1))
-    if trained and summary is not None:
-        result.status, result.notes = "finished", [n for n in result.notes if ":" not in n]
+            if provenance := _whole_provenance(report.get("provenance")):
+                result.provenance.append(provenance)
+            metrics = dict(_metrics(cell, entry, report, several=len(_sizes(summary)) > 1))
+            result.metrics.update(metrics)
+            if any(value.images is None for value in metrics.values()):
+                name = f"{report['norm']} {show_eps(report['eps'])}, {report['data']['img_size']} px"
+                result.notes.append(
+                    f"evaluation damaged: no report.json of {name} with a verdicts.csv of the same {report['n']} images, so its "
+                    f"intervals are wider; delete {cell.eval_folder(entry)} to have it made again"
+                )
+    elif (file := cell.eval_folder(entry) / "summary.json").exists():
+        result.notes.append(f"evaluation damaged: {file} is no summary of an evaluation; the next start makes it again")
+    if finished:
         chance = 1 / cell.config.model.num_classes
         shares = [value for name, value in result.metrics.items() if name.startswith(CLEAN) and value.n]
         if any(v.share < chance + GUESSING * (chance * (1 - chance) / v.n) ** 0.5 for v in shares):
@@ -96,25 +109,56 @@ def read_result(cell: Cell, entry: Entry) -> Result:
     return result
 
 
+def metric_names(cell: Cell, entry: Entry) -> list[str]:
+    """The metrics that a finished run has under an evaluation, which its flags decide."""
+    settings = load_config(EvalConfig, cell.eval_argv(entry)).eval
+    names = []
+    for size in settings.img_size:
+        px = _px(size, several=len(settings.img_size) > 1)
+        names += [CLEAN + px, *(_threat(norm, eps) + px for norm, eps in zip(settings.norms, settings.eps))]
+    return [*names, *_validations(cell, entry)]
+
+
 def _metrics(cell: Cell, entry: Entry, report: Mapping[str, Any], *, several: bool) -> Iterator[tuple[str, Value]]:
     """Of one evaluation of the entry: clean, and under its threat model; by image."""
-    px = f", {report['data']['img_size']} px" if several else ""
-    rows = _verdicts(cell.eval_folder(entry), report)
-    clean = np.array([row["broken_by"] != "clean" for row in rows], dtype=float)
-    standing = np.array([not row["broken_by"] for row in rows], dtype=float)
+    px = _px(report["data"]["img_size"], several=several)
+    clean, standing = _verdicts(cell.eval_folder(entry), report) or (None, None)
     yield CLEAN + px, Value(report["clean_acc"], report["n"], clean)
-    yield f"{report['norm']} {show_eps(report['eps'])}{px}", Value(report["robust_acc"], report["n"], standing)
+    yield _threat(report["norm"], report["eps"]) + px, Value(report["robust_acc"], report["n"], standing)
 
 
-def _verdicts(folder: Path, report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The images of a report, in order."""
+def _px(size: int, *, several: bool) -> str:
+    return f", {size} px" if several else ""
+
+
+def _threat(norm: str, eps: float) -> str:
+    return f"{norm} {show_eps(eps)}"
+
+
+def _verdicts(folder: Path, report: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The images of a report, in order: (N,) 1 where it is right without attack, and (N,) where it withstood all attacks.
+
+    None where they are not known: a file is missing or cut, or says something else than the report.
+    """
     for file in sorted(folder.rglob("report.json")):
-        found = _read_json(file)
+        found = read_json(file)
+        data = found.get("data")
         same = all(found.get(key) == report[key] for key in ("norm", "eps", "seed", "attacks"))
-        if same and found["data"]["img_size"] == report["data"]["img_size"]:
-            with open(file.with_name("verdicts.csv"), newline="", encoding="utf-8", errors="surrogateescape") as lines:
-                return list(csv.DictReader(lines))
-    return []
+        if not same or not isinstance(data, dict) or data.get("img_size") != report["data"]["img_size"]:
+            continue
+        rows: list[dict[str, str]] = []
+        with (
+            suppress(OSError, csv.Error),
+            open(file.with_name("verdicts.csv"), newline="", encoding="utf-8", errors="surrogateescape") as lines,
+        ):
+            rows = list(csv.DictReader(lines))
+        if len(rows) != report["n"] or any(row.get("broken_by") is None for row in rows):
+            return None
+        clean = np.array([row["broken_by"] != "clean" for row in rows], dtype=float)
+        standing = np.array([not row["broken_by"] for row in rows], dtype=float)
+        agree = np.allclose([clean.mean(), standing.mean()], [report["clean_acc"], report["robust_acc"]])
+        return (clean, standing) if agree else None
+    return None
 
 
 def _sizes(summary: Mapping[str, Any]) -> set[int]:
@@ -123,15 +167,22 @@ def _sizes(summary: Mapping[str, Any]) -> set[int]:
 
 def _validation_metrics(cell: Cell, entry: Entry, last: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
     """What the last epoch's validation says of the same weights, where the images and their size are the same."""
+    for name, (key, n) in _validations(cell, entry).items():
+        if is_share(last.get(key)):
+            yield name, Value(last[key], n)
+
+
+def _validations(cell: Cell, entry: Entry) -> dict[str, tuple[str, int]]:
+    """Metric → its key in the record of the last epoch, and the number of images where it counts."""
     config = cell.config
     if dict(entry.flags).get("eval.img_size", "") != str(config.validation.resolution):
-        return
+        return {}
     prefix = "ema_" if cell.weights_kind(entry) == "ema" else ""
-    if f"{prefix}top1" in last:
-        yield CLEAN_ALL, Value(last[f"{prefix}top1"], 0)
-    if f"{prefix}adv_top1" in last:
-        name = f"{config.adv.norm} {show_eps(config.adv.eps)}, APGD-{config.validation.adv_n_iter}"
-        yield name, Value(last[f"{prefix}adv_top1"], config.validation.adv_n_ex)
+    found = {CLEAN_ALL: (f"{prefix}top1", 0)}
+    if config.validation.adv_n_ex:
+        name = f"{_threat(config.adv.norm, config.adv.eps)}, APGD-{config.validation.adv_n_iter}"
+        found[name] = (f"{prefix}adv_top1", config.validation.adv_n_ex)
+    return found
 
 
 def _oddities(last: Mapping[str, Any]) -> list[str]:
@@ -144,15 +195,18 @@ def _last_epoch(log: Path) -> dict[str, Any]:
     record: dict[str, Any] = {}
     with suppress(OSError):
         for line in log.read_text(errors="replace").splitlines():
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 found = json.loads(line)
                 if isinstance(found, dict) and "top1" in found:
                     record = found
     return record
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_bytes())
-        return content if isinstance(content, dict) else {}
-    return {}
+def _whole_provenance(found: Any) -> Mapping[str, Any]:
+    """What `common.provenance` wrote; {} where that is damaged."""
+    if not isinstance(found, dict):
+        return {}
+    versions, devices = found.get("versions", {}), found.get("devices", [])
+    if not isinstance(versions, dict) or not isinstance(devices, list) or not isinstance(found.get("threads", 1), int):
+        return {}
+    return found if all(isinstance(name, str) for name in [*versions.values(), *devices]) else {}

@@ -8,6 +8,7 @@ where they were, as train.py and runner_aa_eval.py do.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,6 +30,8 @@ from common.provenance import PROJECT, commit
 from common.stop import STOPPED
 
 RECORD = "record.json"
+# What a summary reads of an evaluation's report, besides shares.
+REPORT = {"norm": str, "eps": (int, float), "seed": int, "attacks": list, "n": int, "data": dict}
 DIVERGED = 3  # exit status of train.py, which another try would only repeat
 POLL_SECONDS = 2.0
 
@@ -52,27 +55,53 @@ class Slot:
 
 
 # ------------------------------------------------------------------------------------------- what is on the disk
-def read_record(cell: Cell) -> dict[str, Any]:
-    """What is known of a cell: `train` and, by entry, `evaluations`, each with `seconds`, `status` and `reason`."""
-    try:
-        record = json.loads((cell.folder / RECORD).read_bytes())
-    except (OSError, ValueError):
-        record = {}
-    return record if isinstance(record, dict) else {}
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; {} where it is missing or damaged, or holds something else."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def read_record(cell: Cell) -> dict[str, dict[str, Any]]:
+    """What is known of a cell: `stages`, which holds for `train` and each evaluation `status`, `reason` and `seconds`.
+
+    Stages that are damaged are left out.
+    """
+    stages = read_json(cell.folder / RECORD).get("stages")
+    stages = stages if isinstance(stages, dict) else {}
+    return {"stages": {name: call for name, call in stages.items() if _is_call(call)}}
 
 
 def train_status(cell: Cell) -> str:
-    """The status that train.py left: running, stopped, finished, failed, diverged; "" before it ran."""
-    with suppress(OSError, ValueError):
-        return str(json.loads((cell.run_folder / "status.json").read_bytes())["status"])
-    return ""
+    """The status that train.py left: running, stopped, finished, failed, diverged; "" before it ran, or if it is damaged."""
+    return str(read_json(cell.run_folder / "status.json").get("status", ""))
 
 
 def evaluation_summary(cell: Cell, entry: Entry) -> dict[str, Any] | None:
-    """summary.json of a finished evaluation; None where there is none."""
-    with suppress(OSError, ValueError):
-        return json.loads((cell.eval_folder(entry) / "summary.json").read_bytes())
-    return None
+    """summary.json of a finished evaluation; None where there is none, or a damaged one."""
+    summary = read_json(cell.eval_folder(entry) / "summary.json")
+    reports = summary.get("evaluations")
+    return summary if isinstance(reports, list) and all(map(_is_report, reports)) else None
+
+
+def is_share(value: Any) -> bool:
+    """Whether it is a number in [0, 1]."""
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def _is_call(call: Any) -> bool:
+    if not isinstance(call, dict) or not isinstance(call.get("seconds"), (int, float)):
+        return False
+    return 0 <= call["seconds"] < math.inf and all(isinstance(call.get(key), str) for key in ("status", "reason"))
+
+
+def _is_report(report: Any) -> bool:
+    """Whether it is the report of one evaluation."""
+    if not isinstance(report, dict) or any(not isinstance(report.get(key), kind) for key, kind in REPORT.items()):
+        return False
+    shares = is_share(report.get("clean_acc")) and is_share(report.get("robust_acc"))
+    return shares and report["n"] > 0 and isinstance(report["data"].get("img_size"), int)
 
 
 def is_finished(cell: Cell) -> bool:
@@ -218,7 +247,7 @@ def note(cell: Cell, stage: str, status: str, reason: str, seconds: float) -> No
     """Add a call to the cell's record; its seconds add up over restarts."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     record = read_record(cell)
-    stages = record.setdefault("stages", {})
+    stages = record["stages"]
     before = stages.get(stage, {}).get("seconds", 0.0)
     stages[stage] = {"status": status, "reason": reason, "seconds": round(before + seconds, 1), "commit": commit()}
     content = json.dumps(record, indent=2).encode()

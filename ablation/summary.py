@@ -56,7 +56,7 @@ class Summary:
                 seconds = [r.seconds.get(part, 0.0) for r in finished]
                 row[f"{part} [s]"] = f"{sum(seconds) / len(seconds):.0f}" if seconds else NOTHING
             rows.append(row)
-        return markdown_table(rows)
+        return markdown_table(rows) if rows else "No run is evaluated."
 
     def comparisons_table(self) -> str:
         """A row for each comparison: mean of the paired differences, in points, with its interval over seeds."""

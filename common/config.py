@@ -683,7 +683,11 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key given twice instead of taking the last."""
+    """YAML's safe loader, which refuses a key given twice instead of taking the last, and what contains itself."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # else a list or mapping may become an item of itself
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -699,7 +703,9 @@ def read_yaml(path: Path, flag: str) -> Any:
         return yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise UserError(f"{flag} {path}: expected YAML or JSON; it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-01
         raise UserError(f"{flag} {path}: expected YAML or JSON; {' '.join(str(error).split())}.") from error
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from ablation.__main__ import main
+from ablation.evidence import read_claims
 from ablation.grid import Grid, load_grid
 from common.errors import UserError
 from common.provenance import PROJECT
@@ -90,7 +91,7 @@ def test_extends_merges_and_the_command_line_wins(tmp_path: Path) -> None:
 def test_our_grids(path: Path) -> None:
     """Every arm but its starts differs from `base` in one thing; all command lines are valid."""
     grid = load_grid(path)
-    assert len(grid.seeds) >= 3 and grid.claims.is_file()
+    assert len(grid.seeds) >= 3 and read_claims(grid.claims, grid)[1]
     base = grid.arms["base"]
     for name in ("random_init", "fgsm", "apgd1", "apgd3", "heavy", "eps_warmup", "patch"):
         arm = grid.arms[name]
@@ -119,7 +120,17 @@ def test_our_grids(path: Path) -> None:
         ({"variants": {"x": {"of": "y"}}}, "of: expected one of run; got 'y'"),
         ({"variants": {"x": {"of": "run", "weights": "best"}}}, "weights: expected ema, raw"),
         ({"variants": {"x": {"of": "run", "weights": "ema"}}}, "needs model.model_ema=1"),
+        ({"variants": {"x": {"of": ["run"]}}}, "of: expected one of run; got ['run']"),
         ({"compare": [["run", "nothing"]]}, "compare: expected pairs of run"),
+        ({"compare": [[["run"], "run"]]}, "compare: expected pairs of run; got [['run'], 'run']"),
+        ({"train": {"data.seed": 7}}, "train: data.seed is decided by seeds"),
+        ({"arms": {"a": {"logging": {"folder": "x"}}}}, "arms: a: logging.folder is decided by --out"),
+        ({"axes": {"data.seed": [1, 2]}}, "data.seed is decided by seeds"),
+        ({"evaluate": {"eval.model_in": "x"}}, "evaluate: eval.model_in is decided by arms and variants"),
+        ({"arms": {"a": {"evaluate": {"eval.gpus": 1}}}}, "eval.gpus is decided by --jobs"),
+        ({"variants": {"x": {"of": "run", "eval.out": "x"}}}, "variants: x: eval.out is decided by --out"),
+        ({"arms": {"a": {}, "b": {"from": "a", "model.ckpt_path": "x"}}}, "from or model.ckpt_path, got both"),
+        ({"axes": {"training.epochs": [1, "1"]}}, "training.epochs: expected different values, got 1, 1"),
         ({"extends": "grid.yaml"}, "leads back to itself"),
         ({"extends": "none.yaml"}, "cannot be read"),
     ],
@@ -139,6 +150,8 @@ def test_what_is_refused(tmp_path: Path, capsys, content: dict, words: str) -> N
         (["{grid}", "--lr.lr"], "expected further flags as --section.name=value"),
         (["{grid}", "--quick"], "got '--quick'"),
         (["{grid}", "--lr.lr=fast"], "lr.lr: expected a number"),
+        (["{grid}", "--data.seed=5"], "command line: data.seed is decided by seeds (--seeds)"),
+        (["{grid}", "--logging.folder=/x"], "command line: logging.folder is decided by --out"),
     ],
 )
 def test_wrong_command_lines(tmp_path: Path, capsys, argv: list[str], words: str) -> None:
@@ -147,7 +160,10 @@ def test_wrong_command_lines(tmp_path: Path, capsys, argv: list[str], words: str
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["[", "- a", "seeds: [0]\nseeds: [1]"])
+@pytest.mark.parametrize(
+    "text",
+    ["[", "- a", "seeds: [0]\nseeds: [1]", "train: {a.b: &x [*x]}", pytest.param("[" * 3000, id="deep")],
+)
 def test_files_that_are_no_grid(tmp_path: Path, text: str) -> None:
     (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(UserError, match="grid.yaml"):

@@ -15,7 +15,7 @@ import yaml
 import ablation.running
 from ablation.__main__ import main, make_slots
 from ablation.grid import Grid, load_grid
-from ablation.results import read_results, read_trainings
+from ablation.results import metric_names, read_results, read_trainings
 from ablation.running import Runner, Slot, is_finished, read_record
 from common.files import take_folder
 from common.provenance import PROJECT
@@ -226,6 +226,7 @@ def test_a_real_grid(real) -> None:
     (result,) = read_results(load_grid(path, out=out))
     assert result.status == "finished"
     assert set(result.metrics) == {"clean, all images", "Linf 0.05, APGD-10", "clean", "Linf 0.02"}
+    assert set(metric_names(load_grid(path, out=out).cells[0], result.entry)) == set(result.metrics)
     robust = result.metrics["Linf 0.02"]
     report = json.loads(next(out.rglob("report.json")).read_text())
     assert (robust.share, robust.n) == (report["robust_acc"], 4)

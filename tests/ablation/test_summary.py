@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from ablation.__main__ import main
 from ablation.evidence import AGREES, CANNOT_TELL, DOES_NOT, NOT_RUN, verdict, write_evidence
 from ablation.grid import load_grid
 from ablation.results import Result, Training
@@ -40,7 +42,8 @@ def summary(tmp_path: Path) -> Summary:
     """b is far above a, c is not; d failed with one seed and was not run with the others; e has one seed."""
     arms = {name: {} for name in "abcde"}
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump({"train": TRAIN, "arms": arms, "seeds": [0, 1, 2]}))
+    evaluate = {"eval.norms": "Linf,L2", "eval.eps": "8/255,0.5"}
+    path.write_text(yaml.safe_dump({"train": TRAIN, "arms": arms, "seeds": [0, 1, 2], "evaluate": evaluate}))
     grid = load_grid(path, out=tmp_path / "out")
     results, trainings = [], [Training("d", 0, 0.0, {})]
     for name, entry in grid.entries.items():
@@ -149,6 +152,18 @@ def test_evidence(summary: Summary, tmp_path: Path) -> None:
     ("claim", "words"),
     [
         ({"claim": "x", "compare": ["a", "z"], "metric": "clean"}, "compare: expected two of a, b, c, d, e"),
+        ({"claim": "x", "compare": [["a"], "b"], "metric": "clean"}, "expected two of a, b, c, d, e; got [['a'], 'b']"),
+        (
+            {"claim": "x", "compare": ["a", "b"], "metric": ["clean"]},
+            "metric: expected what a and b are both evaluated",
+        ),
+        ({"claim": "x", "compare": ["a", "b"], "metric": "nonsense"}, "(clean; Linf 8/255; L2 0.5); got 'nonsense'"),
+        (
+            {"claim": "x", "compare": ["a", "b"], "metric": "clean", "minus": "Linf 4/255"},
+            "minus: expected what a and b",
+        ),
+        ({"claim": ["x"], "compare": ["a", "b"], "metric": "clean"}, "claim 1: claim: expected text"),
+        ({"claim": "x", "paper": {}, "compare": ["a", "b"], "metric": "clean"}, "paper: expected text or a number"),
         ({"claim": "x", "metric": "clean"}, "claim 1: expected the keys"),
         ({"claim": "x", "compare": ["a", "b"], "metric": "clean", "sign": 1}, "claim 1: expected the keys"),
     ],
@@ -157,3 +172,33 @@ def test_claims_that_are_refused(summary: Summary, tmp_path: Path, claim: dict, 
     with pytest.raises(UserError) as error:
         write_evidence(summary, claims_file(tmp_path, claim), tmp_path / "docs")
     assert words in str(error.value) and not (tmp_path / "docs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"claims": []}, "a list `claims` of at least one claim"),
+        ({"text": 5}, "text: expected text, got 5"),
+        ({"notes": ["x"]}, "notes: expected text, got ['x']"),
+        ({"commands": "bash x"}, "commands: expected a list of texts, got 'bash x'"),
+    ],
+)
+def test_claims_files_that_are_refused_before_training(summary: Summary, tmp_path: Path, capsys, more, words) -> None:
+    content = {"claims": [{"claim": "x", "compare": ["a", "b"], "metric": "clean"}]} | more
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(content))
+    grid = yaml.safe_load((tmp_path / "grid.yaml").read_text()) | {"claims": "claims.yaml"}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    assert main([str(tmp_path / "grid.yaml"), "--check"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_evidence_without_texts_and_comparisons(summary: Summary, tmp_path: Path) -> None:
+    summary.grid = dataclasses.replace(summary.grid, compare=())
+    (tmp_path / "claims.yaml").write_text("claims: [{claim: x, paper: 48.6, compare: [a, b], metric: Linf 8/255}]")
+    write_evidence(summary, tmp_path / "claims.yaml", tmp_path / "docs")
+    assert row_of((tmp_path / "docs" / "evidence.md").read_text(), "x")[1:3] == ["48.6", "+20.7"]
+
+
+def test_a_grid_that_evaluates_nothing_has_a_summary(summary: Summary) -> None:
+    Summary(dataclasses.replace(summary.grid, entries={}, compare=()), [], summary.trainings).write()
+    assert "No run is evaluated." in (summary.grid.out / "summary.md").read_text()

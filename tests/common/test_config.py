@@ -151,6 +151,9 @@ def test_config_file(tmp_path):
         ("lr: {lr: 1, lr: 2}", ["'lr' is given twice"]),
         ("dist: {port: 70000}", ["dist.port", "65535"]),
         ("lr: !!python/object/apply:os.system ['true']", ["YAML"]),
+        ("lr: {lr: &x [*x]}", ["bad.yaml", "recursive"]),
+        pytest.param("[" * 3000, ["bad.yaml", "nested too deeply"], id="deep"),
+        ("lr: {lr: 2024-13-01}", ["bad.yaml", "month must be in 1..12"]),
     ],
 )
 def test_bad_config_file(tmp_path, text, words):
