@@ -155,6 +155,7 @@ def prepare(
         OSError: the folder cannot be written.
     """
     facts = {"images": len(source), "classes": source.class_names, "settings": asdict(settings)}
+    facts["images_sha256"] = _digest(source)
     if (manifest := read_manifest(folder, split)) is not None:
         _check_same(folder, manifest["made_from"], facts)
         return manifest
@@ -180,10 +181,27 @@ def prepare(
     return manifest
 
 
+def _digest(source: Source) -> str:
+    """Of all names and labels, in their order: as many images need not be the same ones."""
+    digest = hashlib.sha256()
+    for i, label in enumerate(source.labels.tolist()):
+        digest.update(os.fsencode(source.key(i)) + b"\0%d\0" % label)
+    return digest.hexdigest()
+
+
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     different = [name for name in now if before.get(name) != now[name]]
+    if different == ["images_sha256"]:
+        raise UserError(
+            f"{folder} holds shards made from other images: as many, but of other names or labels. Give another folder, or "
+            "delete it."
+        )
     if different:
-        shown = ", ".join(f"{name} (were {_short(before.get(name))}, are {_short(now[name])})" for name in different)
+        shown = ", ".join(
+            f"{name} (were {_short(before.get(name))}, are {_short(now[name])})"
+            for name in different
+            if name != "images_sha256"
+        )
         raise UserError(f"{folder} holds shards made from other {shown}. Give another folder, or delete it.")
 
 

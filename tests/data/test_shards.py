@@ -144,6 +144,19 @@ class TestPrepare:
         assert prepare(images, shards) == 2 and "images (were 19, are 18)" in capsys.readouterr().err
         assert contents(shards) == before
 
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_as_many_other_images_are_refused(
+        self, images: Path, shards: Path, finished: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        if not finished:
+            facts = json.loads((shards / "train.manifest.json").read_text())["made_from"]
+            (shards / "train.begun.json").write_text(json.dumps(facts))
+            (shards / "train.manifest.json").unlink()
+        before = contents(shards)
+        (images / "c" / "000.png").rename(images / "a" / "new.png")
+        assert prepare(images, shards) == 2
+        assert "made from other images: as many" in capsys.readouterr().err and contents(shards) == before
+
     def test_both_splits_in_one_folder(self, images: Path, shards: Path, tmp_path: Path) -> None:
         write_folder(tmp_path / "v", {"a": 2, "c": 1})
         assert prepare(tmp_path / "v", shards, "--split=val") == 0
