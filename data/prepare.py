@@ -70,20 +70,39 @@ def encode(data: bytes, settings: Settings) -> tuple[bytes, str]:
     return file.getvalue(), "jpg"
 
 
+def _encoded(source: Source, i: int, settings: Settings) -> tuple[bytes, str]:
+    """`encode` of image i. A file that cannot be read is a UserError: another time it may be there, unlike one that is no image."""
+    try:
+        data = encoded(source, i)
+    except OSError as error:
+        if error.errno is None:  # Pillow's, from a source that decodes
+            raise
+        raise UserError(
+            f"IMAGES: cannot read {source.name(i)} ({error.strerror or error}). When it can be read, the same command goes on."
+        ) from error
+    return encode(data, settings)
+
+
 class _Shards(Dataset):
-    """Shard number → written, with its record beside it; returns how many images it holds."""
+    """Shard number → written, with its record beside it; returns how many images it holds, or the error that came."""
 
     def __init__(self, source: Source, folder: Path, split: str, settings: Settings, order: np.ndarray) -> None:
         self._source, self._folder, self._split, self._settings = source, folder, split, settings
         self._order = order
 
-    def __getitem__(self, number: int) -> int:
+    def __getitem__(self, number: int) -> int | OSError | UserError:
+        try:
+            return self._write(number)
+        except (OSError, UserError) as error:
+            return error  # raised in a worker, it would bring a traceback into its message
+
+    def _write(self, number: int) -> int:
         rows, left_out, archive = [], [], io.BytesIO()
         first = number * self._settings.per_shard
         with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i in self._order[first : first + self._settings.per_shard].tolist():
                 try:
-                    data, ending = encode(encoded(self._source, i), self._settings)
+                    data, ending = _encoded(self._source, i, self._settings)
                 except DECODE_ERRORS as error:
                     left_out.append([self._source.key(i), f"{type(error).__name__}: {error}"])
                     continue
@@ -137,7 +156,7 @@ def estimate(source: Source, settings: Settings) -> Estimate:
     begin, size = time.perf_counter(), 0
     for k in range(count):
         try:
-            data, _ = encode(encoded(source, k * len(source) // count), settings)
+            data, _ = _encoded(source, k * len(source) // count, settings)
         except DECODE_ERRORS:
             continue
         size += _padded(len(data)) + 3 * tarfile.BLOCKSIZE  # two headers and a label
@@ -151,7 +170,7 @@ def prepare(
     """Write, or go on writing, the shards of a split; returns its manifest.
 
     Raises:
-        UserError: the folder holds shards of other images or settings.
+        UserError: the folder holds shards of other images or settings; an image cannot be read, or no image of a class is one.
         OSError: the folder cannot be written.
     """
     facts = {"images": len(source), "classes": source.class_names, "settings": asdict(settings)}
@@ -174,7 +193,10 @@ def prepare(
     done = len(source) - sum(len(order[n * settings.per_shard : (n + 1) * settings.per_shard]) for n in todo)
     with tqdm(total=len(source), initial=done, unit=" images", desc=split, disable=not progress) as bar:
         for count in loader:
+            if isinstance(count, Exception):
+                raise count
             bar.update(count)
+    _check_classes(source, paths)
     manifest = _finish(source, folder, split, facts, [read_record(path) for path in paths])
     for path in [begun, *map(record_path, paths)]:
         path.unlink(missing_ok=True)
@@ -209,13 +231,28 @@ def _short(value: Any) -> str:
     return some(value) if isinstance(value, list) else str(value)
 
 
+def _check_classes(source: Source, paths: list[Path]) -> None:
+    """Refuse a class of which no image is left; the shards from which some were left out will be written again."""
+    records = {path: read_record(path) for path in paths}
+    left = {label for record in records.values() for *_, label in record["rows"]}
+    if not (empty := sorted(set(source.labels.tolist()) - left)):
+        return
+    left_out = [entry for record in records.values() for entry in record["left_out"]]
+    for path, record in records.items():
+        if record["left_out"]:
+            record_path(path).unlink()
+    names = empty if source.class_names is None else [source.class_names[label] for label in empty]
+    raise UserError(
+        f"IMAGES: expected at least one image that can be decoded in each class, found none in {some(names)} "
+        f"({len(left_out)} left out in all, such as {': '.join(left_out[0])}). Mend them and run the same command again."
+    )
+
+
 def _finish(
     source: Source, folder: Path, split: str, facts: dict[str, Any], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Index, timm's info file, and last the manifest, which says that all is there."""
     rows = [(number, *row) for number, record in enumerate(records) for row in record["rows"]]
-    if not rows:
-        raise UserError("IMAGES: expected at least one image, found none that can be read.")
     shard, key, offset, size, label = zip(*rows)
     index = {name: np.array(v, np.int64) for name, v in {"offset": offset, "size": size, "label": label}.items()}
     index |= {"shard": np.array(shard, np.int32), "key": np.array([os.fsencode(k) for k in key])}

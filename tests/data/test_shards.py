@@ -113,6 +113,28 @@ class TestPrepare:
         said = capsys.readouterr()
         assert "left out: a/text.jpg" in said.err and "2 left out" in said.out
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_file_that_cannot_be_read_ends_it(self, images: Path, tmp_path: Path, workers: int, capsys) -> None:
+        (images / "b" / "003.png").rename(tmp_path / "003.png")
+        (images / "b" / "003.png").symlink_to(tmp_path / "unmounted")
+        source, folder = open_source(str(images), split="train", flag=FLAG), tmp_path / "shards"
+        settings = data.prepare.Settings(0, 90, PER_SHARD, 0)
+        folder.mkdir()
+        with pytest.raises(UserError, match=r"^IMAGES: cannot read .*b/003.png \(No such file or directory\)") as error:
+            data.prepare.prepare(source, folder, "train", settings, workers=workers, progress=False)
+        assert "Traceback" not in str(error.value) and not (folder / "train.manifest.json").exists()
+        assert prepare(images, folder) == 2 and "b/003.png" in capsys.readouterr().err
+        (tmp_path / "003.png").rename(tmp_path / "unmounted")
+        assert prepare(images, folder) == 0 and len(opened(folder)) == 19
+
+    def test_a_class_without_an_image_is_refused(self, images: Path, tmp_path: Path, capsys) -> None:
+        (images / "d").mkdir()
+        (images / "d" / "text.jpg").write_bytes(b"404 Not Found")
+        assert prepare(images, tmp_path / "shards") == 2
+        assert "found none in d (1 left out in all, such as d/text.jpg: " in capsys.readouterr().err
+        (images / "d" / "text.jpg").write_bytes(encoded(9, kind="JPEG"))
+        assert prepare(images, tmp_path / "shards") == 0 and len(opened(tmp_path / "shards")) == 20
+
     def test_says_what_it_will_take(self, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert prepare(images, tmp_path / "shards", "--estimate") == 0
         assert not list((tmp_path / "shards").iterdir())
