@@ -311,7 +311,7 @@ def verify(folder: Path) -> list[str]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Write WebDataset shards of images.")
     parser.add_argument("images", nargs="?", help="folder, tar, hfds/NAME, …; as data.train_dataset")
-    parser.add_argument("folder", type=Path, help="where the shards go")
+    parser.add_argument("folder", help="where the shards go")
     parser.add_argument("--split", choices=list(_SPLITS), default="train")
     parser.add_argument("--short-side", type=int, default=0, metavar="N", help="resize larger images to it; 0: never")
     parser.add_argument("--quality", type=int, default=90, metavar="Q", help="JPEG quality of resized images")
@@ -325,17 +325,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, lowest in (("short_side", 0), ("quality", 1), ("per_shard", 1), ("workers", 0), ("seed", 0)):
         if getattr(arguments, name) < lowest:
             parser.error(f"--{name.replace('_', '-')}: expected at least {lowest}, got {getattr(arguments, name)}")
+    if not arguments.folder.strip():
+        parser.error("FOLDER: expected a folder, got nothing (an unset shell variable?)")
     if arguments.verify == (arguments.images is not None):
         parser.error("expected IMAGES and FOLDER, or --verify and FOLDER")
     return arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folder: Path = arguments.folder
+    folder = Path(arguments.folder)
     if arguments.verify:
         wrong = verify(folder)
         print(f"differ from their checksums: {some(wrong)}" if wrong else "all shards are as they were written")
         return int(bool(wrong))
+    images = Path(arguments.images).expanduser()
+    if images.is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):
+        raise UserError(f"FOLDER: expected a folder outside the images' own, {images}, got {folder}.")
     source = open_source(arguments.images, split=arguments.split, flag="IMAGES", root=arguments.root)
     if not isinstance(source, Source):
         raise UserError(f"IMAGES: expected images that can be read in any order, got the stream {arguments.images}.")

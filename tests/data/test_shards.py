@@ -179,6 +179,13 @@ class TestPrepare:
         assert prepare(images, shards) == 2
         assert "made from other images: as many" in capsys.readouterr().err and contents(shards) == before
 
+    @pytest.mark.parametrize("below", [".", "shards", "a", "../link/shards"])
+    def test_a_folder_among_the_images_is_refused(self, images: Path, below: str, capsys) -> None:
+        (images.parent / "link").symlink_to(images)
+        before = sorted(images.rglob("*"))
+        assert prepare(images, images / below) == 2
+        assert "FOLDER: expected a folder outside" in capsys.readouterr().err and sorted(images.rglob("*")) == before
+
     def test_both_splits_in_one_folder(self, images: Path, shards: Path, tmp_path: Path) -> None:
         write_folder(tmp_path / "v", {"a": 2, "c": 1})
         assert prepare(tmp_path / "v", shards, "--split=val") == 0
@@ -197,7 +204,15 @@ class TestPrepare:
         assert data.prepare.main(["--verify", str(tmp_path)]) == 2
 
     @pytest.mark.parametrize(
-        "argv", [["x"], ["--verify", "x", "y"], ["x", "y", "--per-shard=0"], ["x", "y", "--split=test"]]
+        "argv",
+        [
+            ["x"],
+            ["x", ""],
+            ["--verify", ""],
+            ["--verify", "x", "y"],
+            ["x", "y", "--per-shard=0"],
+            ["x", "y", "--split=test"],
+        ],
     )
     def test_wrong_command_lines(self, argv: list[str]) -> None:
         with pytest.raises(SystemExit) as ended:
