@@ -185,6 +185,10 @@ def _open_tar(path: Path, request: Request) -> Source:
     try:
         with tarfile.open(path, "r:") as tar:
             members = list(tar)
+            # A damaged header, or none, ends the list without an error.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"at byte {tar.offset}, there is neither a header nor the mark of the end")
     except tarfile.TarError as error:
         raise request.error(f"{path} is not a complete, uncompressed tar file ({error}).") from error
     images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]

@@ -280,6 +280,27 @@ class TestTar:
             with pytest.raises(UserError, match=f"{FLAG}.*{words}"):
                 opened(tmp_path / f"{name}.tar")
 
+    @pytest.mark.parametrize("damage", ["bit of a header", "between members", "inside a header", "inside the mark"])
+    def test_a_tar_that_ends_early(self, tmp_path: Path, damage: str) -> None:
+        path = pack(tmp_path / "set.tar", write_folder(tmp_path / "images", {"a": 3, "b": 2}))
+        with tarfile.open(path) as tar:
+            member = [member for member in tar if member.isfile()][2]
+            end = tar.offset
+        content = bytearray(path.read_bytes())
+        if damage == "bit of a header":
+            content[member.offset + 3] ^= 1
+        else:
+            begin = {
+                "between members": member.offset,
+                "inside a header": member.offset + 200,
+                "inside the mark": end + 512,
+            }
+            del content[begin[damage] :]
+        path.write_bytes(content)
+        at = end if damage == "inside the mark" else member.offset
+        with pytest.raises(UserError, match=f"{FLAG}: .*set.tar is not a complete, .*at byte {at},"):
+            opened(path)
+
 
 def add(tar: tarfile.TarFile, name: str, *, data: bytes = b"", link: str = "", kind: bytes = tarfile.REGTYPE) -> None:
     info = tarfile.TarInfo(name)
