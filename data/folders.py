@@ -124,6 +124,16 @@ def _is_folder(entry: os.DirEntry) -> bool:
         raise
 
 
+def _is_file_or_lost(entry: os.DirEntry) -> bool:
+    """Whether it is a file, or a link that leads nowhere, to be named when met; a pipe would be waited for, for ever."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return True
+        raise
+
+
 def _leads_back(folder: str, above: list[str]) -> bool:
     """Whether `folder` is one of the folders `above`, or holds one of them; all are real paths."""
     return any(os.path.join(other, "").startswith(os.path.join(folder, "")) for other in above)
@@ -146,7 +156,8 @@ def _walk(root: str, folder: str, above: list[str]) -> Iterator[tuple[str, list[
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
             if not _is_folder(entry):
-                names.append(entry.name)
+                if _is_file_or_lost(entry):
+                    names.append(entry.name)
                 continue
             real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
             if not _leads_back(real, above):

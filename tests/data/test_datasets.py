@@ -145,6 +145,15 @@ class TestLinks:
         with pytest.raises(DECODE_ERRORS, match=r"No such file.*set/a/gone.png"):
             source.read(1)
 
+    def test_pipes_are_left_out(self, tmp_path: Path) -> None:
+        """To read one would wait for ever."""
+        root = write_folder(tmp_path / "set", {"a": 1})
+        os.mkfifo(root / "a" / "pipe.png")
+        (root / "a" / "link.png").symlink_to("pipe.png")
+        (root / "a" / "circle.png").symlink_to("circle.png")
+        source = opened(root)
+        assert [source.key(i) for i in range(len(source))] == ["a/000.png", "a/circle.png"]
+
     def test_dangling_class_is_an_error(self, tmp_path: Path) -> None:
         """Left out, it would shift the numbers of all classes after it."""
         root = write_folder(tmp_path / "set", {"a": 1})
