@@ -274,17 +274,28 @@ def class_folders(spec: str) -> list[str]:
 
 def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[str, int, int]]:
     """(name, offset, size) of all files; a link to one of them is that file under another name."""
-    files = [(member.name, member.offset_data, member.size) for member in members if member.isreg()]
-    links = [member for member in members if member.islnk() or member.issym()]
-    places = {posixpath.normpath(name): place for name, *place in files} if links else {}
-    targets = {posixpath.normpath(link.name): _target(link) for link in links}
-    lost = []
-    for link in links:
+    # By normal names, as extraction leaves it: a member takes the place of one of its name before (tar -r).
+    files: dict[str, tuple[str, int, int]] = {}
+    links: dict[str, tarfile.TarInfo] = {}
+    for member in members:
+        name = posixpath.normpath(member.name)
+        same = files.get(_target(member)) if member.islnk() else None  # now, whatever takes that name later
+        files.pop(name, None)
+        links.pop(name, None)
+        if member.isreg():
+            files[name] = (member.name, member.offset_data, member.size)
+        elif same is not None:
+            files[name] = (member.name, *same[1:])
+        elif member.islnk() or member.issym():
+            links[name] = member
+    targets = {name: _target(link) for name, link in links.items()}
+    linked, lost = [], []
+    for link in links.values():
         target, hops = _target(link), 0
         while target in targets and hops < len(links):  # links in a circle lead nowhere
             target, hops = targets[target], hops + 1
-        if target in places:
-            files.append((link.name, *places[target]))
+        if target in files:
+            linked.append((link.name, *files[target][1:]))
         else:
             lost.append(f"{link.name} → {link.linkname}")
     if lost:
@@ -292,7 +303,7 @@ def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[s
             f"expected links to files in {request.spec} itself, found links to folders, or out of it: {some(sorted(lost))}. "
             "Pack it with tar --dereference, which puts the files in the links' places."
         )
-    return sorted(files)
+    return sorted([*files.values(), *linked])
 
 
 def _target(link: tarfile.TarInfo) -> str:

@@ -317,6 +317,26 @@ def add(tar: tarfile.TarFile, name: str, *, data: bytes = b"", link: str = "", k
     tar.addfile(info, io.BytesIO(data))
 
 
+def test_members_replaced_in_a_tar(tmp_path: Path) -> None:
+    """As extraction leaves it: of equal names the last, whatever it is; a hard link stays what it was made from."""
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        add(tar, "a/0.png", data=encoded(0))
+        add(tar, "a/1.png", data=encoded(1))
+        add(tar, "a/hard.png", link="a/0.png", kind=tarfile.LNKTYPE)
+        add(tar, "a/soft.png", link="0.png", kind=tarfile.SYMTYPE)
+        add(tar, "a/2.png", link="gone.png", kind=tarfile.SYMTYPE)
+        add(tar, "a/0.png", link="a/0.png", kind=tarfile.LNKTYPE)  # as GNU tar packs a file of two names twice
+        add(tar, "./a/0.png", data=encoded(10))
+        add(tar, "a/0.png", link="a/0.png", kind=tarfile.LNKTYPE)
+        add(tar, "a/1.png", link="soft.png", kind=tarfile.SYMTYPE)
+        add(tar, "a/2.png", data=encoded(2))
+    source = opened(tmp_path / "set.tar")
+    found = {source.key(i).removeprefix("./"): source.image(i) for i in range(len(source))}
+    assert len(source) == len(found) == 5
+    seeds = {"a/0.png": 10, "a/1.png": 10, "a/2.png": 2, "a/hard.png": 0, "a/soft.png": 10}
+    assert found == {name: encoded(seed) for name, seed in seeds.items()}
+
+
 class TestLinksInTar:
     def test_are_the_files_they_lead_to(self, tmp_path: Path) -> None:
         root = write_folder(tmp_path / "set", {"a": 2, "b": 1})
