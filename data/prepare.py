@@ -5,10 +5,10 @@
 
 IMAGES: as for `data.train_dataset`. FOLDER then is `--data.train_dataset=wds/FOLDER`. A first look at 64 images says
 how much space and time it will take (`--estimate`: nothing more). Shards appear whole or not at all: the same command
-goes on where it was interrupted. Images are shuffled once, so that those who read the shards in order see all
-classes. A file whose shorter side is at most `--short-side`, and every file without that option, is copied byte by
-byte; larger ones are turned upright, resized (bicubic) and written as JPEG. Files that are no images are left out and
-named in the manifest.
+goes on where it was interrupted, and replaces shards that are missing or of another size. Images are shuffled once,
+so that those who read the shards in order see all classes. A file whose shorter side is at most `--short-side`, and
+every file without that option, is copied byte by byte; larger ones are turned upright, resized (bicubic) and written
+as JPEG. Files that are no images are left out and named in the manifest; one that cannot be read ends it.
 
 Exit status: 0; 1 with --verify where a checksum differs; 2 for wrong input.
 """
@@ -37,7 +37,7 @@ from common.errors import UserError
 from common.files import take_folder, writable, write_atomically
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS, decode
-from data.shards import FORMAT, INFO, index_path, manifest_path, read_manifest, sha256
+from data.shards import FORMAT, INFO, file_size, index_path, manifest_path, read_manifest, sha256
 from data.source import Source, encoded, some
 
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what timm's reader looks for
@@ -86,9 +86,18 @@ def _encoded(source: Source, i: int, settings: Settings) -> tuple[bytes, str]:
 class _Shards(Dataset):
     """Shard number → written, with its record beside it; returns how many images it holds, or the error that came."""
 
-    def __init__(self, source: Source, folder: Path, split: str, settings: Settings, order: np.ndarray) -> None:
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        split: str,
+        settings: Settings,
+        order: np.ndarray,
+        expected: list[str] | None,
+    ) -> None:
+        """`expected`: the SHA-256 of each shard, where they have been finished once."""
         self._source, self._folder, self._split, self._settings = source, folder, split, settings
-        self._order = order
+        self._order, self._expected = order, expected
 
     def __getitem__(self, number: int) -> int | OSError | UserError:
         try:
@@ -111,8 +120,13 @@ class _Shards(Dataset):
                 rows.append([self._source.key(i), tar.offset - _padded(len(data)), len(data), label])
                 _add(tar, f"{i:09d}.cls", str(label).encode())
         content, path = archive.getbuffer(), self._folder / f"{self._split}-{number:05d}.tar"
-        write_atomically(path, lambda file: file.write(content))
         shard = {"name": path.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        if self._expected is not None and shard["sha256"] != self._expected[number]:
+            raise UserError(
+                f"FOLDER: {path} is missing or of another size, and cannot be made again as it was: its images have changed, "
+                "or Pillow has. Copy it again, or delete the folder and make all again."
+            )
+        write_atomically(path, lambda file: file.write(content))
         record = {"shard": shard | {"samples": len(rows)}, "rows": rows, "left_out": left_out}
         write_atomically(record_path(path), lambda file: file.write(json.dumps(record).encode()))
         return len(rows) + len(left_out)
@@ -167,7 +181,7 @@ def estimate(source: Source, settings: Settings) -> Estimate:
 def prepare(
     source: Source, folder: Path, split: str, settings: Settings, *, workers: int, progress: bool
 ) -> dict[str, Any]:
-    """Write, or go on writing, the shards of a split; returns its manifest.
+    """Write, go on writing, or mend the shards of a split; returns its manifest.
 
     Raises:
         UserError: the folder holds shards of other images or settings; an image cannot be read, or no image of a class is one.
@@ -175,18 +189,25 @@ def prepare(
     """
     facts = {"images": len(source), "classes": source.class_names, "settings": asdict(settings)}
     facts["images_sha256"] = _digest(source)
-    if (manifest := read_manifest(folder, split)) is not None:
-        _check_same(folder, manifest["made_from"], facts)
-        return manifest
-    begun = folder / f"{split}.begun.json"
-    if begun.exists():
-        _check_same(folder, json.loads(begun.read_text()), facts)
-    write_atomically(begun, lambda file: file.write(json.dumps(facts).encode()))
     order = np.random.RandomState(settings.seed).permutation(len(source))
     numbers = range(-(-len(source) // settings.per_shard))
     paths = [folder / f"{split}-{number:05d}.tar" for number in numbers]
-    todo = [number for number in numbers if read_record(paths[number]) is None]
-    shards = _Shards(source, folder, split, settings, order)
+    begun = folder / f"{split}.begun.json"
+    manifest = read_manifest(folder, split)
+    if manifest is not None:
+        _check_same(folder, manifest["made_from"], facts)
+        if not _is_whole(manifest, folder, split):
+            manifest = None  # all shards are read once more
+    elif begun.exists():
+        _check_same(folder, json.loads(begun.read_text()), facts)
+    if manifest is None:
+        write_atomically(begun, lambda file: file.write(json.dumps(facts).encode()))
+        expected = None
+        todo = [number for number in numbers if read_record(paths[number]) is None]
+    else:
+        expected = [shard["sha256"] for shard in manifest["shards"]]
+        todo = [n for n, shard in enumerate(manifest["shards"]) if file_size(paths[n]) != shard["bytes"]]
+    shards = _Shards(source, folder, split, settings, order, expected)
     loader = DataLoader(
         shards, sampler=todo, batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
     )
@@ -196,11 +217,18 @@ def prepare(
             if isinstance(count, Exception):
                 raise count
             bar.update(count)
-    _check_classes(source, paths)
-    manifest = _finish(source, folder, split, facts, [read_record(path) for path in paths])
+    if manifest is None:
+        _check_classes(source, paths)
+        manifest = _finish(source, folder, split, facts, [read_record(path) for path in paths])
     for path in [begun, *map(record_path, paths)]:
         path.unlink(missing_ok=True)
     return manifest
+
+
+def _is_whole(manifest: dict[str, Any], folder: Path, split: str) -> bool:
+    """Whether the index is there as the manifest says. (Of the shards, only those that are wrong are written again.)"""
+    path = index_path(folder, split)
+    return path.is_file() and sha256(path) == manifest["index_sha256"]
 
 
 def _digest(source: Source) -> str:

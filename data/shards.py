@@ -86,7 +86,7 @@ def open_shards(folder: Path, request: Request) -> ShardSource | None:
     manifest = read_manifest(folder, request.split_name)
     if manifest is None:
         return None
-    wrong = [shard["name"] for shard in manifest["shards"] if _size(folder / shard["name"]) != shard["bytes"]]
+    wrong = [shard["name"] for shard in manifest["shards"] if file_size(folder / shard["name"]) != shard["bytes"]]
     wrong += [shard["name"] for shard in manifest["shards"] if Path(shard["name"]).name != shard["name"]]
     if wrong:
         raise request.error(
@@ -103,7 +103,8 @@ def open_shards(folder: Path, request: Request) -> ShardSource | None:
         raise request.error(f"cannot read {path} ({error}).") from error
 
 
-def _size(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
+    """Bytes; None where there is no such file."""
     try:
         return path.stat().st_size
     except OSError:

@@ -186,6 +186,22 @@ class TestPrepare:
         assert prepare(images, images / below) == 2
         assert "FOLDER: expected a folder outside" in capsys.readouterr().err and sorted(images.rglob("*")) == before
 
+    def test_shards_that_are_missing_or_cut_are_made_again(self, images: Path, shards: Path, capsys) -> None:
+        before = contents(shards)
+        kept = (shards / "train-00000.tar").stat().st_mtime_ns
+        (shards / "train-00002.tar").unlink()
+        (shards / "train-00003.tar").write_bytes(b"cut")
+        assert prepare(images, shards) == 0 and contents(shards) == before
+        assert (shards / "train-00000.tar").stat().st_mtime_ns == kept
+        (shards / "train.index.npz").unlink()
+        assert prepare(images, shards) == 0 and contents(shards) == before
+        for path in images.rglob("*.png"):
+            path.write_bytes(encoded(99))
+        (shards / "train-00002.tar").unlink()
+        before = contents(shards)
+        assert prepare(images, shards) == 2 and contents(shards) == before
+        assert "train-00002.tar is missing or of another size, and cannot be made again" in capsys.readouterr().err
+
     def test_both_splits_in_one_folder(self, images: Path, shards: Path, tmp_path: Path) -> None:
         write_folder(tmp_path / "v", {"a": 2, "c": 1})
         assert prepare(tmp_path / "v", shards, "--split=val") == 0
