@@ -184,7 +184,8 @@ def prepare(
     """Write, go on writing, or mend the shards of a split; returns its manifest.
 
     Raises:
-        UserError: the folder holds shards of other images or settings; an image cannot be read, or no image of a class is one.
+        UserError: the folder holds shards of other images, settings or classes; an image cannot be read, or no image of a
+            class can be decoded.
         OSError: the folder cannot be written.
     """
     facts = {"images": len(source), "classes": source.class_names, "settings": asdict(settings)}
@@ -192,14 +193,15 @@ def prepare(
     order = np.random.RandomState(settings.seed).permutation(len(source))
     numbers = range(-(-len(source) // settings.per_shard))
     paths = [folder / f"{split}-{number:05d}.tar" for number in numbers]
-    begun = folder / f"{split}.begun.json"
+    _check_other_split(folder, split, source)
+    begun = begun_path(folder, split)
     manifest = read_manifest(folder, split)
     if manifest is not None:
         _check_same(folder, manifest["made_from"], facts)
         if not _is_whole(manifest, folder, split):
             manifest = None  # all shards are read once more
-    elif begun.exists():
-        _check_same(folder, json.loads(begun.read_text()), facts)
+    elif (before := read_begun(folder, split)) is not None:
+        _check_same(folder, before, facts)
     if manifest is None:
         write_atomically(begun, lambda file: file.write(json.dumps(facts).encode()))
         expected = None
@@ -223,6 +225,35 @@ def prepare(
     for path in [begun, *map(record_path, paths)]:
         path.unlink(missing_ok=True)
     return manifest
+
+
+def begun_path(folder: Path, split: str) -> Path:
+    """What an unfinished split is made from."""
+    return folder / f"{split}.begun.json"
+
+
+def read_begun(folder: Path, split: str) -> dict[str, Any] | None:
+    """What an unfinished split is made from; None where it has not been begun, or is finished."""
+    path = begun_path(folder, split)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _class_names(folder: Path, split: str) -> list[str] | None:
+    """Those of a split that is in `folder`, finished or not; None where there is none, or its classes have no names."""
+    if (manifest := read_manifest(folder, split)) is not None:
+        return manifest["class_names"]
+    return (read_begun(folder, split) or {}).get("classes")
+
+
+def _check_other_split(folder: Path, split: str, source: Source) -> None:
+    other = next(name for name in _SPLITS.values() if name != split)
+    names = _class_names(folder, other)
+    if None not in (names, source.class_names) and names != source.class_names:
+        raise UserError(
+            f"FOLDER: {folder} holds the split {other} with the classes {some(names)}; expected the same ones, in {split} "
+            f"found {some(source.class_names)}. Where shards are read as a stream, their labels would differ: write train "
+            "first, val then gets its numbers; or give each its own folder."
+        )
 
 
 def _is_whole(manifest: dict[str, Any], folder: Path, split: str) -> bool:
@@ -290,7 +321,8 @@ def _finish(
         info = json.loads((folder / INFO).read_text())
     except FileNotFoundError:
         info = {"splits": {}}
-    info["num_classes"] = source.num_classes
+    others = info["num_classes"] if set(info["splits"]) - {split} else 0  # differ only where classes have no names
+    info["num_classes"] = max(source.num_classes, others)
     info["splits"][split] = {
         "name": split,
         "num_samples": len(rows),
@@ -369,7 +401,10 @@ def run(arguments: argparse.Namespace) -> int:
     images = Path(arguments.images).expanduser()
     if images.is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):
         raise UserError(f"FOLDER: expected a folder outside the images' own, {images}, got {folder}.")
-    source = open_source(arguments.images, split=arguments.split, flag="IMAGES", root=arguments.root)
+    split = _SPLITS[arguments.split]
+    # timm's reader knows no class names: the labels in the shards have to be the training set's numbers.
+    names = _class_names(folder, "train") if split != "train" else None
+    source = open_source(arguments.images, split=arguments.split, flag="IMAGES", root=arguments.root, class_names=names)
     if not isinstance(source, Source):
         raise UserError(f"IMAGES: expected images that can be read in any order, got the stream {arguments.images}.")
     settings = Settings(arguments.short_side, arguments.quality, arguments.per_shard, arguments.seed)
@@ -384,7 +419,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.estimate:
         return 0
-    split = _SPLITS[arguments.split]
     present = sum(path.stat().st_size for path in folder.glob(f"{split}-*.tar"))
     if expected.size - present > free:
         raise UserError(

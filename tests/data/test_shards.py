@@ -209,6 +209,34 @@ class TestPrepare:
         val = opened(shards, "val", class_names=train.class_names)
         assert len(train) == 19 and sorted(val.labels.tolist()) == [0, 0, 2]
 
+    def test_labels_of_both_splits_are_the_same_in_a_stream(self, images: Path, shards: Path, tmp_path: Path) -> None:
+        pytest.importorskip("webdataset", reason="reads shards without an index")
+        write_folder(tmp_path / "v", {"b": 2, "c": 1})
+        assert prepare(tmp_path / "v", shards, "--split=val") == 0
+        for name in ("validation.manifest.json", "validation.index.npz"):
+            (shards / name).unlink()
+        (batch,) = EvalLoader(opened(shards, "val"), size=8, batch_size=3)
+        assert sorted(batch.y.tolist()) == [1, 1, 2]
+
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_splits_of_other_classes_in_one_folder_are_refused(
+        self, images: Path, tmp_path: Path, finished: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "shards"
+        write_folder(tmp_path / "v", {"b": 2, "c": 1})
+        assert prepare(tmp_path / "v", folder, "--split=val") == 0
+        if not finished:
+            path = folder / "validation.manifest.json"
+            (folder / "validation.begun.json").write_text(json.dumps(json.loads(path.read_text())["made_from"]))
+            path.unlink()
+        before = contents(folder)
+        assert prepare(images, folder) == 2 and contents(folder) == before
+        assert "holds the split validation with the classes b, c; expected the same" in capsys.readouterr().err
+        write_folder(tmp_path / "v", {"d": 1})
+        assert prepare(images, tmp_path / "other") == 0
+        assert prepare(tmp_path / "v", tmp_path / "other", "--split=val") == 2
+        assert "IMAGES: " in (said := capsys.readouterr().err) and "that the training set does not have: d" in said
+
     def test_verify(self, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert data.prepare.main(["--verify", str(shards)]) == 0
         path = shards / "train-00002.tar"
