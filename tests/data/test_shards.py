@@ -350,6 +350,16 @@ class TestHTTP:
         ]
         assert sorted(torch.cat(shown).tolist()) == [0] * 5 + [1] * 7 + [2] * 7
 
+    def test_a_shard_that_is_not_there(self, address: str, shards: Path) -> None:
+        source = opened(address)
+        (shards / "train-00001.tar").unlink()
+        for batches in (
+            TrainLoader(source, augmentation=1, batch_size=2).epoch(0, 8),
+            EvalLoader(source, size=8, batch_size=4),
+        ):
+            with pytest.raises(UserError, match=r"cannot be read .*train-00001.tar"):
+                list(batches)
+
     def test_nothing_there(self, address: str) -> None:
         with pytest.raises(UserError, match="data.train_dataset: cannot open split train of wds/http"):
             opened(f"{address}/elsewhere")
