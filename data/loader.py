@@ -5,7 +5,7 @@ nor what ran before changes a batch, and n ranks together see what one rank sees
 (`StreamSource`) are as repeatable as timm's readers: for the same numbers of ranks and workers.
 
 So worker processes that die (usually the kernel kills them for want of memory) are replaced, and the same batches go on.
-That is noticed where the next batch is awaited, at the latest after 5 s: see `_batches`.
+That is noticed where the next batch is awaited, at the latest after 5 s: see `watched_batches`.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class _ImageLoader:
         while True:
             self._sampler.keys = keys(done)
             try:
-                for batch in _batches(self._loader):
+                for batch in watched_batches(self._loader):
                     yield batch
                     done, fruitless = done + 1, 0
                 return
@@ -396,7 +396,7 @@ def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoad
 
 def _stream_batches(loader: DataLoader, source: StreamSource) -> Iterator[Batch]:
     try:
-        yield from _batches(loader)
+        yield from watched_batches(loader)
     except WorkerDied as death:  # a new worker would have to read all again
         raise RuntimeError(
             f"{source.spec}: {death}. The usual cause is a lack of memory: give a smaller data.num_workers, now "
@@ -416,7 +416,7 @@ def _whole_stream(loader: DataLoader, source: StreamSource, came: Tensor) -> Ite
         )
 
 
-def _batches(loader: DataLoader) -> Iterator[Batch]:
+def watched_batches(loader: DataLoader) -> Iterator[Batch]:
     """Batches of `loader`; `WorkerDied` wherever a worker process has died, whatever error shows it first.
 
     A worker dies before, while or after it hands a batch over: nothing comes any more, for it may take the queue's lock

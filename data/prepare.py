@@ -10,7 +10,7 @@ so that those who read the shards in order see all classes. A file whose shorter
 every file without that option, is copied byte by byte; larger ones are turned upright, resized (bicubic) and written
 as JPEG. Files that are no images are left out and named in the manifest; one that cannot be read ends it.
 
-Exit status: 0; 1 with --verify where a checksum differs; 2 for wrong input.
+Exit status: 0; 1 with --verify where a checksum differs; 2 for wrong input; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from common.errors import UserError
 from common.files import take_folder, writable, write_atomically
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS, decode
+from data.loader import WorkerDied, watched_batches
 from data.shards import FORMAT, INFO, file_size, index_path, manifest_path, read_manifest, sha256
 from data.source import Source, encoded, some
 
@@ -181,13 +182,15 @@ def estimate(source: Source, settings: Settings) -> Estimate:
 def prepare(
     source: Source, folder: Path, split: str, settings: Settings, *, workers: int, progress: bool
 ) -> dict[str, Any]:
-    """Write, go on writing, or mend the shards of a split; returns its manifest.
+    """Write, go on writing, or mend the shards of a split, in a folder that no other process writes to; returns its manifest.
 
     Raises:
         UserError: the folder holds shards of other images, settings or classes; an image cannot be read, or no image of a
-            class can be decoded.
+            class can be decoded; a worker died.
         OSError: the folder cannot be written.
     """
+    for part in folder.glob(f".{split}*.part"):  # of one that was killed; the folder is this process's
+        part.unlink(missing_ok=True)
     facts = {"images": len(source), "classes": source.class_names, "settings": asdict(settings)}
     facts["images_sha256"] = _digest(source)
     order = np.random.RandomState(settings.seed).permutation(len(source))
@@ -215,10 +218,15 @@ def prepare(
     )
     done = len(source) - sum(len(order[n * settings.per_shard : (n + 1) * settings.per_shard]) for n in todo)
     with tqdm(total=len(source), initial=done, unit=" images", desc=split, disable=not progress) as bar:
-        for count in loader:
-            if isinstance(count, Exception):
-                raise count
-            bar.update(count)
+        try:
+            for count in watched_batches(loader):
+                if isinstance(count, Exception):
+                    raise count
+                bar.update(count)
+        except WorkerDied as death:
+            raise UserError(
+                f"{death}. The usual cause is a lack of memory: give a smaller --workers, now {workers}. The same command goes on."
+            ) from death
     if manifest is None:
         _check_classes(source, paths)
         manifest = _finish(source, folder, split, facts, [read_record(path) for path in paths])
@@ -440,6 +448,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import data.prepare
 from common.errors import UserError
@@ -77,20 +81,43 @@ class TestPrepare:
             add(*arguments)
 
         monkeypatch.setattr(data.prepare, "_add", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(images, other)
+        assert prepare(images, other) == 130
+        (other / ".train-00002.tar.x.part").touch()  # as of a process that was killed
         assert sorted(path.name for path in other.glob("*.tar")) == ["train-00000.tar", "train-00001.tar"]
         assert isinstance(pytest.raises(UserError, opened, other).value, UserError)  # not ready yet
         (other / "train-00001.tar").write_bytes(b"cut off")
         before = (other / "train-00000.tar").stat().st_mtime_ns
         assert prepare(images, other) == 0
         assert (other / "train-00000.tar").stat().st_mtime_ns == before
-        assert contents(other) == contents(shards)
+        assert contents(other) == contents(shards)  # and no other file
         assert prepare(images, other) == 0 and contents(other) == contents(shards)  # nothing left to do
 
     def test_several_workers_write_the_same(self, images: Path, shards: Path, tmp_path: Path) -> None:
         assert prepare(images, tmp_path / "other", "--workers=2") == 0
         assert contents(tmp_path / "other") == contents(shards)
+
+    def test_faults_of_workers_are_one_sentence(
+        self, images: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        def full(path: Path, write: object) -> None:
+            if path.name != "train.begun.json":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_atomically(path, write)
+
+        other = tmp_path / "other"
+        write_atomically = data.prepare.write_atomically
+        with monkeypatch.context() as patch:
+            patch.setattr(data.prepare, "write_atomically", full)
+            assert prepare(images, other, "--workers=1") == 2
+        assert capsys.readouterr().err.endswith(f"error: FOLDER: cannot write to {other} (No space left on device).\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(data.prepare, "_add", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            # DataLoader looks after its workers every 5 s.
+            patch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+            assert prepare(images, other, "--workers=1") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "died" in error and "signal 9" in error and error.endswith("now 1. The same command goes on.")
+        assert prepare(images, other) == 0 and contents(other) == contents(shards)
 
     def test_resizes_what_is_larger(self, images: Path, tmp_path: Path) -> None:
         assert prepare(images, tmp_path / "small", "--short-side=40", "--quality=80") == 0
