@@ -192,13 +192,13 @@ def _open_stream(request: Request) -> Source | StreamSource:
     make_reader = partial(_make_reader, kind, name=name, root=place, split=request.split_name)
     try:
         reader = make_reader()
-    except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise request.error(
             f"cannot open split {request.split_name} of {request.spec} ({error}). A wds/ folder needs _info.json, or a "
             "split that names its files and the number of samples, such as 'part-{000..099}.tar|50000'."
         ) from error
     if kind == "wds":
-        if not isinstance(reader.info.get("num_classes"), int):
+        if not isinstance(reader.info, dict) or not isinstance(reader.info.get("num_classes"), int):
             raise request.error(f'expected the number of classes as "num_classes" in {place}/_info.json, found none.')
         shards = len(reader.split_info.filenames)
         return StreamSource(request.spec, make_reader, reader.num_samples, shards, None, reader.info["num_classes"])

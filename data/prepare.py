@@ -10,7 +10,7 @@ so that those who read the shards in order see all classes. A file whose shorter
 every file without that option, is copied byte by byte; larger ones are turned upright, resized (bicubic) and written
 as JPEG. Files that are no images are left out and named in the manifest; one that cannot be read ends it.
 
-Exit status: 0; 1 with --verify where a checksum differs; 2 for wrong input; 130 after Ctrl-C.
+Exit status: 0; 1 with --verify where something is not as it was written; 2 for wrong input; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from common.files import take_folder, writable, write_atomically
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS, decode
 from data.loader import WorkerDied, watched_batches
-from data.shards import FORMAT, INFO, file_size, index_path, manifest_path, read_manifest, sha256
+from data.shards import FORMAT, INFO, file_size, index_path, manifest_path, read_json, read_manifest, sha256
 from data.source import Source, encoded, some
 
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what timm's reader looks for
@@ -196,13 +196,14 @@ def prepare(
     order = np.random.RandomState(settings.seed).permutation(len(source))
     numbers = range(-(-len(source) // settings.per_shard))
     paths = [folder / f"{split}-{number:05d}.tar" for number in numbers]
+    _read_info(folder)  # before hours of work rather than after
     _check_other_split(folder, split, source)
     begun = begun_path(folder, split)
     manifest = read_manifest(folder, split)
     if manifest is not None:
         _check_same(folder, manifest["made_from"], facts)
-        if not _is_whole(manifest, folder, split):
-            manifest = None  # all shards are read once more
+        if not _is_whole(manifest, folder, split, paths):
+            manifest = None  # all shards are made once more
     elif (before := read_begun(folder, split)) is not None:
         _check_same(folder, before, facts)
     if manifest is None:
@@ -242,8 +243,7 @@ def begun_path(folder: Path, split: str) -> Path:
 
 def read_begun(folder: Path, split: str) -> dict[str, Any] | None:
     """What an unfinished split is made from; None where it has not been begun, or is finished."""
-    path = begun_path(folder, split)
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(begun_path(folder, split))
 
 
 def _class_names(folder: Path, split: str) -> list[str] | None:
@@ -264,10 +264,11 @@ def _check_other_split(folder: Path, split: str, source: Source) -> None:
         )
 
 
-def _is_whole(manifest: dict[str, Any], folder: Path, split: str) -> bool:
-    """Whether the index is there as the manifest says. (Of the shards, only those that are wrong are written again.)"""
+def _is_whole(manifest: dict[str, Any], folder: Path, split: str, paths: list[Path]) -> bool:
+    """Whether all shards are listed, and the index is as it was written."""
     path = index_path(folder, split)
-    return path.is_file() and sha256(path) == manifest["index_sha256"]
+    listed = [shard["name"] for shard in manifest["shards"]]
+    return listed == [path.name for path in paths] and path.is_file() and sha256(path) == manifest["index_sha256"]
 
 
 def _digest(source: Source) -> str:
@@ -315,6 +316,18 @@ def _check_classes(source: Source, paths: list[Path]) -> None:
     )
 
 
+def _read_info(folder: Path) -> dict[str, Any]:
+    """timm's info file of all splits."""
+    info = read_json(folder / INFO)
+    if info is None:
+        return {"splits": {}}
+    if not isinstance(info.get("splits"), dict):
+        raise UserError(
+            f"{folder / INFO}: expected the splits, as python -m data.prepare writes them, found none. Give another folder."
+        )
+    return info
+
+
 def _finish(
     source: Source, folder: Path, split: str, facts: dict[str, Any], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -325,12 +338,10 @@ def _finish(
     index |= {"shard": np.array(shard, np.int32), "key": np.array([os.fsencode(k) for k in key])}
     write_atomically(index_path(folder, split), lambda file: np.savez(file, **index))
     shards = [record["shard"] for record in records]
-    try:
-        info = json.loads((folder / INFO).read_text())
-    except FileNotFoundError:
-        info = {"splits": {}}
-    others = info["num_classes"] if set(info["splits"]) - {split} else 0  # differ only where classes have no names
-    info["num_classes"] = max(source.num_classes, others)
+    info = _read_info(folder)
+    others = info.get("num_classes") if set(info["splits"]) - {split} else 0
+    # Those of the splits differ only where classes have no names.
+    info["num_classes"] = max(source.num_classes, others) if isinstance(others, int) else source.num_classes
     info["splits"][split] = {
         "name": split,
         "num_samples": len(rows),
@@ -354,7 +365,8 @@ def _finish(
 
 
 def verify(folder: Path) -> list[str]:
-    """Names of the shards and indices in `folder` that are missing or differ from their checksums.
+    """Names of the shards and indices in `folder` that are missing or differ from their checksums, of shards that no manifest
+    knows, and of splits that are not finished.
 
     Raises:
         UserError: there is no manifest.
@@ -362,6 +374,9 @@ def verify(folder: Path) -> list[str]:
     wrong, found = [], False
     for split in _SPLITS.values():
         if (manifest := read_manifest(folder, split)) is None:
+            if begun_path(folder, split).exists():
+                found = True
+                wrong.append(f"{split} (not finished)")
             continue
         found = True
         sums = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
@@ -369,6 +384,8 @@ def verify(folder: Path) -> list[str]:
         wrong += [
             name for name, digest in sums.items() if not (folder / name).is_file() or sha256(folder / name) != digest
         ]
+        shards = sorted(path.name for path in folder.glob(f"{split}-*.tar"))
+        wrong += [f"{name} (not in the manifest)" for name in shards if name not in sums]
     if not found:
         raise UserError(
             f"FOLDER: expected a manifest ({' or '.join(_SPLITS.values())}.manifest.json), found none in {folder}."
@@ -404,7 +421,12 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     if arguments.verify:
         wrong = verify(folder)
-        print(f"differ from their checksums: {some(wrong)}" if wrong else "all shards are as they were written")
+        print(
+            f"not as they were written: {some(wrong)}. Delete files that differ or are not in the manifest; the command that "
+            "wrote the others makes them again."
+            if wrong
+            else "all shards are as they were written"
+        )
         return int(bool(wrong))
     images = Path(arguments.images).expanduser()
     if images.is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):

@@ -264,6 +264,24 @@ class TestPrepare:
         assert prepare(tmp_path / "v", tmp_path / "other", "--split=val") == 2
         assert "IMAGES: " in (said := capsys.readouterr().err) and "that the training set does not have: d" in said
 
+    @pytest.mark.parametrize("name", ["train.begun.json", "_info.json"])
+    @pytest.mark.parametrize("content", ["", "[]", '{"splits": 3}'])
+    def test_damaged_files_in_the_folder_are_named_before_anything_is_written(
+        self, images: Path, tmp_path: Path, name: str, content: str, capsys
+    ) -> None:
+        (tmp_path / "shards").mkdir()
+        (tmp_path / "shards" / name).write_text(content)
+        assert prepare(images, tmp_path / "shards") == 2
+        said, other = capsys.readouterr().err, str(tmp_path / "shards") + " holds shards made from other"
+        assert f"shards/{name}" in said or other in said
+        assert contents(tmp_path / "shards") == {name: content.encode()}
+
+    def test_verify_names_what_no_manifest_knows(self, images: Path, shards: Path, tmp_path: Path, capsys) -> None:
+        (shards / "train-00005.tar").write_bytes(b"")
+        (shards / "validation.begun.json").write_text("{}")
+        assert data.prepare.main(["--verify", str(shards)]) == 1
+        assert "written: train-00005.tar (not in the manifest), validation (not finished)." in capsys.readouterr().out
+
     def test_verify(self, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert data.prepare.main(["--verify", str(shards)]) == 0
         path = shards / "train-00002.tar"
@@ -309,20 +327,61 @@ class TestReading:
         ):
             opened(shards)
 
-    @pytest.mark.parametrize("damage", ["index", "manifest", "format", "name", "labels"])
-    def test_damaged_index_or_manifest(self, shards: Path, damage: str) -> None:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"format": 99},
+            {"num_classes": 2},
+            {"class_names": ["a"]},
+            {"class_names": list("abcde")},
+            {"class_names": 5},
+            {"num_samples": "x"},
+            {"shards": ["train-00000.tar"]},
+            {"shards": [{"name": "../x.tar", "sha256": "", "bytes": 1, "samples": 19}]},
+            {"shards": [{"name": "x.tar", "bytes": 1}]},
+            {"made_from": None},
+            "one shard less",
+            "one shard less, as many images",
+            [],
+            {"only": "format"},
+        ],
+    )
+    def test_damaged_manifest(self, images: Path, shards: Path, change: object, capsys) -> None:
         path = shards / "train.manifest.json"
-        manifest = json.loads(path.read_text())
-        if damage == "index":
-            (shards / "train.index.npz").write_bytes(b"PK")
-        elif damage == "name":  # a manifest from elsewhere must not lead out of its folder
-            (shards.parent / "x.tar").write_bytes(b"x")
-            path.write_text(json.dumps(manifest | {"shards": [{"name": "../x.tar", "bytes": 1}]}))
+        manifest = json.loads(written := path.read_bytes())
+        (shards.parent / "x.tar").write_bytes(b"x")
+        if isinstance(change, str):
+            *manifest["shards"], last = manifest["shards"]
+            manifest["shards"][0]["samples"] += last["samples"] if "images" in change else 0
+        elif change == {"only": "format"}:
+            manifest = {"format": 1}
         else:
-            changed = {"format": manifest | {"format": 99}, "labels": manifest | {"num_classes": 2}}
-            path.write_text("{" if damage == "manifest" else json.dumps(changed[damage]))
+            manifest = manifest | change if change else change
+        path.write_text(json.dumps(manifest))
         with pytest.raises(UserError, match="train"):
             opened(shards)
+        before = contents(shards)
+        if change == "one shard less, as many images":
+            assert prepare(images, shards) == 0 and contents(shards)["train.manifest.json"] == written
+        else:
+            assert prepare(images, shards) == data.prepare.main(["--verify", str(shards)]) == 2
+            assert capsys.readouterr().err.count("train.manifest.json") == 2 and contents(shards) == before
+
+    def test_damaged_index_or_files_that_are_no_json(self, images: Path, shards: Path) -> None:
+        (shards / "train.index.npz").write_bytes(b"PK")
+        with pytest.raises(UserError, match="cannot read .*train.index.npz"):
+            opened(shards)
+        (shards / "train.manifest.json").write_text("{")
+        with pytest.raises(UserError, match="train.manifest.json cannot be read"):
+            opened(shards)
+
+    @pytest.mark.parametrize("content", ["[]", '{"splits": {"train": 5}}', '{"splits": 5}', "{"])
+    def test_damaged_info_of_a_stream(self, tmp_path: Path, content: str) -> None:
+        pytest.importorskip("webdataset", reason="reads shards without an index")
+        (tmp_path / "_info.json").write_text(content)
+        for split_name in ("train", "x-{0..1}.tar|3"):
+            with pytest.raises(UserError, match=FLAG):
+                opened(tmp_path, split_name=split_name)
 
     def test_webdataset_reads_them_too(self, images: Path, shards: Path) -> None:
         pytest.importorskip("webdataset", reason="reads shards without an index")
