@@ -410,6 +410,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, lowest in (("short_side", 0), ("quality", 1), ("per_shard", 1), ("workers", 0), ("seed", 0)):
         if getattr(arguments, name) < lowest:
             parser.error(f"--{name.replace('_', '-')}: expected at least {lowest}, got {getattr(arguments, name)}")
+    for name, highest in (("quality", 100), ("seed", 2**32 - 1)):
+        if getattr(arguments, name) > highest:
+            parser.error(f"--{name}: expected at most {highest}, got {getattr(arguments, name)}")
     if not arguments.folder.strip():
         parser.error("FOLDER: expected a folder, got nothing (an unset shell variable?)")
     if arguments.verify == (arguments.images is not None):

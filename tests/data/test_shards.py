@@ -300,6 +300,8 @@ class TestPrepare:
             ["--verify", ""],
             ["--verify", "x", "y"],
             ["x", "y", "--per-shard=0"],
+            ["x", "y", "--quality=300"],
+            ["x", "y", f"--seed={2**32}"],
             ["x", "y", "--split=test"],
         ],
     )
