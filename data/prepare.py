@@ -283,8 +283,8 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
     different = [name for name in now if before.get(name) != now[name]]
     if different == ["images_sha256"]:
         raise UserError(
-            f"{folder} holds shards made from other images: as many, but of other names or labels. Give another folder, or "
-            "delete it."
+            f"{folder} holds shards made from other images: as many, but of other names or labels (or an earlier version wrote "
+            "them, which did not note these). Give another folder, or delete it."
         )
     if different:
         shown = ", ".join(
