@@ -189,18 +189,16 @@ def _open_stream(request: Request) -> Source | StreamSource:
     elif kind == "wds" and (shards := open_shards(Path(place), request)) is not None:
         return shards
     request.require(*_STREAM_PACKAGES[kind])
-    # Not timm's create_reader: that of 1.0.9 puts names, and so paths, into lower case.
-    reader_class = getattr(importlib.import_module(f"timm.data.readers.reader_{kind}"), f"Reader{kind.capitalize()}")
-    make_reader = partial(reader_class, name=name, root=place, split=request.split_name)
+    make_reader = partial(_make_reader, kind, name=name, root=place, split=request.split_name)
     try:
         reader = make_reader()
-    except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise request.error(
             f"cannot open split {request.split_name} of {request.spec} ({error}). A wds/ folder needs _info.json, or a "
             "split that names its files and the number of samples, such as 'part-{000..099}.tar|50000'."
         ) from error
     if kind == "wds":
-        if not isinstance(reader.info.get("num_classes"), int):
+        if not isinstance(reader.info, dict) or not isinstance(reader.info.get("num_classes"), int):
             raise request.error(f'expected the number of classes as "num_classes" in {place}/_info.json, found none.')
         shards = len(reader.split_info.filenames)
         return StreamSource(request.spec, make_reader, reader.num_samples, shards, None, reader.info["num_classes"])
@@ -209,6 +207,26 @@ def _open_stream(request: Request) -> Source | StreamSource:
         raise request.error(f"expected a feature 'label' with class names in {request.spec}, found none.")
     shards = reader.builder.as_streaming_dataset(split=request.split_name).num_shards if kind == "hfids" else None
     return StreamSource(request.spec, make_reader, reader.num_samples, shards, list(names), len(names))
+
+
+def _make_reader(kind: str, **options: Any) -> Any:
+    # Not timm's create_reader: that of 1.0.9 puts names, and so paths, into lower case.
+    reader_class = getattr(importlib.import_module(f"timm.data.readers.reader_{kind}"), f"Reader{kind.capitalize()}")
+    reader = reader_class(**options)
+    if kind == "wds":
+        reader._lazy_init = partial(_stop_at_lost_shards, reader_class, reader)
+    return reader
+
+
+def _stop_at_lost_shards(reader_class: type, reader: Any) -> None:
+    """What timm's reader does at its start; but where a shard cannot be read, it would go on with others, for a second time."""
+    from webdataset import reraise_exception
+    from webdataset.tariterators import tarfile_samples
+
+    reader_class._lazy_init(reader)
+    for stage in reader.ds.pipeline:
+        if getattr(stage, "f", None) is tarfile_samples:
+            stage.kw["handler"] = reraise_exception
 
 
 _OPENERS: dict[str, Callable[[Request], Source | StreamSource]] = {

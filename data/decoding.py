@@ -32,6 +32,7 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 _ORIENTATION = 0x0112  # EXIF's tag
+_GREY16 = ("PNG", "PPM")  # formats that Pillow opens in mode I where they have 16 bits
 _SIMPLE_COLOURS = ("YCbCr", "Gray")  # simplejpeg's names
 _LARGEST_BUFFER = 2**26  # bytes; 16 workers shall not hold gigabytes for one panorama
 
@@ -39,7 +40,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 def decode(image: bytes | Image.Image, *, upright: bool = True) -> Image.Image:
-    """RGB image from an encoded or an opened one of any mode and size; the first one of an animation.
+    """RGB image from an encoded or an opened one of any size and of at most 16 bits; the first one of an animation.
 
     Args:
         image: a file's bytes, or an image.
@@ -55,11 +56,15 @@ def decode(image: bytes | Image.Image, *, upright: bool = True) -> Image.Image:
             image = Image.open(io.BytesIO(image))
         except UnidentifiedImageError:  # its own message shows a memory address
             raise ValueError("not an image of a format that Pillow knows") from None
+    kind = image.format  # a turned image has none
     turned = upright and _orientation(image) not in (None, 1)
     if turned:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it at 255, that is, turn it white
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in _GREY16):
+        # convert() would clip 16-bit grey at 255, that is, turn it white.
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode[0] in "IF":
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) do not say which values are black and white")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about palettes with an alpha table otherwise
     return image.convert("RGB")

@@ -124,6 +124,16 @@ def _is_folder(entry: os.DirEntry) -> bool:
         raise
 
 
+def _is_file_or_lost(entry: os.DirEntry) -> bool:
+    """Whether it is a file, or a link that leads nowhere, to be named when met; a pipe would be waited for, for ever."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return True
+        raise
+
+
 def _leads_back(folder: str, above: list[str]) -> bool:
     """Whether `folder` is one of the folders `above`, or holds one of them; all are real paths."""
     return any(os.path.join(other, "").startswith(os.path.join(folder, "")) for other in above)
@@ -146,7 +156,8 @@ def _walk(root: str, folder: str, above: list[str]) -> Iterator[tuple[str, list[
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
             if not _is_folder(entry):
-                names.append(entry.name)
+                if _is_file_or_lost(entry):
+                    names.append(entry.name)
                 continue
             real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
             if not _leads_back(real, above):
@@ -185,6 +196,10 @@ def _open_tar(path: Path, request: Request) -> Source:
     try:
         with tarfile.open(path, "r:") as tar:
             members = list(tar)
+            # A damaged header, or none, ends the list without an error.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"at byte {tar.offset}, there is neither a header nor the mark of the end")
     except tarfile.TarError as error:
         raise request.error(f"{path} is not a complete, uncompressed tar file ({error}).") from error
     images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]
@@ -259,17 +274,28 @@ def class_folders(spec: str) -> list[str]:
 
 def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[str, int, int]]:
     """(name, offset, size) of all files; a link to one of them is that file under another name."""
-    files = [(member.name, member.offset_data, member.size) for member in members if member.isreg()]
-    links = [member for member in members if member.islnk() or member.issym()]
-    places = {posixpath.normpath(name): place for name, *place in files} if links else {}
-    targets = {posixpath.normpath(link.name): _target(link) for link in links}
-    lost = []
-    for link in links:
+    # By normal names, as extraction leaves it: a member takes the place of one of its name before (tar -r).
+    files: dict[str, tuple[str, int, int]] = {}
+    links: dict[str, tarfile.TarInfo] = {}
+    for member in members:
+        name = posixpath.normpath(member.name)
+        same = files.get(_target(member)) if member.islnk() else None  # now, whatever takes that name later
+        files.pop(name, None)
+        links.pop(name, None)
+        if member.isreg():
+            files[name] = (member.name, member.offset_data, member.size)
+        elif same is not None:
+            files[name] = (member.name, *same[1:])
+        elif member.islnk() or member.issym():
+            links[name] = member
+    targets = {name: _target(link) for name, link in links.items()}
+    linked, lost = [], []
+    for link in links.values():
         target, hops = _target(link), 0
         while target in targets and hops < len(links):  # links in a circle lead nowhere
             target, hops = targets[target], hops + 1
-        if target in places:
-            files.append((link.name, *places[target]))
+        if target in files:
+            linked.append((link.name, *files[target][1:]))
         else:
             lost.append(f"{link.name} → {link.linkname}")
     if lost:
@@ -277,7 +303,7 @@ def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[s
             f"expected links to files in {request.spec} itself, found links to folders, or out of it: {some(sorted(lost))}. "
             "Pack it with tar --dereference, which puts the files in the links' places."
         )
-    return sorted(files)
+    return sorted([*files.values(), *linked])
 
 
 def _target(link: tarfile.TarInfo) -> str:

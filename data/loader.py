@@ -5,7 +5,7 @@ nor what ran before changes a batch, and n ranks together see what one rank sees
 (`StreamSource`) are as repeatable as timm's readers: for the same numbers of ranks and workers.
 
 So worker processes that die (usually the kernel kills them for want of memory) are replaced, and the same batches go on.
-That is noticed where the next batch is awaited, at the latest after 5 s: see `_batches`.
+That is noticed where the next batch is awaited, at the latest after 5 s: see `watched_batches`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -157,7 +158,7 @@ class TrainLoader:
         `on_skipped` is called for each batch of that.
 
         Raises:
-            UserError: too many images in a row cannot be decoded.
+            UserError: too many images in a row cannot be decoded, or a stream cannot be read.
             RuntimeError: worker processes die again and again, or one that reads a stream died.
         """
         if isinstance(self._source, StreamSource):
@@ -186,7 +187,8 @@ class TrainLoader:
         # Workers and readers are new in each epoch, so that nothing depends on the epochs before.
         reader = {"seed": derive_seed("stream", self._seed, epoch) % 2**31, "batch_size": self._batch_size}
         reader |= {"training": True, "rank": self._rank, "world_size": self._world_size}
-        samples = _Stream(source, self._make_pipeline(size), ("sample", self._seed, epoch, self._rank), reader)
+        key = ("sample", self._seed, epoch, self._rank)
+        samples = _Stream(source, self._make_pipeline(size), key, reader, workers=self._workers["num_workers"])
         loader = _data_loader(
             samples,
             seed=derive_seed("workers", self._seed, epoch, self._rank),
@@ -241,9 +243,9 @@ class EvalLoader:
                 raise ValueError(f"{source.spec} is a stream, it has no indices")
             # Every rank reads the whole stream: timm's own sharding would repeat or drop samples at the end.
             reader = {"training": False, "seed": 0, "batch_size": batch_size, "rank": 0, "world_size": 1}
-            samples = _Stream(source, evaluation(size), ("eval",), reader, (rank, world_size))
+            samples = _Stream(source, evaluation(size), ("eval",), reader, (rank, world_size), workers=num_workers)
             loader = _data_loader(samples, batch_size=batch_size, **workers)
-            self._batches = partial(_stream_batches, loader, source)
+            self._batches = partial(_whole_stream, loader, source, samples.came)
         else:
             shown = range(len(source)) if indices is None else indices
             keys = [(0, int(index), size) for index in shown[rank::world_size]]
@@ -253,7 +255,12 @@ class EvalLoader:
             self._batches = partial(loader.batches, lambda done: iter(parts[done:]))
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches. Raises RuntimeError where worker processes die again and again, or one that reads a stream died."""
+        """The batches.
+
+        Raises:
+            UserError: a stream ended before its `len` samples.
+            RuntimeError: worker processes die again and again, or one that reads a stream died.
+        """
         return self._batches()
 
 
@@ -277,7 +284,7 @@ class _ImageLoader:
         while True:
             self._sampler.keys = keys(done)
             try:
-                for batch in _batches(self._loader):
+                for batch in watched_batches(self._loader):
                     yield batch
                     done, fruitless = done + 1, 0
                 return
@@ -329,7 +336,10 @@ class _Images(Dataset):
 
 
 class _Stream(IterableDataset):
-    """Batches of one image, of the positions `part[0]`, `part[0] + part[1]`, … of what this worker reads."""
+    """Batches of one image, of the positions `part[0]`, `part[0] + part[1]`, … of what this worker reads.
+
+    `came`: how many samples each worker has read, shown or not.
+    """
 
     def __init__(
         self,
@@ -338,13 +348,16 @@ class _Stream(IterableDataset):
         key: tuple[int | str, ...],
         reader: dict[str, Any],
         part: tuple[int, int] = (0, 1),
+        *,
+        workers: int,
     ) -> None:
         self._source, self._pipeline, self._key, self._reader, self._part = source, pipeline, key, reader, part
+        self.came = torch.zeros(max(workers, 1), dtype=torch.int64).share_memory_()  # workers write to it
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        samples = enumerate(self._source.samples(num_workers=workers, **self._reader))
+        samples = self._counted(self._source.samples(num_workers=workers, **self._reader), number)
         for position, (image, label) in islice(samples, self._part[0], None, self._part[1]):
             try:
                 x, draws = self._pipeline(image, (*self._key, number, position))
@@ -352,6 +365,14 @@ class _Stream(IterableDataset):
                 name = f"{self._source.spec}, worker {number}, position {position}"
                 raise RuntimeError(f"cannot transform {name}") from error.__cause__
             yield _batch_of_one(x, draws, label, -1, [])
+
+    def _counted(
+        self, samples: Iterator[tuple[Image.Image, int]], number: int
+    ) -> Iterator[tuple[int, tuple[Image.Image, int]]]:
+        self.came[number] = 0
+        for position, sample in enumerate(samples):
+            self.came[number] = position + 1
+            yield position, sample
 
 
 def _batch_of_one(x: Tensor, draws: Draws | None, label: int, index: int, failures: list[Failure]) -> Batch:
@@ -375,15 +396,27 @@ def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoad
 
 def _stream_batches(loader: DataLoader, source: StreamSource) -> Iterator[Batch]:
     try:
-        yield from _batches(loader)
+        yield from watched_batches(loader)
     except WorkerDied as death:  # a new worker would have to read all again
         raise RuntimeError(
             f"{source.spec}: {death}. The usual cause is a lack of memory: give a smaller data.num_workers, now "
             f"{loader.num_workers}. A stream's workers are not replaced."
         ) from death
+    except UserError as error:  # from a worker it comes with tracebacks before its message
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
-def _batches(loader: DataLoader) -> Iterator[Batch]:
+def _whole_stream(loader: DataLoader, source: StreamSource, came: Tensor) -> Iterator[Batch]:
+    """The batches, and an error after them where fewer samples `came` than the stream says it has."""
+    yield from _stream_batches(loader, source)
+    if came.sum() < len(source):
+        raise UserError(
+            f"{source.spec}: expected {len(source)} images, {int(came.sum())} came. Shards end early, or hold images that "
+            "cannot be decoded, or the number of samples is wrong."
+        )
+
+
+def watched_batches(loader: DataLoader) -> Iterator[Batch]:
     """Batches of `loader`; `WorkerDied` wherever a worker process has died, whatever error shows it first.
 
     A worker dies before, while or after it hands a batch over: nothing comes any more, for it may take the queue's lock

@@ -5,12 +5,12 @@
 
 IMAGES: as for `data.train_dataset`. FOLDER then is `--data.train_dataset=wds/FOLDER`. A first look at 64 images says
 how much space and time it will take (`--estimate`: nothing more). Shards appear whole or not at all: the same command
-goes on where it was interrupted. Images are shuffled once, so that those who read the shards in order see all
-classes. A file whose shorter side is at most `--short-side`, and every file without that option, is copied byte by
-byte; larger ones are turned upright, resized (bicubic) and written as JPEG. Files that are no images are left out and
-named in the manifest.
+goes on where it was interrupted, and replaces shards that are missing or of another size. Images are shuffled once,
+so that those who read the shards in order see all classes. A file whose shorter side is at most `--short-side`, and
+every file without that option, is copied byte by byte; larger ones are turned upright, resized (bicubic) and written
+as JPEG. Files that are no images are left out and named in the manifest; one that cannot be read ends it.
 
-Exit status: 0; 1 with --verify where a checksum differs; 2 for wrong input.
+Exit status: 0; 1 with --verify where something is not as it was written; 2 for wrong input; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from common.errors import UserError
 from common.files import take_folder, writable, write_atomically
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS, decode
-from data.shards import FORMAT, INFO, index_path, manifest_path, read_manifest, sha256
+from data.loader import WorkerDied, watched_batches
+from data.shards import FORMAT, INFO, file_size, index_path, manifest_path, read_json, read_manifest, sha256
 from data.source import Source, encoded, some
 
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what timm's reader looks for
@@ -70,20 +71,48 @@ def encode(data: bytes, settings: Settings) -> tuple[bytes, str]:
     return file.getvalue(), "jpg"
 
 
+def _encoded(source: Source, i: int, settings: Settings) -> tuple[bytes, str]:
+    """`encode` of image i. A file that cannot be read is a UserError: another time it may be there, unlike one that is no image."""
+    try:
+        data = encoded(source, i)
+    except OSError as error:
+        if error.errno is None:  # Pillow's, from a source that decodes
+            raise
+        raise UserError(
+            f"IMAGES: cannot read {source.name(i)} ({error.strerror or error}). When it can be read, the same command goes on."
+        ) from error
+    return encode(data, settings)
+
+
 class _Shards(Dataset):
-    """Shard number → written, with its record beside it; returns how many images it holds."""
+    """Shard number → written, with its record beside it; returns how many images it holds, or the error that came."""
 
-    def __init__(self, source: Source, folder: Path, split: str, settings: Settings, order: np.ndarray) -> None:
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        split: str,
+        settings: Settings,
+        order: np.ndarray,
+        expected: list[str] | None,
+    ) -> None:
+        """`expected`: the SHA-256 of each shard, where they have been finished once."""
         self._source, self._folder, self._split, self._settings = source, folder, split, settings
-        self._order = order
+        self._order, self._expected = order, expected
 
-    def __getitem__(self, number: int) -> int:
+    def __getitem__(self, number: int) -> int | OSError | UserError:
+        try:
+            return self._write(number)
+        except (OSError, UserError) as error:
+            return error  # raised in a worker, it would bring a traceback into its message
+
+    def _write(self, number: int) -> int:
         rows, left_out, archive = [], [], io.BytesIO()
         first = number * self._settings.per_shard
         with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for i in self._order[first : first + self._settings.per_shard].tolist():
                 try:
-                    data, ending = encode(encoded(self._source, i), self._settings)
+                    data, ending = _encoded(self._source, i, self._settings)
                 except DECODE_ERRORS as error:
                     left_out.append([self._source.key(i), f"{type(error).__name__}: {error}"])
                     continue
@@ -92,8 +121,13 @@ class _Shards(Dataset):
                 rows.append([self._source.key(i), tar.offset - _padded(len(data)), len(data), label])
                 _add(tar, f"{i:09d}.cls", str(label).encode())
         content, path = archive.getbuffer(), self._folder / f"{self._split}-{number:05d}.tar"
-        write_atomically(path, lambda file: file.write(content))
         shard = {"name": path.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        if self._expected is not None and shard["sha256"] != self._expected[number]:
+            raise UserError(
+                f"FOLDER: {path} is missing or of another size, and cannot be made again as it was: its images have changed, "
+                "or Pillow has. Copy it again, or delete the folder and make all again."
+            )
+        write_atomically(path, lambda file: file.write(content))
         record = {"shard": shard | {"samples": len(rows)}, "rows": rows, "left_out": left_out}
         write_atomically(record_path(path), lambda file: file.write(json.dumps(record).encode()))
         return len(rows) + len(left_out)
@@ -137,7 +171,7 @@ def estimate(source: Source, settings: Settings) -> Estimate:
     begin, size = time.perf_counter(), 0
     for k in range(count):
         try:
-            data, _ = encode(encoded(source, k * len(source) // count), settings)
+            data, _ = _encoded(source, k * len(source) // count, settings)
         except DECODE_ERRORS:
             continue
         size += _padded(len(data)) + 3 * tarfile.BLOCKSIZE  # two headers and a label
@@ -148,42 +182,116 @@ def estimate(source: Source, settings: Settings) -> Estimate:
 def prepare(
     source: Source, folder: Path, split: str, settings: Settings, *, workers: int, progress: bool
 ) -> dict[str, Any]:
-    """Write, or go on writing, the shards of a split; returns its manifest.
+    """Write, go on writing, or mend the shards of a split, in a folder that no other process writes to; returns its manifest.
 
     Raises:
-        UserError: the folder holds shards of other images or settings.
+        UserError: the folder holds shards of other images, settings or classes; an image cannot be read, or no image of a
+            class can be decoded; a worker died.
         OSError: the folder cannot be written.
     """
+    for part in folder.glob(f".{split}*.part"):  # of one that was killed; the folder is this process's
+        part.unlink(missing_ok=True)
     facts = {"images": len(source), "classes": source.class_names, "settings": asdict(settings)}
-    if (manifest := read_manifest(folder, split)) is not None:
-        _check_same(folder, manifest["made_from"], facts)
-        return manifest
-    begun = folder / f"{split}.begun.json"
-    if begun.exists():
-        _check_same(folder, json.loads(begun.read_text()), facts)
-    write_atomically(begun, lambda file: file.write(json.dumps(facts).encode()))
+    facts["images_sha256"] = _digest(source)
     order = np.random.RandomState(settings.seed).permutation(len(source))
     numbers = range(-(-len(source) // settings.per_shard))
     paths = [folder / f"{split}-{number:05d}.tar" for number in numbers]
-    todo = [number for number in numbers if read_record(paths[number]) is None]
-    shards = _Shards(source, folder, split, settings, order)
+    _read_info(folder)  # before hours of work rather than after
+    _check_other_split(folder, split, source)
+    begun = begun_path(folder, split)
+    manifest = read_manifest(folder, split)
+    if manifest is not None:
+        _check_same(folder, manifest["made_from"], facts)
+        if not _is_whole(manifest, folder, split, paths):
+            manifest = None  # all shards are made once more
+    elif (before := read_begun(folder, split)) is not None:
+        _check_same(folder, before, facts)
+    if manifest is None:
+        write_atomically(begun, lambda file: file.write(json.dumps(facts).encode()))
+        expected = None
+        todo = [number for number in numbers if read_record(paths[number]) is None]
+    else:
+        expected = [shard["sha256"] for shard in manifest["shards"]]
+        todo = [n for n, shard in enumerate(manifest["shards"]) if file_size(paths[n]) != shard["bytes"]]
+    shards = _Shards(source, folder, split, settings, order, expected)
     loader = DataLoader(
         shards, sampler=todo, batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
     )
     done = len(source) - sum(len(order[n * settings.per_shard : (n + 1) * settings.per_shard]) for n in todo)
     with tqdm(total=len(source), initial=done, unit=" images", desc=split, disable=not progress) as bar:
-        for count in loader:
-            bar.update(count)
-    manifest = _finish(source, folder, split, facts, [read_record(path) for path in paths])
+        try:
+            for count in watched_batches(loader):
+                if isinstance(count, Exception):
+                    raise count
+                bar.update(count)
+        except WorkerDied as death:
+            raise UserError(
+                f"{death}. The usual cause is a lack of memory: give a smaller --workers, now {workers}. The same command goes on."
+            ) from death
+    if manifest is None:
+        _check_classes(source, paths)
+        manifest = _finish(source, folder, split, facts, [read_record(path) for path in paths])
     for path in [begun, *map(record_path, paths)]:
         path.unlink(missing_ok=True)
     return manifest
 
 
+def begun_path(folder: Path, split: str) -> Path:
+    """What an unfinished split is made from."""
+    return folder / f"{split}.begun.json"
+
+
+def read_begun(folder: Path, split: str) -> dict[str, Any] | None:
+    """What an unfinished split is made from; None where it has not been begun, or is finished."""
+    return read_json(begun_path(folder, split))
+
+
+def _class_names(folder: Path, split: str) -> list[str] | None:
+    """Those of a split that is in `folder`, finished or not; None where there is none, or its classes have no names."""
+    if (manifest := read_manifest(folder, split)) is not None:
+        return manifest["class_names"]
+    return (read_begun(folder, split) or {}).get("classes")
+
+
+def _check_other_split(folder: Path, split: str, source: Source) -> None:
+    other = next(name for name in _SPLITS.values() if name != split)
+    names = _class_names(folder, other)
+    if None not in (names, source.class_names) and names != source.class_names:
+        raise UserError(
+            f"FOLDER: {folder} holds the split {other} with the classes {some(names)}; expected the same ones, in {split} "
+            f"found {some(source.class_names)}. Where shards are read as a stream, their labels would differ: write train "
+            "first, val then gets its numbers; or give each its own folder."
+        )
+
+
+def _is_whole(manifest: dict[str, Any], folder: Path, split: str, paths: list[Path]) -> bool:
+    """Whether all shards are listed, and the index is as it was written."""
+    path = index_path(folder, split)
+    listed = [shard["name"] for shard in manifest["shards"]]
+    return listed == [path.name for path in paths] and path.is_file() and sha256(path) == manifest["index_sha256"]
+
+
+def _digest(source: Source) -> str:
+    """Of all names and labels, in their order: as many images need not be the same ones."""
+    digest = hashlib.sha256()
+    for i, label in enumerate(source.labels.tolist()):
+        digest.update(os.fsencode(source.key(i)) + b"\0%d\0" % label)
+    return digest.hexdigest()
+
+
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     different = [name for name in now if before.get(name) != now[name]]
+    if different == ["images_sha256"]:
+        raise UserError(
+            f"{folder} holds shards made from other images: as many, but of other names or labels (or an earlier version wrote "
+            "them, which did not note these). Give another folder, or delete it."
+        )
     if different:
-        shown = ", ".join(f"{name} (were {_short(before.get(name))}, are {_short(now[name])})" for name in different)
+        shown = ", ".join(
+            f"{name} (were {_short(before.get(name))}, are {_short(now[name])})"
+            for name in different
+            if name != "images_sha256"
+        )
         raise UserError(f"{folder} holds shards made from other {shown}. Give another folder, or delete it.")
 
 
@@ -191,23 +299,49 @@ def _short(value: Any) -> str:
     return some(value) if isinstance(value, list) else str(value)
 
 
+def _check_classes(source: Source, paths: list[Path]) -> None:
+    """Refuse a class of which no image is left; the shards from which some were left out will be written again."""
+    records = {path: read_record(path) for path in paths}
+    left = {label for record in records.values() for *_, label in record["rows"]}
+    if not (empty := sorted(set(source.labels.tolist()) - left)):
+        return
+    left_out = [entry for record in records.values() for entry in record["left_out"]]
+    for path, record in records.items():
+        if record["left_out"]:
+            record_path(path).unlink()
+    names = empty if source.class_names is None else [source.class_names[label] for label in empty]
+    raise UserError(
+        f"IMAGES: expected at least one image that can be decoded in each class, found none in {some(names)} "
+        f"({len(left_out)} left out in all, such as {': '.join(left_out[0])}). Mend them and run the same command again."
+    )
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """timm's info file of all splits."""
+    info = read_json(folder / INFO)
+    if info is None:
+        return {"splits": {}}
+    if not isinstance(info.get("splits"), dict):
+        raise UserError(
+            f"{folder / INFO}: expected the splits, as python -m data.prepare writes them, found none. Give another folder."
+        )
+    return info
+
+
 def _finish(
     source: Source, folder: Path, split: str, facts: dict[str, Any], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Index, timm's info file, and last the manifest, which says that all is there."""
     rows = [(number, *row) for number, record in enumerate(records) for row in record["rows"]]
-    if not rows:
-        raise UserError("IMAGES: expected at least one image, found none that can be read.")
     shard, key, offset, size, label = zip(*rows)
     index = {name: np.array(v, np.int64) for name, v in {"offset": offset, "size": size, "label": label}.items()}
     index |= {"shard": np.array(shard, np.int32), "key": np.array([os.fsencode(k) for k in key])}
     write_atomically(index_path(folder, split), lambda file: np.savez(file, **index))
     shards = [record["shard"] for record in records]
-    try:
-        info = json.loads((folder / INFO).read_text())
-    except FileNotFoundError:
-        info = {"splits": {}}
-    info["num_classes"] = source.num_classes
+    info = _read_info(folder)
+    others = info.get("num_classes") if set(info["splits"]) - {split} else 0
+    # Those of the splits differ only where classes have no names.
+    info["num_classes"] = max(source.num_classes, others) if isinstance(others, int) else source.num_classes
     info["splits"][split] = {
         "name": split,
         "num_samples": len(rows),
@@ -231,7 +365,8 @@ def _finish(
 
 
 def verify(folder: Path) -> list[str]:
-    """Names of the shards and indices in `folder` that are missing or differ from their checksums.
+    """Names of the shards and indices in `folder` that are missing or differ from their checksums, of shards that no manifest
+    knows, and of splits that are not finished.
 
     Raises:
         UserError: there is no manifest.
@@ -239,6 +374,9 @@ def verify(folder: Path) -> list[str]:
     wrong, found = [], False
     for split in _SPLITS.values():
         if (manifest := read_manifest(folder, split)) is None:
+            if begun_path(folder, split).exists():
+                found = True
+                wrong.append(f"{split} (not finished)")
             continue
         found = True
         sums = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
@@ -246,6 +384,8 @@ def verify(folder: Path) -> list[str]:
         wrong += [
             name for name, digest in sums.items() if not (folder / name).is_file() or sha256(folder / name) != digest
         ]
+        shards = sorted(path.name for path in folder.glob(f"{split}-*.tar"))
+        wrong += [f"{name} (not in the manifest)" for name in shards if name not in sums]
     if not found:
         raise UserError(
             f"FOLDER: expected a manifest ({' or '.join(_SPLITS.values())}.manifest.json), found none in {folder}."
@@ -256,7 +396,7 @@ def verify(folder: Path) -> list[str]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Write WebDataset shards of images.")
     parser.add_argument("images", nargs="?", help="folder, tar, hfds/NAME, …; as data.train_dataset")
-    parser.add_argument("folder", type=Path, help="where the shards go")
+    parser.add_argument("folder", help="where the shards go")
     parser.add_argument("--split", choices=list(_SPLITS), default="train")
     parser.add_argument("--short-side", type=int, default=0, metavar="N", help="resize larger images to it; 0: never")
     parser.add_argument("--quality", type=int, default=90, metavar="Q", help="JPEG quality of resized images")
@@ -270,18 +410,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, lowest in (("short_side", 0), ("quality", 1), ("per_shard", 1), ("workers", 0), ("seed", 0)):
         if getattr(arguments, name) < lowest:
             parser.error(f"--{name.replace('_', '-')}: expected at least {lowest}, got {getattr(arguments, name)}")
+    for name, highest in (("quality", 100), ("seed", 2**32 - 1)):
+        if getattr(arguments, name) > highest:
+            parser.error(f"--{name}: expected at most {highest}, got {getattr(arguments, name)}")
+    if not arguments.folder.strip():
+        parser.error("FOLDER: expected a folder, got nothing (an unset shell variable?)")
     if arguments.verify == (arguments.images is not None):
         parser.error("expected IMAGES and FOLDER, or --verify and FOLDER")
     return arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folder: Path = arguments.folder
+    folder = Path(arguments.folder)
     if arguments.verify:
         wrong = verify(folder)
-        print(f"differ from their checksums: {some(wrong)}" if wrong else "all shards are as they were written")
+        print(
+            f"not as they were written: {some(wrong)}. Delete files that differ or are not in the manifest; the command that "
+            "wrote the others makes them again."
+            if wrong
+            else "all shards are as they were written"
+        )
         return int(bool(wrong))
-    source = open_source(arguments.images, split=arguments.split, flag="IMAGES", root=arguments.root)
+    images = Path(arguments.images).expanduser()
+    if images.is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):
+        raise UserError(f"FOLDER: expected a folder outside the images' own, {images}, got {folder}.")
+    split = _SPLITS[arguments.split]
+    # timm's reader knows no class names: the labels in the shards have to be the training set's numbers.
+    names = _class_names(folder, "train") if split != "train" else None
+    source = open_source(arguments.images, split=arguments.split, flag="IMAGES", root=arguments.root, class_names=names)
     if not isinstance(source, Source):
         raise UserError(f"IMAGES: expected images that can be read in any order, got the stream {arguments.images}.")
     settings = Settings(arguments.short_side, arguments.quality, arguments.per_shard, arguments.seed)
@@ -296,7 +452,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.estimate:
         return 0
-    split = _SPLITS[arguments.split]
     present = sum(path.stat().st_size for path in folder.glob(f"{split}-*.tar"))
     if expected.size - present > free:
         raise UserError(
@@ -318,6 +473,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

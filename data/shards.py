@@ -23,6 +23,15 @@ from data.source import Request, Source, some
 
 FORMAT = 1
 INFO = "_info.json"
+_MANIFEST = {
+    "num_samples": int,
+    "num_classes": int,
+    "index_sha256": str,
+    "shards": list,
+    "left_out": list,
+    "made_from": dict,
+}
+_SHARD = {"name": str, "sha256": str, "bytes": int, "samples": int}
 
 
 def manifest_path(folder: Path, split: str) -> Path:
@@ -41,6 +50,8 @@ class ShardSource(Source):
         self.num_classes = manifest["num_classes"]
         if not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
             raise ValueError(f"its labels are not below {self.num_classes}")
+        if not 0 <= index["shard"].min() <= index["shard"].max() < len(manifest["shards"]):
+            raise ValueError(f"its shards are not below {len(manifest['shards'])}")
         self._paths = [str(folder / shard["name"]) for shard in manifest["shards"]]
         self._shard, self._offset, self._size, self._keys = (index[k] for k in ("shard", "offset", "size", "key"))
 
@@ -59,6 +70,23 @@ class ShardSource(Source):
         return int(self._size[i])
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None where there is none.
+
+    Raises:
+        UserError: it cannot be read, or holds something else than a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
 def read_manifest(folder: Path, split: str) -> dict[str, Any] | None:
     """A split's manifest; None where there is none.
 
@@ -66,15 +94,33 @@ def read_manifest(folder: Path, split: str) -> dict[str, Any] | None:
         UserError: it is damaged, or of another format.
     """
     path = manifest_path(folder, split)
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
+    if (manifest := read_json(path)) is None:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: expected a manifest of format {FORMAT}, as python -m data.prepare writes it.")
+    wrong = [name for name, kind in _MANIFEST.items() if not isinstance(manifest.get(name), kind)]
+    names = manifest.get("class_names")
+    if names is not None and not (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len(names) == manifest.get("num_classes")
+    ):
+        wrong.append("class_names")
+    if "shards" not in wrong and not all(map(_is_shard, manifest["shards"])):
+        wrong.append("shards")
+    if not wrong and sum(shard["samples"] for shard in manifest["shards"]) != manifest["num_samples"]:
+        wrong = ["num_samples", "shards"]
+    if wrong:
+        raise UserError(f"{path}: expected a manifest as python -m data.prepare writes it, damaged are {some(wrong)}.")
     return manifest
+
+
+def _is_shard(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(name), kind) for name, kind in _SHARD.items())
+        and Path(entry["name"]).name == entry["name"]  # a manifest from elsewhere must not lead out of its folder
+    )
 
 
 def open_shards(folder: Path, request: Request) -> ShardSource | None:
@@ -86,8 +132,7 @@ def open_shards(folder: Path, request: Request) -> ShardSource | None:
     manifest = read_manifest(folder, request.split_name)
     if manifest is None:
         return None
-    wrong = [shard["name"] for shard in manifest["shards"] if _size(folder / shard["name"]) != shard["bytes"]]
-    wrong += [shard["name"] for shard in manifest["shards"] if Path(shard["name"]).name != shard["name"]]
+    wrong = [shard["name"] for shard in manifest["shards"] if file_size(folder / shard["name"]) != shard["bytes"]]
     if wrong:
         raise request.error(
             f"expected the {len(manifest['shards'])} shards of {folder} as its manifest says, missing or of another size are "
@@ -103,7 +148,8 @@ def open_shards(folder: Path, request: Request) -> ShardSource | None:
         raise request.error(f"cannot read {path} ({error}).") from error
 
 
-def _size(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
+    """Bytes; None where there is no such file."""
     try:
         return path.stat().st_size
     except OSError:

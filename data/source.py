@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -87,17 +88,27 @@ class StreamSource:
     def samples(
         self, *, training: bool, batch_size: int, seed: int, rank: int, world_size: int, num_workers: int
     ) -> Iterator[tuple[Image.Image, int]]:
-        """This loader worker's (RGB image, label): shuffled and wrapping around if `training`, else each once."""
+        """This loader worker's (RGB image, label): shuffled and wrapping around if `training`, else each once.
+
+        Raises:
+            UserError: a file cannot be read, or a label is not below the number of classes.
+        """
         reader = self._make_reader(is_training=training, batch_size=batch_size, seed=seed)
         # timm would take these from torch.distributed, if that runs; here they are arguments.
         reader.dist_rank, reader.dist_num_replicas = rank, world_size
         reader.set_loader_cfg(num_workers=max(num_workers, 1))
-        for position, (image, label) in enumerate(reader):
-            if not 0 <= label < len(self._numbers):
-                raise UserError(
-                    f"{self.spec}: expected labels below {len(self._numbers)}, found {label} at position {position}."
-                )
-            yield image, self._numbers[label]
+        try:
+            for position, (image, label) in enumerate(reader):
+                if not 0 <= label < len(self._numbers):
+                    raise UserError(
+                        f"{self.spec}: expected labels below {len(self._numbers)}, found {label} at position {position}."
+                    )
+                yield image, self._numbers[label]
+        except (OSError, tarfile.TarError) as error:
+            reason = ": ".join(
+                text for text in error.args if isinstance(text, str)
+            )  # WebDataset adds the shard's address
+            raise UserError(f"{self.spec}: cannot be read ({reason}).") from error
 
 
 class Collected(Source):
@@ -108,6 +119,8 @@ class Collected(Source):
         samples = list(islice(stream.samples(**reader), count))
         if not samples:
             raise UserError(f"{stream.spec}: expected at least one image, found none.")
+        if len(samples) < (expected := min(count, len(stream))):
+            raise UserError(f"{stream.spec}: expected {expected} images, {len(samples)} came.")
         super().__init__([label for _, label in samples], stream.class_names)
         self.num_classes, self._spec = stream.num_classes, stream.spec
         self._images = [_png(image) for image, _ in samples]

@@ -145,6 +145,15 @@ class TestLinks:
         with pytest.raises(DECODE_ERRORS, match=r"No such file.*set/a/gone.png"):
             source.read(1)
 
+    def test_pipes_are_left_out(self, tmp_path: Path) -> None:
+        """To read one would wait for ever."""
+        root = write_folder(tmp_path / "set", {"a": 1})
+        os.mkfifo(root / "a" / "pipe.png")
+        (root / "a" / "link.png").symlink_to("pipe.png")
+        (root / "a" / "circle.png").symlink_to("circle.png")
+        source = opened(root)
+        assert [source.key(i) for i in range(len(source))] == ["a/000.png", "a/circle.png"]
+
     def test_dangling_class_is_an_error(self, tmp_path: Path) -> None:
         """Left out, it would shift the numbers of all classes after it."""
         root = write_folder(tmp_path / "set", {"a": 1})
@@ -280,11 +289,52 @@ class TestTar:
             with pytest.raises(UserError, match=f"{FLAG}.*{words}"):
                 opened(tmp_path / f"{name}.tar")
 
+    @pytest.mark.parametrize("damage", ["bit of a header", "between members", "inside a header", "inside the mark"])
+    def test_a_tar_that_ends_early(self, tmp_path: Path, damage: str) -> None:
+        path = pack(tmp_path / "set.tar", write_folder(tmp_path / "images", {"a": 3, "b": 2}))
+        with tarfile.open(path) as tar:
+            member = [member for member in tar if member.isfile()][2]
+            end = tar.offset
+        content = bytearray(path.read_bytes())
+        if damage == "bit of a header":
+            content[member.offset + 3] ^= 1
+        else:
+            begin = {
+                "between members": member.offset,
+                "inside a header": member.offset + 200,
+                "inside the mark": end + 512,
+            }
+            del content[begin[damage] :]
+        path.write_bytes(content)
+        at = end if damage == "inside the mark" else member.offset
+        with pytest.raises(UserError, match=f"{FLAG}: .*set.tar is not a complete, .*at byte {at},"):
+            opened(path)
+
 
 def add(tar: tarfile.TarFile, name: str, *, data: bytes = b"", link: str = "", kind: bytes = tarfile.REGTYPE) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = len(data), kind, link
     tar.addfile(info, io.BytesIO(data))
+
+
+def test_members_replaced_in_a_tar(tmp_path: Path) -> None:
+    """As extraction leaves it: of equal names the last, whatever it is; a hard link stays what it was made from."""
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        add(tar, "a/0.png", data=encoded(0))
+        add(tar, "a/1.png", data=encoded(1))
+        add(tar, "a/hard.png", link="a/0.png", kind=tarfile.LNKTYPE)
+        add(tar, "a/soft.png", link="0.png", kind=tarfile.SYMTYPE)
+        add(tar, "a/2.png", link="gone.png", kind=tarfile.SYMTYPE)
+        add(tar, "a/0.png", link="a/0.png", kind=tarfile.LNKTYPE)  # as GNU tar packs a file of two names twice
+        add(tar, "./a/0.png", data=encoded(10))
+        add(tar, "a/0.png", link="a/0.png", kind=tarfile.LNKTYPE)
+        add(tar, "a/1.png", link="soft.png", kind=tarfile.SYMTYPE)
+        add(tar, "a/2.png", data=encoded(2))
+    source = opened(tmp_path / "set.tar")
+    found = {source.key(i).removeprefix("./"): source.image(i) for i in range(len(source))}
+    assert len(source) == len(found) == 5
+    seeds = {"a/0.png": 10, "a/1.png": 10, "a/2.png": 2, "a/hard.png": 0, "a/soft.png": 10}
+    assert found == {name: encoded(seed) for name, seed in seeds.items()}
 
 
 class TestLinksInTar:

@@ -125,9 +125,12 @@ def right_files() -> dict[str, tuple[bytes, np.ndarray]]:
     cmyk = Image.merge("CMYK", [Image.new("L", (40, 30), level) for level in (0, 255, 255, 0)])  # red
     panorama = Image.fromarray(np.tile(np.linspace(0, 255, 30_000, dtype=np.uint8), (60, 1)))
     palette = rgb.quantize(16)
+    pgm16 = b"P5 40 30 65535\n" + grey16.astype(">u2").tobytes()
     return {
         "cmyk.jpg": (saved(cmyk, "JPEG", quality=95), np.full((30, 40, 3), (255, 0, 0))),
         "grey16.png": (saved(Image.fromarray(grey16), "PNG"), np.repeat((grey16 >> 8)[..., None], 3, 2)),
+        "grey16.tif": (saved(Image.fromarray(grey16), "TIFF"), np.repeat((grey16 >> 8)[..., None], 3, 2)),
+        "grey16.pgm": (pgm16, np.repeat((grey16 >> 8)[..., None], 3, 2)),
         "grey.jpg": (
             saved(rgb.convert("L"), "JPEG", quality=95),
             np.repeat(np.asarray(rgb.convert("L"))[..., None], 3, 2),
@@ -146,7 +149,10 @@ def right_files() -> dict[str, tuple[bytes, np.ndarray]]:
 
 def wrong_files() -> dict[str, bytes]:
     jpeg = encoded(1, 200, 150, "JPEG")
+    grey = np.linspace(0, 1, 30 * 40).reshape(30, 40)
     return {
+        "float.tif": saved(Image.fromarray(grey.astype(np.float32)), "TIFF"),
+        "int32.tif": saved(Image.fromarray((grey * 255).astype(np.int32)), "TIFF"),
         "truncated.jpg": jpeg[: len(jpeg) // 2],
         "header only.jpg": jpeg[:300],
         "zero bytes.jpg": b"",

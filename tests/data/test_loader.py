@@ -30,7 +30,7 @@ from common.errors import UserError
 from data.augment import concatenated
 from data.datasets import open_source
 from data.loader import Batch, EvalLoader, TrainLoader
-from data.source import Source, StreamSource
+from data.source import Collected, Source, StreamSource
 from data.transforms import eval_transform
 from tests.data import encoded, picture, write_folder
 
@@ -568,6 +568,35 @@ class TestStreams:
         few = open_source(f"wds/{tmp_path}/Shards", split="val", flag="x")
         with pytest.raises(UserError, match="expected labels below 5, found 5 at position 5"):
             list(EvalLoader(few, size=8, batch_size=2))
+
+    @pytest.mark.parametrize(("rank", "workers"), [(0, 0), (1, 0), (1, 2)])
+    def test_an_evaluation_of_fewer_samples_than_announced(
+        self, source: StreamSource, tmp_path: Path, rank: int, workers: int
+    ) -> None:
+        """Cut between two members: nothing else shows that."""
+        shard = tmp_path / "Shards" / "1.tar"
+        with tarfile.open(shard) as tar:
+            end = tar.getmembers()[4].offset
+        shard.write_bytes(shard.read_bytes()[:end])
+        loader = EvalLoader(source, size=8, batch_size=4, rank=rank, world_size=2, num_workers=workers)
+        for _ in range(2):
+            with pytest.raises(UserError, match="wds/.*: expected 24 images, 20 came"):
+                list(loader)
+        with pytest.raises(UserError, match="wds/.*: expected 10 images, 8 came"):
+            Collected(open_source(f"wds/{tmp_path}/Shards", split="val", flag="x", split_name="{0..1}.tar|12"), 10)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_shard_that_is_missing_or_cut(self, source: StreamSource, tmp_path: Path, workers: int) -> None:
+        shard = tmp_path / "Shards" / "1.tar"
+        content = shard.read_bytes()
+        for damage in (lambda: shard.write_bytes(content[:1300]), shard.unlink):
+            damage()
+            for batches in (
+                basic(source, num_workers=workers).epoch(0, 8),
+                EvalLoader(source, size=8, batch_size=4, num_workers=workers),
+            ):
+                with pytest.raises(UserError, match=r"^wds/[^\n]*: cannot be read \([^\n]*1.tar\)\.$"):
+                    list(batches)
 
     def test_a_stream_without_images_ends_the_epoch_with_an_error(self, source: StreamSource, tmp_path: Path) -> None:
         for shard in (tmp_path / "Shards").glob("*.tar"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import data.prepare
 from common.errors import UserError
@@ -77,20 +81,43 @@ class TestPrepare:
             add(*arguments)
 
         monkeypatch.setattr(data.prepare, "_add", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(images, other)
+        assert prepare(images, other) == 130
+        (other / ".train-00002.tar.x.part").touch()  # as of a process that was killed
         assert sorted(path.name for path in other.glob("*.tar")) == ["train-00000.tar", "train-00001.tar"]
         assert isinstance(pytest.raises(UserError, opened, other).value, UserError)  # not ready yet
         (other / "train-00001.tar").write_bytes(b"cut off")
         before = (other / "train-00000.tar").stat().st_mtime_ns
         assert prepare(images, other) == 0
         assert (other / "train-00000.tar").stat().st_mtime_ns == before
-        assert contents(other) == contents(shards)
+        assert contents(other) == contents(shards)  # and no other file
         assert prepare(images, other) == 0 and contents(other) == contents(shards)  # nothing left to do
 
     def test_several_workers_write_the_same(self, images: Path, shards: Path, tmp_path: Path) -> None:
         assert prepare(images, tmp_path / "other", "--workers=2") == 0
         assert contents(tmp_path / "other") == contents(shards)
+
+    def test_faults_of_workers_are_one_sentence(
+        self, images: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        def full(path: Path, write: object) -> None:
+            if path.name != "train.begun.json":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_atomically(path, write)
+
+        other = tmp_path / "other"
+        write_atomically = data.prepare.write_atomically
+        with monkeypatch.context() as patch:
+            patch.setattr(data.prepare, "write_atomically", full)
+            assert prepare(images, other, "--workers=1") == 2
+        assert capsys.readouterr().err.endswith(f"error: FOLDER: cannot write to {other} (No space left on device).\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(data.prepare, "_add", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            # DataLoader looks after its workers every 5 s.
+            patch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+            assert prepare(images, other, "--workers=1") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "died" in error and "signal 9" in error and error.endswith("now 1. The same command goes on.")
+        assert prepare(images, other) == 0 and contents(other) == contents(shards)
 
     def test_resizes_what_is_larger(self, images: Path, tmp_path: Path) -> None:
         assert prepare(images, tmp_path / "small", "--short-side=40", "--quality=80") == 0
@@ -112,6 +139,28 @@ class TestPrepare:
         assert manifest["num_samples"] == len(opened(tmp_path / "shards")) == 19
         said = capsys.readouterr()
         assert "left out: a/text.jpg" in said.err and "2 left out" in said.out
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_file_that_cannot_be_read_ends_it(self, images: Path, tmp_path: Path, workers: int, capsys) -> None:
+        (images / "b" / "003.png").rename(tmp_path / "003.png")
+        (images / "b" / "003.png").symlink_to(tmp_path / "unmounted")
+        source, folder = open_source(str(images), split="train", flag=FLAG), tmp_path / "shards"
+        settings = data.prepare.Settings(0, 90, PER_SHARD, 0)
+        folder.mkdir()
+        with pytest.raises(UserError, match=r"^IMAGES: cannot read .*b/003.png \(No such file or directory\)") as error:
+            data.prepare.prepare(source, folder, "train", settings, workers=workers, progress=False)
+        assert "Traceback" not in str(error.value) and not (folder / "train.manifest.json").exists()
+        assert prepare(images, folder) == 2 and "b/003.png" in capsys.readouterr().err
+        (tmp_path / "003.png").rename(tmp_path / "unmounted")
+        assert prepare(images, folder) == 0 and len(opened(folder)) == 19
+
+    def test_a_class_without_an_image_is_refused(self, images: Path, tmp_path: Path, capsys) -> None:
+        (images / "d").mkdir()
+        (images / "d" / "text.jpg").write_bytes(b"404 Not Found")
+        assert prepare(images, tmp_path / "shards") == 2
+        assert "found none in d (1 left out in all, such as d/text.jpg: " in capsys.readouterr().err
+        (images / "d" / "text.jpg").write_bytes(encoded(9, kind="JPEG"))
+        assert prepare(images, tmp_path / "shards") == 0 and len(opened(tmp_path / "shards")) == 20
 
     def test_says_what_it_will_take(self, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert prepare(images, tmp_path / "shards", "--estimate") == 0
@@ -144,12 +193,94 @@ class TestPrepare:
         assert prepare(images, shards) == 2 and "images (were 19, are 18)" in capsys.readouterr().err
         assert contents(shards) == before
 
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_as_many_other_images_are_refused(
+        self, images: Path, shards: Path, finished: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        if not finished:
+            facts = json.loads((shards / "train.manifest.json").read_text())["made_from"]
+            (shards / "train.begun.json").write_text(json.dumps(facts))
+            (shards / "train.manifest.json").unlink()
+        before = contents(shards)
+        (images / "c" / "000.png").rename(images / "a" / "new.png")
+        assert prepare(images, shards) == 2
+        assert "made from other images: as many" in capsys.readouterr().err and contents(shards) == before
+
+    @pytest.mark.parametrize("below", [".", "shards", "a", "../link/shards"])
+    def test_a_folder_among_the_images_is_refused(self, images: Path, below: str, capsys) -> None:
+        (images.parent / "link").symlink_to(images)
+        before = sorted(images.rglob("*"))
+        assert prepare(images, images / below) == 2
+        assert "FOLDER: expected a folder outside" in capsys.readouterr().err and sorted(images.rglob("*")) == before
+
+    def test_shards_that_are_missing_or_cut_are_made_again(self, images: Path, shards: Path, capsys) -> None:
+        before = contents(shards)
+        kept = (shards / "train-00000.tar").stat().st_mtime_ns
+        (shards / "train-00002.tar").unlink()
+        (shards / "train-00003.tar").write_bytes(b"cut")
+        assert prepare(images, shards) == 0 and contents(shards) == before
+        assert (shards / "train-00000.tar").stat().st_mtime_ns == kept
+        (shards / "train.index.npz").unlink()
+        assert prepare(images, shards) == 0 and contents(shards) == before
+        for path in images.rglob("*.png"):
+            path.write_bytes(encoded(99))
+        (shards / "train-00002.tar").unlink()
+        before = contents(shards)
+        assert prepare(images, shards) == 2 and contents(shards) == before
+        assert "train-00002.tar is missing or of another size, and cannot be made again" in capsys.readouterr().err
+
     def test_both_splits_in_one_folder(self, images: Path, shards: Path, tmp_path: Path) -> None:
         write_folder(tmp_path / "v", {"a": 2, "c": 1})
         assert prepare(tmp_path / "v", shards, "--split=val") == 0
         train = opened(shards)
         val = opened(shards, "val", class_names=train.class_names)
         assert len(train) == 19 and sorted(val.labels.tolist()) == [0, 0, 2]
+
+    def test_labels_of_both_splits_are_the_same_in_a_stream(self, images: Path, shards: Path, tmp_path: Path) -> None:
+        pytest.importorskip("webdataset", reason="reads shards without an index")
+        write_folder(tmp_path / "v", {"b": 2, "c": 1})
+        assert prepare(tmp_path / "v", shards, "--split=val") == 0
+        for name in ("validation.manifest.json", "validation.index.npz"):
+            (shards / name).unlink()
+        (batch,) = EvalLoader(opened(shards, "val"), size=8, batch_size=3)
+        assert sorted(batch.y.tolist()) == [1, 1, 2]
+
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_splits_of_other_classes_in_one_folder_are_refused(
+        self, images: Path, tmp_path: Path, finished: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "shards"
+        write_folder(tmp_path / "v", {"b": 2, "c": 1})
+        assert prepare(tmp_path / "v", folder, "--split=val") == 0
+        if not finished:
+            path = folder / "validation.manifest.json"
+            (folder / "validation.begun.json").write_text(json.dumps(json.loads(path.read_text())["made_from"]))
+            path.unlink()
+        before = contents(folder)
+        assert prepare(images, folder) == 2 and contents(folder) == before
+        assert "holds the split validation with the classes b, c; expected the same" in capsys.readouterr().err
+        write_folder(tmp_path / "v", {"d": 1})
+        assert prepare(images, tmp_path / "other") == 0
+        assert prepare(tmp_path / "v", tmp_path / "other", "--split=val") == 2
+        assert "IMAGES: " in (said := capsys.readouterr().err) and "that the training set does not have: d" in said
+
+    @pytest.mark.parametrize("name", ["train.begun.json", "_info.json"])
+    @pytest.mark.parametrize("content", ["", "[]", '{"splits": 3}'])
+    def test_damaged_files_in_the_folder_are_named_before_anything_is_written(
+        self, images: Path, tmp_path: Path, name: str, content: str, capsys
+    ) -> None:
+        (tmp_path / "shards").mkdir()
+        (tmp_path / "shards" / name).write_text(content)
+        assert prepare(images, tmp_path / "shards") == 2
+        said, other = capsys.readouterr().err, str(tmp_path / "shards") + " holds shards made from other"
+        assert f"shards/{name}" in said or other in said
+        assert contents(tmp_path / "shards") == {name: content.encode()}
+
+    def test_verify_names_what_no_manifest_knows(self, images: Path, shards: Path, tmp_path: Path, capsys) -> None:
+        (shards / "train-00005.tar").write_bytes(b"")
+        (shards / "validation.begun.json").write_text("{}")
+        assert data.prepare.main(["--verify", str(shards)]) == 1
+        assert "written: train-00005.tar (not in the manifest), validation (not finished)." in capsys.readouterr().out
 
     def test_verify(self, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert data.prepare.main(["--verify", str(shards)]) == 0
@@ -162,7 +293,17 @@ class TestPrepare:
         assert data.prepare.main(["--verify", str(tmp_path)]) == 2
 
     @pytest.mark.parametrize(
-        "argv", [["x"], ["--verify", "x", "y"], ["x", "y", "--per-shard=0"], ["x", "y", "--split=test"]]
+        "argv",
+        [
+            ["x"],
+            ["x", ""],
+            ["--verify", ""],
+            ["--verify", "x", "y"],
+            ["x", "y", "--per-shard=0"],
+            ["x", "y", "--quality=300"],
+            ["x", "y", f"--seed={2**32}"],
+            ["x", "y", "--split=test"],
+        ],
     )
     def test_wrong_command_lines(self, argv: list[str]) -> None:
         with pytest.raises(SystemExit) as ended:
@@ -188,20 +329,61 @@ class TestReading:
         ):
             opened(shards)
 
-    @pytest.mark.parametrize("damage", ["index", "manifest", "format", "name", "labels"])
-    def test_damaged_index_or_manifest(self, shards: Path, damage: str) -> None:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"format": 99},
+            {"num_classes": 2},
+            {"class_names": ["a"]},
+            {"class_names": list("abcde")},
+            {"class_names": 5},
+            {"num_samples": "x"},
+            {"shards": ["train-00000.tar"]},
+            {"shards": [{"name": "../x.tar", "sha256": "", "bytes": 1, "samples": 19}]},
+            {"shards": [{"name": "x.tar", "bytes": 1}]},
+            {"made_from": None},
+            "one shard less",
+            "one shard less, as many images",
+            [],
+            {"only": "format"},
+        ],
+    )
+    def test_damaged_manifest(self, images: Path, shards: Path, change: object, capsys) -> None:
         path = shards / "train.manifest.json"
-        manifest = json.loads(path.read_text())
-        if damage == "index":
-            (shards / "train.index.npz").write_bytes(b"PK")
-        elif damage == "name":  # a manifest from elsewhere must not lead out of its folder
-            (shards.parent / "x.tar").write_bytes(b"x")
-            path.write_text(json.dumps(manifest | {"shards": [{"name": "../x.tar", "bytes": 1}]}))
+        manifest = json.loads(written := path.read_bytes())
+        (shards.parent / "x.tar").write_bytes(b"x")
+        if isinstance(change, str):
+            *manifest["shards"], last = manifest["shards"]
+            manifest["shards"][0]["samples"] += last["samples"] if "images" in change else 0
+        elif change == {"only": "format"}:
+            manifest = {"format": 1}
         else:
-            changed = {"format": manifest | {"format": 99}, "labels": manifest | {"num_classes": 2}}
-            path.write_text("{" if damage == "manifest" else json.dumps(changed[damage]))
+            manifest = manifest | change if change else change
+        path.write_text(json.dumps(manifest))
         with pytest.raises(UserError, match="train"):
             opened(shards)
+        before = contents(shards)
+        if change == "one shard less, as many images":
+            assert prepare(images, shards) == 0 and contents(shards)["train.manifest.json"] == written
+        else:
+            assert prepare(images, shards) == data.prepare.main(["--verify", str(shards)]) == 2
+            assert capsys.readouterr().err.count("train.manifest.json") == 2 and contents(shards) == before
+
+    def test_damaged_index_or_files_that_are_no_json(self, images: Path, shards: Path) -> None:
+        (shards / "train.index.npz").write_bytes(b"PK")
+        with pytest.raises(UserError, match="cannot read .*train.index.npz"):
+            opened(shards)
+        (shards / "train.manifest.json").write_text("{")
+        with pytest.raises(UserError, match="train.manifest.json cannot be read"):
+            opened(shards)
+
+    @pytest.mark.parametrize("content", ["[]", '{"splits": {"train": 5}}', '{"splits": 5}', "{"])
+    def test_damaged_info_of_a_stream(self, tmp_path: Path, content: str) -> None:
+        pytest.importorskip("webdataset", reason="reads shards without an index")
+        (tmp_path / "_info.json").write_text(content)
+        for split_name in ("train", "x-{0..1}.tar|3"):
+            with pytest.raises(UserError, match=FLAG):
+                opened(tmp_path, split_name=split_name)
 
     def test_webdataset_reads_them_too(self, images: Path, shards: Path) -> None:
         pytest.importorskip("webdataset", reason="reads shards without an index")
@@ -255,6 +437,16 @@ class TestHTTP:
             for batch in EvalLoader(opened(address), size=8, batch_size=4, rank=rank, world_size=2, num_workers=1)
         ]
         assert sorted(torch.cat(shown).tolist()) == [0] * 5 + [1] * 7 + [2] * 7
+
+    def test_a_shard_that_is_not_there(self, address: str, shards: Path) -> None:
+        source = opened(address)
+        (shards / "train-00001.tar").unlink()
+        for batches in (
+            TrainLoader(source, augmentation=1, batch_size=2).epoch(0, 8),
+            EvalLoader(source, size=8, batch_size=4),
+        ):
+            with pytest.raises(UserError, match=r"cannot be read .*train-00001.tar"):
+                list(batches)
 
     def test_nothing_there(self, address: str) -> None:
         with pytest.raises(UserError, match="data.train_dataset: cannot open split train of wds/http"):
