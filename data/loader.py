@@ -245,7 +245,8 @@ class EvalLoader:
             reader = {"training": False, "seed": 0, "batch_size": batch_size, "rank": 0, "world_size": 1}
             samples = _Stream(source, evaluation(size), ("eval",), reader, (rank, world_size), workers=num_workers)
             loader = _data_loader(samples, batch_size=batch_size, **workers)
-            self._batches = partial(_whole_stream, loader, source, samples.came)
+            # Every rank sees the same: one of them tells it.
+            self._batches = partial(_whole_stream, loader, source, samples.came, on_warning if rank == 0 else None)
         else:
             shown = range(len(source)) if indices is None else indices
             keys = [(0, int(index), size) for index in shown[rank::world_size]]
@@ -258,7 +259,7 @@ class EvalLoader:
         """The batches.
 
         Raises:
-            UserError: a stream ended before its `len` samples.
+            UserError: a stream cannot be read.
             RuntimeError: worker processes die again and again, or one that reads a stream died.
         """
         return self._batches()
@@ -406,13 +407,15 @@ def _stream_batches(loader: DataLoader, source: StreamSource) -> Iterator[Batch]
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
-def _whole_stream(loader: DataLoader, source: StreamSource, came: Tensor) -> Iterator[Batch]:
-    """The batches, and an error after them where fewer samples `came` than the stream says it has."""
+def _whole_stream(
+    loader: DataLoader, source: StreamSource, came: Tensor, on_warning: Callable[[str], None] | None
+) -> Iterator[Batch]:
+    """The batches, and a warning after them where fewer samples `came` than the stream says it has."""
     yield from _stream_batches(loader, source)
-    if came.sum() < len(source):
-        raise UserError(
-            f"{source.spec}: expected {len(source)} images, {int(came.sum())} came. Shards end early, or hold images that "
-            "cannot be decoded, or the number of samples is wrong."
+    if on_warning is not None and came.sum() < len(source):
+        on_warning(
+            f"{source.spec} announces {len(source)} images, {int(came.sum())} came, and only these count. Shards end early, or "
+            "hold images that cannot be decoded, or the number is wrong."
         )
 
 
