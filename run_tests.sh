@@ -14,7 +14,7 @@ export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script}"
 
 # One process a core and one more, as many tests wait for programs that they start; each with one thread. The tests of a file
-# stay together, as they share what is slow to make.
+# stay together, as they share what is slow to make; in the order of the files, as the few tests of some take longest.
 cores=$(env -u OMP_NUM_THREADS nproc)  # which would take the threads for the cores
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PY" -m pytest -n $((cores < 4 ? cores + 1 : 4)) --dist loadfile "$@"
+exec "$PY" -m pytest -n $((cores < 4 ? cores + 1 : 4)) --dist loadfile --no-loadscope-reorder "$@"

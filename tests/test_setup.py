@@ -27,7 +27,7 @@ PYTHONS = ["3.10", "3.11", "3.12"]
 SYSTEM_PATH = "/usr/bin:/bin"
 
 # One test process a core, and one more.
-SPREAD = ["-n", str(min(len(os.sched_getaffinity(0)) + 1, 4)), "--dist", "loadfile"]
+SPREAD = ["-n", str(min(len(os.sched_getaffinity(0)) + 1, 4)), "--dist", "loadfile", "--no-loadscope-reorder"]
 SHELL_FILES = ["setup_env.sh", "run_train.sh", "run_eval.sh", "run_ablation.sh", "run_tests.sh"]
 
 # Arguments are recorded one call a line, separated by "|". A stand-in outside .venv meets the requirements if

@@ -27,7 +27,7 @@ def flags(images, folder):
         f"--data.val_dataset={images}",
         "--data.num_workers=0",
         "--eval.norms=Linf",
-        "--eval.eps=0.1",
+        "--eval.eps=0.2",
         "--eval.fullaa=0",
         "--eval.batch_size=1",
         "--eval.n_ex=4",
