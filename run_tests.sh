@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run the tests. Sets the project up first if need be (see setup_env.sh). The tests need neither network nor GPU.
 #
-#     bash run_tests.sh                          all of them
+#     bash run_tests.sh                          all but those of networks above 45 M parameters
+#     bash run_tests.sh -m ''                    those too
 #     bash run_tests.sh tests/attacks -k apgd    pytest's arguments; paths start at the project's root
 set -euo pipefail
 

@@ -114,8 +114,9 @@ class Trainer:
             notes += self._check_run(start.state["run"])
             self._restore(start.state)
         first = min(self.progress.epochs_done, config.training.epochs - 1)
-        self._prepared = {resolution_at_epoch(first, resolution=config.resolution)}  # image sizes
-        prepare_networks(self.state, config, processes, size=next(iter(self._prepared)))
+        size = resolution_at_epoch(first, resolution=config.resolution)
+        prepare_networks(self.state, config, processes, size=size)
+        self._prepared = {size}  # image sizes
         self._together(lambda: self._open_folder(notes))
         if start.state is not None:
             start.state = {"step": start.state["step"]}  # the rest is as large as the model, average and optimiser

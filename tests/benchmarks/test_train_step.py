@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from attacks.apgd import apgd
+from benchmarks.harness import run_program
 from benchmarks.published_step import PublishedTraining, published_apgd
 from benchmarks.train_step import Measured, Sample, config_for, rows
+from common.errors import UserError
 from tests.attacks.test_apgd import batch, micro
 
 
@@ -54,3 +56,10 @@ def test_rows():
     if not torch.cuda.is_available():
         assert found["time_ratio_convnext_tiny"]["ok"] is True
         assert found["memory_ratio_convnext_tiny"]["figure"] is None
+
+
+def test_a_program_that_trained_uncompiled_after_all_is_no_measurement():
+    warning = "warning: training.compile: training runs uncompiled: no C++ compiler"
+    assert run_program(["-c", "print(1)"]) > 0
+    with pytest.raises(UserError, match=r"uncompiled: no C\+\+ compiler"):
+        run_program(["-c", f"import sys; print({warning!r}, file=sys.stderr)"])

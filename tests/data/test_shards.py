@@ -57,6 +57,13 @@ def shards(images: Path, tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
+def unfinish(shards: Path) -> None:
+    """As if the command had been interrupted before its last step."""
+    manifest = shards / "train.manifest.json"
+    (shards / "train.begun.json").write_text(json.dumps(json.loads(manifest.read_text())["made_from"]))
+    manifest.unlink()
+
+
 class TestPrepare:
     def test_holds_the_folders_files_byte_by_byte(self, images: Path, shards: Path) -> None:
         plain, found = open_source(str(images), split="train", flag=FLAG), opened(shards)
@@ -183,9 +190,7 @@ class TestPrepare:
         self, images: Path, shards: Path, finished: bool, capsys: pytest.CaptureFixture[str]
     ) -> None:
         if not finished:
-            facts = json.loads((shards / "train.manifest.json").read_text())["made_from"]
-            (shards / "train.begun.json").write_text(json.dumps(facts))
-            (shards / "train.manifest.json").unlink()
+            unfinish(shards)
         before = contents(shards)
         assert prepare(images, shards, "--short-side=10") == 2
         assert "made from other settings" in capsys.readouterr().err
@@ -198,9 +203,7 @@ class TestPrepare:
         self, images: Path, shards: Path, finished: bool, capsys: pytest.CaptureFixture[str]
     ) -> None:
         if not finished:
-            facts = json.loads((shards / "train.manifest.json").read_text())["made_from"]
-            (shards / "train.begun.json").write_text(json.dumps(facts))
-            (shards / "train.manifest.json").unlink()
+            unfinish(shards)
         before = contents(shards)
         (images / "c" / "000.png").rename(images / "a" / "new.png")
         assert prepare(images, shards) == 2
