@@ -1,6 +1,6 @@
 """Run a grid of trainings (flags × seeds), evaluate them, and summarise.
 
-    bash run_ablation.sh GRID.yaml [--jobs N] [--threads N] [--out DIR] [--seeds 0,1] [--section.flag=value …]
+    bash run_ablation.sh GRID.yaml [--jobs N] [--threads N] [--out DIR] [--seeds 0,1] [--arms a,b] [--section.flag=value …]
     bash run_ablation.sh GRID.yaml --summary        only summarise what is there
     bash run_ablation.sh GRID.yaml --check          read the grid and list its runs
 
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ablation.evidence import read_claims, write_evidence
-from ablation.grid import Grid, load_grid
+from ablation.grid import Cell, Grid, load_grid
 from ablation.running import Runner, Slot, stopping_on_signals
 from ablation.summary import summarise
 from common.errors import UserError
@@ -35,10 +35,11 @@ def main(argv: Sequence[str]) -> int:
         grid = load_grid(arguments.grid, out=arguments.out, seeds=arguments.seeds, extra=extra)
         if grid.claims:
             read_claims(grid.claims, grid)  # before hours of training
+        cells = grid.cells_of(arguments.arms)
         if arguments.check:
-            print("\n".join(f"{cell}: train.py {' '.join(cell.train_argv())}" for cell in grid.cells))
+            print("\n".join(f"{cell}: train.py {' '.join(cell.train_argv())}" for cell in cells))
             return 0
-        status = 0 if arguments.summary else run(grid, arguments)
+        status = 0 if arguments.summary else run(grid, cells, arguments)
         summary = summarise(grid)
         print(summary.markdown(), end="")
         if grid.claims:
@@ -50,9 +51,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def run(grid: Grid, arguments: argparse.Namespace) -> int:
-    """Work on the grid; returns the exit status."""
-    runner = Runner(grid.cells, make_slots(arguments.jobs, arguments.threads), on_change=lambda: summarise(grid))
+def run(grid: Grid, cells: list[Cell], arguments: argparse.Namespace) -> int:
+    """Train and evaluate `cells`; returns the exit status."""
+    runner = Runner(cells, make_slots(arguments.jobs, arguments.threads), on_change=lambda: summarise(grid))
     with stopping_on_signals(runner) as received:
         status = runner.run()
     return 128 + received[0] if received else status
@@ -74,6 +75,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--out", type=Path, help="folder of the grid (default: runs/ablations/<file's name>)")
     parser.add_argument("--seeds", type=_seeds, default=[], help="instead of the grid's, separated by commas")
+    parser.add_argument(
+        "--arms",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="A,B",
+        help="train only these arms and what they start from",
+    )
     parser.add_argument(
         "--evidence", type=Path, metavar="DIR", help="where evidence.md and evidence.json go (default: --out)"
     )

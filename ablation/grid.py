@@ -100,6 +100,20 @@ class Grid:
         """Arm by arm, so that what is named first is whole first."""
         return [Cell(self, arm, seed) for arm in self.arms.values() for seed in self.seeds]
 
+    def cells_of(self, arms: Sequence[str]) -> list[Cell]:
+        """The trainings of these arms and of those they start from, in the grid's order; all for no names.
+
+        Raises:
+            UserError: no such arm.
+        """
+        if unknown := [name for name in arms if name not in self.arms]:
+            raise UserError(f"--arms: expected some of {', '.join(self.arms)}; got {unknown[0]!r}.")
+        wanted = set(arms or self.arms)
+        for name in arms:
+            while name := self.arms[name].start:
+                wanted.add(name)
+        return [cell for cell in self.cells if cell.arm.name in wanted]
+
     def cell(self, arm: str, seed: int) -> Cell:
         """The training of an arm with a seed."""
         return self.cells[list(self.arms).index(arm) * len(self.seeds) + self.seeds.index(seed)]
