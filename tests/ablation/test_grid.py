@@ -54,13 +54,16 @@ def test_an_arm_starts_from_anothers_weights_of_the_same_seed(tmp_path: Path) ->
     assert list(grid.entries) == ["robust"] and grid.compare == ()
 
 
-def test_some_arms_bring_what_they_start_from(tmp_path: Path) -> None:
+def test_some_arms_bring_what_they_start_from(tmp_path: Path, capsys) -> None:
     arms = {"clean": {}, "other": {}, "middle": {"from": "clean"}, "robust": {"from": "middle"}}
     grid = grid_of(tmp_path, {"arms": arms, "seeds": [0, 1]})
     assert [str(cell) for cell in grid.cells_of(["robust"])] == [
         f"{arm}, seed {seed}" for arm in ("clean", "middle", "robust") for seed in (0, 1)
     ]
     assert grid.cells_of([]) == grid.cells
+    assert main([str(tmp_path / "grid.yaml"), "--arms=middle", "--check"]) == 0
+    listed = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [f"{arm}, seed {seed}" for arm in ("clean", "middle") for seed in (0, 1)]
 
 
 def test_evaluations(tmp_path: Path) -> None:
@@ -160,7 +163,7 @@ def test_what_is_refused(tmp_path: Path, capsys, content: dict, words: str) -> N
         (["{grid}", "--quick"], "got '--quick'"),
         (["{grid}", "--lr.lr=fast"], "lr.lr: expected a number"),
         (["{grid}", "--data.seed=5"], "command line: data.seed is decided by seeds (--seeds)"),
-        (["{grid}", "--arms=base,other", "--check"], "--arms: expected some of "),
+        (["{grid}", "--arms=run,other", "--check"], "--arms: expected some of run; got 'other'"),
         (["{grid}", "--logging.folder=/x"], "command line: logging.folder is decided by --out"),
     ],
 )
