@@ -50,7 +50,7 @@ world_size() {
 
 # PyTorch is asked only where there is a driver: importing it takes seconds.
 visible_gpus() {
-    if command -v nvidia-smi >/dev/null; then
+    if command -v nvidia-smi >/dev/null || [ -e /dev/nvidiactl ]; then
         "$PY" -c 'import torch; print(torch.cuda.device_count())'
     else
         echo 0

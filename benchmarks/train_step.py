@@ -3,8 +3,8 @@
     python -m benchmarks.train_step --arch convnext_tiny [--quick] [--json FILE]
 
 APGD with 2 steps at Linf 4/255, AdamW, average of the weights, ConvStem where there is one. On a CPU in float32, on a GPU in
-float16 (published) and bfloat16 (ours; `--precision`). One command an architecture; the model's FLOPs count all forward and
-backward passes of the attack too.
+float16 (published) and bfloat16 (ours; `--precision`), where cuDNN tries its convolutions for both. One command an
+architecture; the model's FLOPs count all forward and backward passes of the attack too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
 from training.state import TrainState
 from training.step import attack_batch, autocast, to_device, train_step, update
+from training.trainer import deterministic
 from utils_architecture import ARCHITECTURES
 
 N_ITER = 2
@@ -285,7 +286,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     for arch in arguments.arch.split(","):
         one = argparse.Namespace(**{**vars(arguments), "arch": arch})
         for number, batch_size in enumerate(sizes):
-            with float32_matmul(tf32=arguments.precision == "tf32"):
+            with float32_matmul(tf32=arguments.precision == "tf32"), deterministic(False):
                 found += measure_batch(one, batch_size, suffix=f"_batch{batch_size}" if number else "")
     return found
 

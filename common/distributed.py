@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
+from common.gpus import usable_gpus
 from common.stop import REPEAT_SECONDS, SIGNALS, STOPPED
 
 TIMEOUT = timedelta(minutes=30)
@@ -60,7 +61,7 @@ class Processes:
     @property
     def on_this_machine(self) -> int:
         """Number of the run's processes on this machine."""
-        return int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else self.world_size
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) if under_torchrun() else self.world_size
 
     @property
     def from_launcher(self) -> bool:
@@ -257,8 +258,8 @@ def check_processes(world_size: int) -> int:
                 f"dist.world_size: {world_size} was asked for, but the launcher started {started} processes; leave it out."
             )
         total, world_size = started, int(os.environ.get("LOCAL_WORLD_SIZE", started))
-    gpus = torch.cuda.device_count()
-    if torch.cuda.is_available() and world_size > gpus:
+    gpus = usable_gpus()
+    if gpus and world_size > gpus:
         raise UserError(f"dist.world_size: {world_size} processes need as many GPUs on this machine, {gpus} visible.")
     return total
 
@@ -535,8 +536,17 @@ def _joined(
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **bound)
     try:
         yield Processes(rank=rank, world_size=world_size, device=device, store=store, start=start)
-    finally:
+    except SystemExit:  # all processes leave alike
         dist.destroy_process_group()
+        raise
+    except BaseException:
+        if backend == "nccl":
+            # To destroy its communicators NCCL waits for all processes, and the others do not know of this one's failure.
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def local_rank() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 
 import torch
 
@@ -24,7 +25,7 @@ def prefetch(
     if device.type != "cuda":
         yield from batches
         return
-    stream, consumer, batches = torch.cuda.Stream(device), torch.cuda.current_stream(device), iter(batches)
+    stream, consumer, batches = _copy_stream(device), torch.cuda.current_stream(device), iter(batches)
     while True:
         before = consumer.record_event(torch.cuda.Event(enable_timing=True))
         if (batch := next(batches, None)) is None:
@@ -37,3 +38,9 @@ def prefetch(
         for tensor in (x, y):
             tensor.record_stream(consumer)  # its memory is used again only when the consumer's work on it is done
         yield batch._replace(x=x, y=y)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: freed memory is used again by the stream that it was taken for only."""
+    return torch.cuda.Stream(device)

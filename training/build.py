@@ -85,7 +85,7 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
     """
     torch.manual_seed(derive_seed("init", config.data.seed))
     m, training = config.model, config.training
-    if training.precision == "tf32" and processes.device.type != "cuda":
+    if training.precision == "tf32" and not torch.cuda.is_available():  # --check builds on the CPU
         raise UserError("training.precision: tf32 is arithmetic of NVIDIA GPUs, and there is none; give fp32 or bf16.")
     model = build_model(
         m.arch,

@@ -8,6 +8,7 @@ memory: neither's mode nor `requires_grad` ever changes, and each is compiled on
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Callable
 
@@ -56,7 +57,12 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     # Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
-    settings = {"dynamic": False, "options": {"fallback_random": True}}
+    options: dict[str, bool] = {"fallback_random": True}
+    if processes.world_size > 1 and hasattr(torch._inductor.config, "use_static_cuda_launcher"):
+        # It keeps Python's lock while it waits for room in the GPU's queue, which is for ever once another process hangs: the
+        # thread that is to notice that (common.liveness) would wait as well.
+        options["use_static_cuda_launcher"] = False
+    settings = {"dynamic": False, "options": options}
 
     def compile_attacked() -> None:
         state.attacked = torch.compile(frozen_twin(state.model), **settings)
@@ -101,7 +107,9 @@ def _rehearse_or_stay_uncompiled(
 
 
 def _stay_uncompiled(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
-    state.attacked, state.parallel = state.model, processes.parallel(state.model)
+    state.attacked = state.parallel = state.model
+    gc.collect()  # what averaged the gradients of a network that did not compile must not do so beside the new one
+    state.parallel = processes.parallel(state.model)
     if processes.world_size > 1:
         _rehearse_training(state, config, processes, size=size)
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import islice
 
 import torch
 
@@ -35,24 +35,29 @@ class Feed:
         self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def watch(self, batches: Iterator[Batch], on_batch: Callable[[], None] = lambda: None) -> Iterator[Batch]:
-        """The same batches; the first time, some are loaded ahead to measure the loader alone, calling `on_batch` for each."""
-        if not self._measured:
-            batches = chain(self._load_ahead(batches, on_batch), batches)
+        """The same batches; the first time, some are loaded ahead to measure the loader alone, calling `on_batch` for each.
+
+        That is done before this returns: whoever iterates waits for none of them.
+        """
+        ahead = deque() if self._measured else self._load_ahead(batches, on_batch)
+        return self._watched(ahead, batches)
+
+    def _watched(self, ahead: deque[Batch], batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             begin = time.perf_counter()
-            batch = next(batches, None)
+            batch = ahead.popleft() if ahead else next(batches, None)
             if self._device.type == "cpu":
                 self._waited += time.perf_counter() - begin
             if batch is None:
                 return
             yield batch
 
-    def _load_ahead(self, batches: Iterator[Batch], on_batch: Callable[[], None]) -> list[Batch]:
+    def _load_ahead(self, batches: Iterator[Batch], on_batch: Callable[[], None]) -> deque[Batch]:
         """The first batches, three from each worker: the first ones are there all at once, after the workers' start; the others
         come at the workers' speed."""
         self._measured = True
         first = max(self._num_workers, 1)
-        ahead, begin, since = [], time.perf_counter(), 0.0
+        ahead, begin, since = deque(), time.perf_counter(), 0.0
         for batch in batches:
             on_batch()
             ahead.append(batch)
@@ -63,7 +68,7 @@ class Feed:
             if len(ahead) == 3 * first or late:
                 break
         if len(ahead) > first:
-            self.rate = sum(len(batch.y) for batch in ahead[first:]) / max(now - since, 1e-9)
+            self.rate = sum(len(batch.y) for batch in islice(ahead, first, None)) / max(now - since, 1e-9)
         return ahead
 
     def on_gap(self, before: torch.cuda.Event, after: torch.cuda.Event) -> None:

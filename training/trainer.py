@@ -722,17 +722,18 @@ def end_of_job(config: TrainConfig) -> float | None:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Only deterministic algorithms (`training.deterministic`), inside the context."""
-    if not enabled:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    """Inside the context only deterministic algorithms (`training.deterministic`), else the fastest: cuDNN tries its convolutions
+    at each new shape."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not enabled
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,31 @@ def test_how_processes_end(tmp_path, short, monkeypatch, capfd, what, status, li
     assert time.monotonic() - begin < 30
     errors = [text for text in capfd.readouterr().err.splitlines() if text.startswith("error: ")]
     assert len(errors) == (line is not None) and (line is None or errors[0].startswith(line))
+
+
+@pytest.mark.parametrize(
+    ("ends", "backend", "left"),
+    [
+        (None, "nccl", "destroyed"),
+        (SystemExit(STOPPED), "nccl", "destroyed"),
+        (UserError("bad input"), "nccl", "aborted"),
+        (ValueError("an accident"), "nccl", "aborted"),
+        (KeyboardInterrupt(), "nccl", "aborted"),
+        (ValueError("an accident"), "gloo", "destroyed"),
+    ],
+)
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, ends, backend, left):
+    """NCCL destroys its communicators when all processes ask for it: the others do not, after the failure of one."""
+    done = []
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_abort_process_group", lambda: done.append("aborted"))
+    device = torch.device("cuda" if backend == "nccl" else "cpu")
+    with pytest.raises(type(ends)) if ends else nullcontext():
+        with distributed._joined(0, 2, distributed.dist.HashStore(), device=device):
+            if ends:
+                raise ends
+    assert done == [left]
 
 
 def start_waiting(folder: Path) -> tuple[subprocess.Popen, list[int]]:

@@ -25,6 +25,7 @@ def slow(count, seconds, size=4):
 def test_all_batches_come_and_the_first_are_timed(workers):
     feed, seen, ready = Feed(num_workers=workers, device=CPU), [], []
     batches = feed.watch(slow(9, 0.02), lambda: ready.append(len(seen)))
+    assert len(ready) == 3 * max(workers, 1)  # before anybody waits for a batch
     for batch in batches:
         seen.append(batch)
     assert len(seen) == 9 and ready == [0] * (3 * max(workers, 1))  # loaded ahead of the first step

@@ -168,14 +168,20 @@ def test_other_ways_of_training_resume_exactly(many, tmp_path, at_step, change):
 def test_deterministic(many, tmp_path):
     flags = base_flags(many, tmp_path) | RANDOM
     seen, before = [], training.trainer.train_step
+
+    def settings():
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+
+    own = settings()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             training.trainer,
             "train_step",
-            lambda *a, **k: (seen.append(torch.are_deterministic_algorithms_enabled()), before(*a, **k))[1],
+            lambda *a, **k: (seen.append(settings()), before(*a, **k))[1],
         )
         run(flags | {"training.deterministic": 1})
-    assert seen == [True] * 10 and not torch.are_deterministic_algorithms_enabled()
+        run(flags | {"training.resume": "none"})
+    assert seen == [(True, False)] * 10 + [(False, True)] * 10 and settings() == own
 
 
 # --- what resume means --------------------------------------------------------------------------------------------------

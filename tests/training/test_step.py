@@ -14,7 +14,7 @@ import training.build
 import training.compiled
 from attacks.apgd import apgd
 from common.config import TrainConfig, load_config
-from common.distributed import Processes
+from common.distributed import Processes, launch
 from common.errors import UserError
 from data.augment import concatenated, draw, generator
 from data.loader import Batch
@@ -22,12 +22,14 @@ from data.prefetch import prefetch
 from data.transforms import Mixup
 from tests.attacks.test_apgd import GOLDEN, NORMS, GoldenNet, NoReads
 from tests.training.helpers import base_flags, run
+from tests.training.test_flags import free_port
 from training.build import build_state, check_image_sizes
 from training.compiled import frozen_twin, prepare_networks, prepare_size
 from training.step import train_step
 from utils_architecture import checkpoint_blocks, get_new_model
 
 CLASSES = 4
+ALONE = Processes.alone("cpu")
 
 
 class SmallNet(nn.Module):
@@ -65,7 +67,7 @@ def steps(state, config, count=3, *, mixup=None) -> list[float]:
             state,
             [batch(seed=seed)],
             config=config,
-            processes=Processes.alone(),
+            processes=ALONE,
             mixup=mixup,
             lr=1e-3,
             eps=config.adv.eps,
@@ -137,7 +139,7 @@ def test_prefetch_leaves_a_cpu_alone():
 def small_state(monkeypatch, **flags):
     monkeypatch.setattr(training.build, "build_model", lambda *args, **kwargs: SmallNet())
     config = config_for(**flags)
-    return build_state(config, Processes.alone()), config
+    return build_state(config, ALONE), config
 
 
 def test_twin_shares_everything_but_mode_and_gradients():
@@ -163,7 +165,7 @@ def test_compiled_steps_equal_eager_ones_and_compile_once(monkeypatch):
         state, config = small_state(monkeypatch, **{"training.compile": compile, "training.precision": "fp64"})
         begin = copy.deepcopy(state.state_dict())
         graphs = counters["stats"]["unique_graphs"]
-        prepare_networks(state, config, Processes.alone(), size=32)
+        prepare_networks(state, config, ALONE, size=32)
         if compile == "1":
             assert counters["stats"]["unique_graphs"] == graphs + 3  # attack with gradient, without, training
             assert state.attacked is not state.model and state.parallel is not state.model
@@ -181,6 +183,34 @@ def test_compiled_steps_equal_eager_ones_and_compile_once(monkeypatch):
         for name, value in eager[kind].items():
             torch.testing.assert_close(compiled[kind][name], value, rtol=0, atol=1e-9, msg=name)
     assert max((eager["model"][n].double() - begin["model"][n].double()).abs().max() for n in begin["model"]) > 1e-3
+
+
+def train_compiled_and_not(folder: str, processes: Processes) -> None:
+    """One of two processes: five steps of two micro-batches each; the weights go to files."""
+    training.build.build_model = lambda *args, **kwargs: SmallNet()
+    original = torch.compile
+    # Everything of the compiler but the writing of kernels, which takes a minute; and a bucket of gradients for each parameter.
+    torch.compile = lambda model, *, dynamic, options: original(model, dynamic=dynamic, backend="aot_eager")
+    for compile in ("0", "1"):
+        config = config_for(**{"training.compile": compile, "training.precision": "fp64", "training.grad_accum": 2})
+        state = build_state(config, processes)
+        prepare_networks(state, config, processes, size=32)
+        assert (state.attacked is state.model) == (compile == "0")
+        for seed in range(5):
+            batches = [batch(seed=10 * seed + 2 * i + processes.rank) for i in range(2)]
+            train_step(state, batches, config=config, processes=processes, mixup=None, lr=1e-3, eps=config.adv.eps)
+        torch.save(state.model.state_dict(), f"{folder}/{compile}_{processes.rank}.pt")
+
+
+def test_two_processes_compiled_equal_eager_ones(tmp_path):
+    status = launch(train_compiled_and_not, str(tmp_path), world_size=2, address="localhost", port=free_port())
+    assert status == 0
+    weights = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.iterdir()}
+    assert len(weights) == 4
+    for name, value in weights["0_0"].items():
+        torch.testing.assert_close(weights["0_1"][name], value, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(weights["1_1"][name], weights["1_0"][name], rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(weights["1_0"][name], value, rtol=0, atol=1e-9, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -349,9 +379,13 @@ def test_checkpointing_refuses_what_it_would_spoil():
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_tf32_needs_a_gpu():
+def test_tf32_needs_a_gpu(monkeypatch):
+    config = config_for(**{"training.precision": "tf32"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="training.precision: tf32"):
-        build_state(config_for(**{"training.precision": "tf32"}), Processes.alone("cpu"))
+        build_state(config, ALONE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    build_state(config, ALONE)  # as --check does on a machine with one
 
 
 def test_stem_norm_equals_reductions_over_channels():

@@ -328,8 +328,7 @@ def test_check_finds_what_would_stop_the_run(images, tmp_path, capsys, change, w
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("common.distributed.usable_gpus", lambda: 2)
     assert check_processes(2) == 2
     with pytest.raises(UserError, match="dist.world_size: 3.*2 visible"):
         check_processes(3)

@@ -1,0 +1,29 @@
+"""The GPUs that this process can use."""
+
+from __future__ import annotations
+
+import torch
+
+from common.errors import UserError
+
+
+def usable_gpus() -> int:
+    """Number of visible GPUs; 0 on a machine without.
+
+    PyTorch counts GPUs by asking the driver's management library, which also knows those that CUDA cannot use: under a driver
+    that is too old for this PyTorch, or more of them than a GPU that is cut into parts (MIG) lets a process have.
+
+    Raises:
+        UserError: there are GPUs, and PyTorch cannot use them.
+    """
+    if not torch.cuda.device_count():
+        return 0
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it: {reason} "
+            "CUDA_VISIBLE_DEVICES= (empty) in front of the command uses the CPU."
+        ) from error
+    return torch.cuda.device_count()  # now CUDA's own count
