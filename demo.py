@@ -83,7 +83,8 @@ def compare(weights: Mapping[str, Path]) -> dict[str, Any]:
     networks = [{"name": NAMES[name], "model_in": str(path)} for name, path in weights.items()]
     write_text(FOLDER / "networks.yaml", yaml.safe_dump(networks, sort_keys=False))
     flags = ("--config-file", str(PROJECT / "configs" / "demo_eval.yaml"), f"--eval.models={FOLDER / 'networks.yaml'}")
-    config = load_config(EvalConfig, [*flags, f"--eval.out={FOLDER / 'eval'}"])
+    # The training that has just ended still shows in what nvidia-smi says of a GPU.
+    config = load_config(EvalConfig, [*flags, f"--eval.out={FOLDER / 'eval'}", "--eval.gpu_wait=1"])
     outcome = run_evaluations(config, Processes.alone())
     save_images(config)
     draw({e.network: e.folder for e in outcome.evaluations})

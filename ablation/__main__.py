@@ -108,11 +108,12 @@ def _seeds(text: str) -> list[int]:
 
 def make_slots(jobs: int | None, threads: int | None) -> list[Slot]:
     """As many places as runs at once, dealt to the visible GPUs in turn."""
-    import torch
+    from common.gpus import usable_gpus  # imports PyTorch, for seconds
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    gpus = gpus if torch.cuda.is_available() else []
+    usable = usable_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(usable)))
+    # Numbers may name more GPUs than there are; of parts of GPUs, by their UUIDs, a process sees only the first.
+    gpus = visible.split(",")[: usable if visible.replace(",", "").isdigit() else None] if usable else []
     jobs = jobs or max(1, len(gpus))
     threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
     return [Slot(gpus[number % len(gpus)] if gpus else "", threads) for number in range(jobs)]

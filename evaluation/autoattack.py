@@ -105,7 +105,8 @@ def attack_chunk(
     Raises:
         UserError: neither package is installed, logits that are not finite, or too few classes for the targeted attacks.
     """
-    logits = _logits(model, x.to(device))
+    with float32_matmul(tf32=False):
+        logits = _logits(model, x.to(device))
     if not torch.isfinite(logits).all():
         raise UserError(
             "eval.model_in: the network's logits are not finite on clean images; its accuracy means nothing."

@@ -17,7 +17,7 @@ from common.distributed import Board, Processes
 from common.errors import UserError
 from common.files import writable
 from evaluation import worker
-from evaluation.gpus import find_slots
+from evaluation.gpus import find_slots, gpus_in_question
 from evaluation.images import ImageList
 from evaluation.plan import Evaluation, Plan, make_plan, open_planned_images
 from evaluation.progress import Progress
@@ -92,6 +92,9 @@ def _work(
     try:
         if tasks:
             slots = find_slots(config.eval, chunks=len(tasks))
+            here, planned = slots[0].device.split(":")[0], evaluations[0].identity["arithmetic"]["device"]
+            if here != planned:  # of the first process; a GPU's verdicts and a CPU's must not be mixed
+                raise UserError(f"torchrun: the first process uses {planned}, another one has only {here}.")
             if first:
                 first.progress.begin(slots)
             images = first.images if first else open_planned_images(config, evaluations)
@@ -138,8 +141,7 @@ class _Coordinator:
     def prepare(self) -> tuple[list[Evaluation], list[Task], str | None]:
         """The evaluations, their open chunks, and what is wrong with them, if anything."""
         try:
-            slots = find_slots(self._config.eval, chunks=1)
-            self._plan = make_plan(self._config, on_gpu=slots[0].device != "cpu")
+            self._plan = make_plan(self._config, on_gpu=bool(gpus_in_question(self._config.eval)))
             evaluations = self._plan.evaluations
             tasks = [task for number in range(len(evaluations)) for task in self._open(number)]
         except UserError as error:

@@ -12,6 +12,7 @@ import torch
 from common.config import AttackConfig
 from common.distributed import local_rank, under_torchrun
 from common.errors import UserError
+from common.gpus import usable_gpus
 
 POLL_SECONDS = 10
 
@@ -29,43 +30,56 @@ class Slot:
     threads: int
 
 
-def find_slots(settings: AttackConfig, *, chunks: int) -> list[Slot]:
-    """The worker processes of this process, at most `chunks`.
+def gpus_in_question(settings: AttackConfig) -> list[int]:
+    """Numbers of the GPUs that this process may use, busy or not; none where it is to use the CPU.
 
-    Under torchrun each process has the GPU of its local rank, or one worker on the CPU.
+    Under torchrun each process has the GPU of its local rank.
 
     Raises:
-        UserError: a GPU that is not there, or none free.
+        UserError: a GPU that is not there.
     """
-    cpu = Slot("cpu", settings.threads)
-    visible = 0 if settings.gpus == "none" else torch.cuda.device_count()
+    visible = 0 if settings.gpus == "none" else usable_gpus()
     if under_torchrun():
         if visible and local_rank() >= visible:
             raise UserError(
                 f"torchrun: more processes than GPUs on this machine ({visible}); expected --nproc-per-node of at most {visible}."
             )
-        return [Slot(f"cuda:{local_rank()}", 1) if visible else cpu]
-    if settings.gpus not in ("auto", "none"):
-        asked = list(dict.fromkeys(int(number) for number in settings.gpus.split(",")))
-        absent = [number for number in asked if number >= visible]
-        if absent:
-            raise UserError(
-                f"eval.gpus: expected numbers of the {visible} GPUs that PyTorch sees here, from 0 on; got {settings.gpus}."
-            )
-        return [Slot(f"cuda:{number}", 1) for number in asked][:chunks]
-    if not visible:
-        count = settings.workers or max(1, len(os.sched_getaffinity(0)) // settings.threads)
-        return [cpu] * min(count, chunks)
-    return [Slot(f"cuda:{number}", 1) for number in _wait_for_free(settings)][:chunks]
+        return [local_rank()] if visible else []
+    if settings.gpus in ("auto", "none"):
+        return list(range(visible))
+    asked = list(dict.fromkeys(int(number) for number in settings.gpus.split(",")))
+    if any(number >= visible for number in asked):
+        raise UserError(
+            f"eval.gpus: expected numbers of the {visible} GPUs that PyTorch sees here, from 0 on; got {settings.gpus}."
+        )
+    return asked
 
 
-def _wait_for_free(settings: AttackConfig) -> list[int]:
-    """Numbers of the free GPUs; waits for one for `eval.gpu_wait` minutes."""
+def find_slots(settings: AttackConfig, *, chunks: int) -> list[Slot]:
+    """The worker processes of this process, at most `chunks`: one for each GPU (with eval.gpus=auto for each free one).
+
+    On the CPU as many as cores and `eval.threads` allow; under torchrun one.
+
+    Raises:
+        UserError: a GPU that is not there, or none free.
+    """
+    gpus = gpus_in_question(settings)
+    if not gpus:
+        cores = len(os.sched_getaffinity(0))
+        count = 1 if under_torchrun() else settings.workers or max(1, cores // settings.threads)
+        return [Slot("cpu", settings.threads)] * min(count, chunks)
+    if settings.gpus == "auto" and not under_torchrun():
+        gpus = _wait_for_free(settings, gpus)
+    return [Slot(f"cuda:{number}", 1) for number in gpus][:chunks]
+
+
+def _wait_for_free(settings: AttackConfig, gpus: list[int]) -> list[int]:
+    """Those of all `gpus` that are free; waits for one for `eval.gpu_wait` minutes."""
     end = time.monotonic() + 60 * settings.gpu_wait
-    while not (free := free_gpus(_visible_uuids(), settings.gpu_max_load, settings.gpu_max_memory)):
+    while not (free := free_gpus(_uuids(gpus), settings.gpu_max_load, settings.gpu_max_memory)):
         if time.monotonic() >= end:
             raise UserError(
-                f"eval.gpus: none of the {torch.cuda.device_count()} GPUs is free (load at most {settings.gpu_max_load:g}, memory "
+                f"eval.gpus: none of the {len(gpus)} GPUs is free (load at most {settings.gpu_max_load:g}, memory "
                 f"in use at most {settings.gpu_max_memory:g}); expected one within {settings.gpu_wait:g} minutes (eval.gpu_wait). "
                 "Name those to use with eval.gpus=0,1."
             )
@@ -100,8 +114,8 @@ def free_gpus(visible: list[str], max_load: float, max_memory: float) -> list[in
     return [number for number, uuid in enumerate(visible) if is_free(uuid)]
 
 
-def _visible_uuids() -> list[str]:
-    return [str(torch.cuda.get_device_properties(n).uuid) for n in range(torch.cuda.device_count())]
+def _uuids(gpus: list[int]) -> list[str]:
+    return [str(torch.cuda.get_device_properties(number).uuid) for number in gpus]
 
 
 def _bare(uuid: str) -> str:

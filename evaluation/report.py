@@ -250,6 +250,8 @@ def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> list[st
         )
     if failures := _failures(report):
         texts.append(f"adversarial images that fail the check at the end: {failures}; positions are in report.json")
+    if len(devices := report["devices"]) > 1:
+        texts.append(f"chunks come from different devices ({', '.join(devices)}), whose roundings differ")
     if unreadable := report["data"]["unreadable"]:
         texts.append(f"{len(unreadable)} images could not be decoded and are left out, the first: {unreadable[0]}")
     return texts

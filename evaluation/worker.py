@@ -17,6 +17,7 @@ from torch import nn
 from common.config import AttackConfig, EvalConfig
 from common.errors import UserError
 from common.files import write_atomically
+from common.precision import float32_matmul
 from evaluation.autoattack import FastCopy, Verdicts, attack_chunk, check_adversarial
 from evaluation.gpus import Slot
 from evaluation.images import Chunk, ImageList
@@ -49,6 +50,8 @@ def setup(
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads such memory
+        # Its gradient sums in any order as long as other algorithms only warn; what attention uses instead does not.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
         # AutoAttack's projection onto the L1 ball sums along sorted values, for which a GPU has no deterministic algorithm.
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
     return _Worker(device, config, evaluations, images).run
@@ -66,6 +69,16 @@ class _Worker:
     def run(self, task: Task, note: Callable[[str], None]) -> dict[str, Any]:
         """The record of one chunk."""
         evaluation = self.evaluations[task.evaluation]
+        try:
+            return self._record(evaluation, task, note)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"{self.device} has not enough memory for {len(evaluation.positions(task.chunk))} images of "
+                f"{evaluation.img_size} px at a time; give a smaller eval.batch_size, and another eval.out, as verdicts "
+                f"depend on it ({str(error).splitlines()[0]})"
+            ) from error
+
+    def _record(self, evaluation: Evaluation, task: Task, note: Callable[[str], None]) -> dict[str, Any]:
         started, begin = time.time(), time.perf_counter()
         model, fast = self._load_network(evaluation)
         images, positions = self.images[evaluation.network], evaluation.positions(task.chunk)
@@ -142,6 +155,8 @@ class _Worker:
         key = (evaluation.weights, evaluation.description, evaluation.img_size if self.config.eval.compile else None)
         if self._network is None or self._network[0] != key:
             self._network = None  # before the next one takes memory
+            if self.config.eval.compile:
+                torch._dynamo.reset()  # it compiles one piece of code, shared by all networks, a limited number of times
             if sha256(evaluation.weights) != evaluation.identity["network"]["sha256"]:
                 raise UserError(
                     f"eval.model_in: {evaluation.weights} is not the same file on all machines, or has changed meanwhile."
@@ -179,11 +194,15 @@ def fast_copy(model: nn.Module, settings: AttackConfig, *, size: int, device: to
         try:
             compiled = torch.compile(model, dynamic=True)
             x = torch.zeros(min(2, settings.batch_size), 3, size, size, device=device, requires_grad=True)
-            torch.autograd.grad(compiled(x).sum(), x)
+            with float32_matmul(tf32=tf32):  # as in the attacks: else they would compile anew
+                torch.autograd.grad(compiled(x).sum(), x)
+                with torch.no_grad():
+                    compiled(x.detach())
             return FastCopy(compiled, tf32)
-        except (
-            Exception
-        ) as error:  # compilers fail in every way: no C++ compiler, no Triton, an operation they do not know
+        except torch.OutOfMemoryError:
+            raise
+        # Compilers fail in every way: no C++ compiler, no Triton, an operation they do not know.
+        except Exception as error:
             reason = str(error).strip().split("\n")[0]
             print(f"warning: eval.compile: running uncompiled: {type(error).__name__}: {reason}", file=sys.stderr)
     return FastCopy(model, tf32) if tf32 else None

@@ -179,14 +179,15 @@ def test_a_run_that_was_asked_to_stop_stops_the_grid(tmp_path, programs) -> None
 
 
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("common.gpus.usable_gpus", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,9")  # there are but six GPUs
     assert [slot.gpu for slot in make_slots(5, 1)] == ["3", "5", "3", "5", "3"]
     assert len(make_slots(None, None)) == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [slot.gpu for slot in make_slots(None, 1)] == ["0", "1"]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b,MIG-c")  # of which a process sees one
+    assert [slot.gpu for slot in make_slots(None, 1)] == ["MIG-a", "MIG-b", "MIG-c"]
+    monkeypatch.setattr("common.gpus.usable_gpus", lambda: 0)
     assert make_slots(3, 1) == [Slot("", 1)] * 3
 
 

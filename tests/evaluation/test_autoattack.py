@@ -64,6 +64,17 @@ def short(monkeypatch):
     monkeypatch.setattr(evaluation.autoattack, "standard_autoattack", lambda *a, **k: shorten(original(*a, **k)))
 
 
+def test_the_network_itself_is_never_asked_in_tf32(short):
+    """On a GPU PyTorch's default rounds the inputs of float32 convolutions."""
+    model, x, y = case()
+    seen = set()
+    model.register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.allow_tf32))
+    with float32_matmul(tf32=True):
+        attack_chunk(model, x, y, norm="Linf", eps=0.01, seed=3, attacks=ATTACKS[:1], device=CPU)
+        assert torch.backends.cudnn.allow_tf32
+    assert seen == {False}
+
+
 def test_engine_is_the_standard_version():
     model, x, y = case(2)
     engine = standard_autoattack(model, norm="Linf", eps=0.01, seed=0, device=CPU, num_classes=10)

@@ -6,7 +6,6 @@ import os
 import time
 
 import pytest
-import torch
 
 import evaluation.gpus
 from common.config import AttackConfig
@@ -71,8 +70,8 @@ def machine(monkeypatch):
     """Sets the GPUs that PyTorch sees: their numbers on the machine, as CUDA_VISIBLE_DEVICES orders them."""
 
     def has(*numbers):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(numbers))
-        monkeypatch.setattr(evaluation.gpus, "_visible_uuids", lambda: [UUIDS[n] for n in numbers])
+        monkeypatch.setattr(evaluation.gpus, "usable_gpus", lambda: len(numbers))
+        monkeypatch.setattr(evaluation.gpus, "_uuids", lambda gpus: [UUIDS[numbers[n]] for n in gpus])
 
     return has
 

@@ -18,16 +18,19 @@ import torch
 import yaml
 
 import evaluation.evaluate
+import evaluation.worker
 import runner_aa_eval
 from common.config import EvalConfig, load_config
+from common.distributed import Board, Processes
 from common.errors import UserError
 from common.provenance import PROJECT
 from common.tables import markdown_table
 from evaluation.autoattack import ATTACKS, attack_chunk
+from evaluation.gpus import Slot
 from evaluation.plan import default_folder, folder_name, image_lists, make_plan, show_eps
 from evaluation.records import StateFolder
-from evaluation.report import summarise
-from evaluation.worker import fast_copy
+from evaluation.report import summarise, warnings_of
+from evaluation.worker import Task, _Worker, fast_copy, setup
 from tests.training.helpers import base_flags, run
 from zoo.runs import load_trained
 
@@ -245,7 +248,7 @@ def test_a_wrong_list_is_refused(trained, images, tmp_path, capsys, content, wor
     ],
 )
 def test_refused(trained, images, tmp_path, capsys, flags, words, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("evaluation.gpus.usable_gpus", lambda: 0)
     assert evaluate(trained, images, tmp_path / "out", *flags) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -388,6 +391,87 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(trained, images, tmp_pa
     network = load_trained(trained.folder, config.model, flag="").model
     assert fast_copy(network, config.eval, size=32, device=torch.device("cpu")) is None
     assert "running uncompiled: RuntimeError: no C++ compiler" in capsys.readouterr().err
+
+
+@pytest.fixture
+def worker(trained, images, tmp_path):
+    """What a worker process has, for two networks that are compiled."""
+    networks = ",".join(str(trained.folder / f"weights_{epoch}.pt") for epoch in (1, 2))
+    config = load_config(EvalConfig, argv(trained, images, tmp_path, f"--eval.model_in={networks}", "--eval.compile=1"))
+    plan = make_plan(config, on_gpu=False)
+    return _Worker(torch.device("cpu"), config, plan.evaluations, plan.images)
+
+
+def test_what_is_compiled_is_what_the_attacks_call(worker, monkeypatch):
+    """With and without gradient, under their arithmetic; the compiler's limit on graphs is for each network."""
+    seen = []
+
+    def compiled(model, **options):
+        def call(x):
+            seen.append((x.requires_grad, torch.is_grad_enabled(), torch.backends.cudnn.allow_tf32))
+            return model(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: seen.append("reset"))
+    for number in (0, 0, 1):
+        worker._load_network(worker.evaluations[number])
+    assert seen == 2 * ["reset", (True, True, False), (False, False, False)]
+
+
+def test_too_little_memory_is_said_with_its_remedy(worker, monkeypatch):
+    def attack(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(evaluation.worker, "attack_chunk", attack)
+    with pytest.raises(
+        RuntimeError, match=r"not enough memory for 3 images of 32 px .* smaller eval\.batch_size.*2 GiB"
+    ):
+        worker.run(Task(0, 0), print)
+    monkeypatch.setattr(torch, "compile", attack)
+    with pytest.raises(RuntimeError, match="smaller eval.batch_size"):  # not "running uncompiled"
+        worker.run(Task(1, 0), print)
+
+
+def test_a_gpu_is_deterministic(worker, monkeypatch):
+    """As far as can be seen without one: what is asked of PyTorch."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        setup(Slot("cuda:0", 1), worker.config, worker.evaluations, worker.images)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_a_process_without_the_gpu_that_the_first_one_has(worker, monkeypatch):
+    monkeypatch.setattr(evaluation.evaluate, "find_slots", lambda settings, chunks: [Slot("cuda:0", 1)])
+    board = Board(Processes.alone(), "test")
+    with pytest.raises(UserError, match="the first process uses cpu, another one has only cuda"):
+        evaluation.evaluate._work(worker.config, board, worker.evaluations, [Task(0, 0)], None)
+    assert "another one" in board.closed()
+
+
+def test_a_finished_evaluation_needs_no_free_gpu(trained, images, finished, monkeypatch, capsys):
+    def none_free(settings, chunks):
+        raise UserError("eval.gpus: none of the 8 GPUs is free")
+
+    monkeypatch.setattr(evaluation.evaluate, "find_slots", none_free)
+    out, flags = finished
+    assert evaluate(trained, images, out, *flags) == 0
+    assert capsys.readouterr().out.count("| L2 ") == 2
+
+
+def test_different_devices_are_said():
+    report = {"devices": {"NVIDIA H100": 3, "NVIDIA A100": 1}, "check": {}, "data": {"unreadable": []}}
+    assert warnings_of(report) == [
+        "chunks come from different devices (NVIDIA H100, NVIDIA A100), whose roundings differ"
+    ]
+    assert warnings_of(report | {"devices": {"NVIDIA H100": 4}}) == []
 
 
 def test_seconds_count_overlapping_chunks_once(trained, images, finished):
