@@ -84,7 +84,7 @@ def check_promises(result: APGDResult, model, x, y, norm, eps):
 @pytest.mark.parametrize("arch", ["convnext_micro", "vit_micro"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_ball_box_and_loss(norm, arch, autocast):
-    model, (x, y) = micro(arch), batch()
+    model, (x, y) = micro(arch), batch(n=3)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         with torch.no_grad():
             clean = F.cross_entropy(model.eval()(x).float(), y, reduction="none")

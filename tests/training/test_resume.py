@@ -466,7 +466,8 @@ def test_elastic_restart(many, tmp_path):
     status, outcome = read_status(folder), read_outcome(folder)
     assert status["status"] == "stopped" and "the file" in status["reason"]
     assert [r["step"] for r in outcome.steps] == [*range(1, status["step"] + 1)]
-    assert len(outcome.params["provenance"]["resumed"]) == 1
+    provenance = outcome.params["provenance"]
+    assert len(provenance["resumed"]) == 1 and provenance["processes"] == 2
 
 
 # --- losses that are not finite -------------------------------------------------------------------------------------------
