@@ -93,11 +93,14 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def publish(rows: Sequence[Row], path: Path | None) -> int:
-    """Print the rows, write them to `path` if there is one; returns the exit status: 1 where a target is missed."""
+def publish(rows: Sequence[Row], path: Path | None, started: Mapping[str, str]) -> int:
+    """Print the rows, write them to `path` if there is one; returns the exit status: 1 where a target is missed.
+
+    `started`: when, and from which commit, the program was.
+    """
     print(table(rows))
     if path is not None:
-        measured_with = provenance()
+        measured_with = provenance() | started
         del measured_with["command"]  # names of folders that exist on one machine only
         content = {"device": ", ".join(measured_with.pop("devices")), **measured_with, "rows": list(rows)}
         with writable("--json", path):
@@ -112,7 +115,8 @@ def main(measure: Callable[[argparse.Namespace], Sequence[Row]], arguments: argp
         if arguments.json is not None:  # a folder that cannot be had shows now, not after the measurements
             with writable("--json", arguments.json.parent):
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        return publish(measure(arguments), arguments.json)
+        started = {name: value for name, value in provenance().items() if name in ("started", "commit")}
+        return publish(measure(arguments), arguments.json, started)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ from evaluation.autoattack import (
     rounding,
     standard_autoattack,
 )
+from tests.evaluation.helpers import short_autoattack, shorten
 
 CPU = torch.device("cpu")
 EPS = {"Linf": 0.01, "L2": 0.1, "L1": 0.4}
@@ -50,20 +51,9 @@ def case(n=12, num_classes=10):
     return model, x, y
 
 
-def shorten(engine):
-    """The same attacks with fewer iterations and targets, to save time."""
-    for attack in (engine.apgd, engine.apgd_targeted, engine.fab):
-        attack.n_iter = 10
-    for attack in (engine.apgd_targeted, engine.fab):
-        attack.n_target_classes = min(attack.n_target_classes, 3)
-    engine.square.n_queries = 200
-    return engine
-
-
 @pytest.fixture
 def short(monkeypatch):
-    original = evaluation.autoattack.standard_autoattack
-    monkeypatch.setattr(evaluation.autoattack, "standard_autoattack", lambda *a, **k: shorten(original(*a, **k)))
+    monkeypatch.setattr(evaluation.autoattack, "standard_autoattack", short_autoattack)
 
 
 def test_the_network_itself_is_never_asked_in_tf32(short):

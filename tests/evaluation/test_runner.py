@@ -31,11 +31,19 @@ from evaluation.plan import default_folder, folder_name, image_lists, make_plan,
 from evaluation.records import StateFolder
 from evaluation.report import summarise, warnings_of
 from evaluation.worker import Task, _Worker, fast_copy, setup
+from tests.evaluation.helpers import shorten_evaluations
 from tests.training.helpers import base_flags, run
 from zoo.runs import load_trained
 
-EPS = {"Linf": 0.1, "L2": 2.0}
+EPS = {"Linf": 0.1, "L2": 4.0}
 PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_evaluations(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def trained(images, tmp_path_factory):
 def argv(trained, images, out, *flags):
     """Command line of a small evaluation; a flag given twice counts the last time."""
     base = [f"--eval.model_in={trained.folder}", f"--data.val_dataset={images}", f"--eval.out={out}", "--eval.fullaa=0"]
-    base += ["--eval.img_size=16", "--eval.crop_pct=1", "--eval.batch_size=3", "--eval.workers=2", "--eval.eps=0.1"]
+    base += ["--eval.img_size=32", "--eval.crop_pct=1", "--eval.batch_size=3", "--eval.workers=2", "--eval.eps=0.1"]
     return [*base, *flags]
 
 
@@ -72,7 +80,7 @@ def finished(trained, images, tmp_path_factory):
     """Two networks under two norms, and what was printed."""
     out = tmp_path_factory.mktemp("finished")
     networks = ",".join(str(trained.folder / f"weights_{epoch}.pt") for epoch in (1, 2))
-    flags = [f"--eval.model_in={networks}", "--eval.norms=Linf,L2", "--eval.eps=0.1,2", "--eval.batch_size=5"]
+    flags = [f"--eval.model_in={networks}", "--eval.norms=Linf,L2", "--eval.eps=0.1,4", "--eval.batch_size=5"]
     assert evaluate(trained, images, out, *flags) == 0
     return out, flags
 
@@ -89,7 +97,7 @@ def test_verdicts_are_those_of_each_chunk_alone(trained, images, finished):
         listed = image_lists(config)(4, network.class_names)
         for norm, eps in EPS.items():
             for start in range(0, 8, 5):
-                chunk = listed.read(list(range(start, min(start + 5, 8))), size=16, crop_pct=1)
+                chunk = listed.read(list(range(start, min(start + 5, 8))), size=32, crop_pct=1)
                 verdicts = attack_chunk(
                     network.model.requires_grad_(False),
                     chunk.x,
@@ -114,7 +122,7 @@ def test_report(trained, images, finished):
     out, _ = finished
     folder = next(out.glob("*weights_2/Linf_*"))
     report, verdicts = json.loads((folder / "report.json").read_text()), rows(folder / "verdicts.csv")
-    assert folder.name == "Linf_0.1_16px_n8_apgd"
+    assert folder.name == "Linf_0.1_32px_n8_apgd"
     broken = [row["broken_by"] for row in verdicts]
     assert report["n"] == len(verdicts) == 8
     assert report["clean_acc"] == sum(row["label"] == row["clean_pred"] for row in verdicts) / 8
@@ -237,7 +245,7 @@ def test_a_wrong_list_is_refused(trained, images, tmp_path, capsys, content, wor
         (["--eval.norms=L7"], "eval.norms"),
         (["--eval.norms=Linf,L2"], "one radius for each"),
         (["--eval.eps=8"], "did you mean 8/255?"),
-        (["--eval.norms=L1", "--eval.eps=4000"], "at 16 px an L1 radius is at most 768"),
+        (["--eval.norms=L1", "--eval.eps=4000"], "at 32 px an L1 radius is at most 3072"),
         (["--eval.img_size=32,32"], "expected each value once"),
         (["--eval.model_in="], "got nothing"),
         (["--eval.seed=99999999999999999999"], "eval.seed: expected an integer, at least 0, at most"),
@@ -314,7 +322,7 @@ def test_adversarial_images_are_kept_on_demand(trained, images, tmp_path):
     kept = [np.load(file) for file in sorted(tmp_path.rglob("chunks/*.npz"))]
     x, x_adv = (np.concatenate([arrays[name] for arrays in kept]) for name in ("x", "x_adv"))
     broken_by = np.concatenate([arrays["broken_by"] for arrays in kept])
-    assert x.shape == (8, 3, 16, 16) and x.dtype == x_adv.dtype == np.float32
+    assert x.shape == (8, 3, 32, 32) and x.dtype == x_adv.dtype == np.float32
     assert broken_by.tolist() == [row["broken_by"] for row in rows(only(tmp_path, "verdicts.csv"))]
     assert np.abs(x_adv - x).max() <= 0.25 + 1e-6
     network = load_trained(trained.folder, load_config(EvalConfig, argv(trained, images, "")).model, flag="").model
@@ -366,16 +374,23 @@ def test_images_asked_for_later_are_made_then(trained, images, tmp_path):
 
 def test_processes_of_torchrun_share_the_work(trained, images, tmp_path, finished):
     out, _ = finished
+    script = tmp_path / "runner.py"
+    script.write_text("""if __name__ == "__main__":
+        import builtins, sys, runner_aa_eval
+        from tests.evaluation.helpers import shorten_evaluations
+        shorten_evaluations(builtins)
+        sys.exit(runner_aa_eval.main(sys.argv[1:]))""")
     torchrun = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
-        "runner_aa_eval.py",
+        str(script),
     ]
     command = [*torchrun, *argv(trained, images, tmp_path, "--eval.batch_size=5")]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| Linf") == 1  # the first process prints
     (same,) = out.glob("*weights_2/Linf_*/verdicts.csv")
@@ -427,7 +442,7 @@ def test_too_little_memory_is_said_with_its_remedy(worker, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     monkeypatch.setattr(evaluation.worker, "attack_chunk", attack)
     with pytest.raises(
-        RuntimeError, match=r"not enough memory for 3 images of 16 px .* smaller eval\.batch_size.*2 GiB"
+        RuntimeError, match=r"not enough memory for 3 images of 32 px .* smaller eval\.batch_size.*2 GiB"
     ):
         worker.run(Task(0, 0), print)
     monkeypatch.setattr(torch, "compile", attack)
