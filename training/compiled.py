@@ -55,10 +55,12 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
     if not wants_compiled(config, processes):
         _stay_uncompiled(state, config, processes, size=size)
         return
+    from torch._inductor import config as inductor  # an import of a second or two
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     # Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
     options: dict[str, bool] = {"fallback_random": True}
-    if processes.world_size > 1 and hasattr(torch._inductor.config, "use_static_cuda_launcher"):
+    if processes.world_size > 1 and hasattr(inductor, "use_static_cuda_launcher"):
         # It keeps Python's lock while it waits for room in the GPU's queue, which is for ever once another process hangs: the
         # thread that is to notice that (common.liveness) would wait as well.
         options["use_static_cuda_launcher"] = False
