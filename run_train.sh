@@ -51,7 +51,8 @@ world_size() {
 # PyTorch is asked only where there is a driver: importing it takes seconds.
 visible_gpus() {
     if command -v nvidia-smi >/dev/null || [ -e /dev/nvidiactl ]; then
-        "$PY" -c 'import torch; print(torch.cuda.device_count())'
+        # Where PyTorch cannot use them, train.py --check says why.
+        "$PY" -c 'from common.gpus import usable_gpus; print(usable_gpus())' 2>/dev/null || echo 1
     else
         echo 0
     fi

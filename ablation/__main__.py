@@ -112,8 +112,9 @@ def make_slots(jobs: int | None, threads: int | None) -> list[Slot]:
 
     usable = usable_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(usable)))
-    # Numbers may name more GPUs than there are; of parts of GPUs, by their UUIDs, a process sees only the first.
-    gpus = visible.split(",")[: usable if visible.replace(",", "").isdigit() else None] if usable else []
+    gpus = [name.strip() for name in visible.split(",")]
+    if not usable or not gpus[0].startswith("MIG-"):  # of parts of GPUs a process sees only the first
+        gpus = gpus[:usable]  # CUDA leaves out what comes after the first that is not there
     jobs = jobs or max(1, len(gpus))
     threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
     return [Slot(gpus[number % len(gpus)] if gpus else "", threads) for number in range(jobs)]

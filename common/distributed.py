@@ -19,7 +19,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import resource_tracker
@@ -540,18 +540,19 @@ def _joined(
         dist.destroy_process_group()
         raise
     except BaseException:
-        if backend == "nccl":
-            # To destroy its communicators NCCL waits for all processes, and the others do not know of this one's failure.
-            dist.distributed_c10d._abort_process_group()
-        else:
-            dist.destroy_process_group()
+        with suppress(Exception):  # after a failure this may fail as well, which must not take its place
+            if backend == "nccl":
+                # To destroy its communicators NCCL waits for all processes, and the others do not know of the failure.
+                dist.distributed_c10d._abort_process_group()
+            else:
+                dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def local_rank() -> int:
     """This process's number among those that the launcher started on this machine; 0 where none did."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"] if under_torchrun() else 0))
 
 
 def _device(local_rank: int) -> torch.device:

@@ -20,10 +20,12 @@ def usable_gpus() -> int:
         return 0
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it: {reason} "
-            "CUDA_VISIBLE_DEVICES= (empty) in front of the command uses the CPU."
+            f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({reason}); expected a driver that is new "
+            "enough, or CUDA_VISIBLE_DEVICES with the number, or the part of a GPU (MIG-…), to use, or empty for the CPU."
         ) from error
-    return torch.cuda.device_count()  # now CUDA's own count
+    return (
+        torch._C._cuda_getDeviceCount()
+    )  # CUDA's own count; torch.cuda.device_count became that only in newer versions

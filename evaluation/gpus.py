@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from common.config import AttackConfig
 from common.distributed import local_rank, under_torchrun
@@ -83,7 +84,7 @@ def _wait_for_free(settings: AttackConfig, gpus: list[int]) -> list[int]:
                 f"in use at most {settings.gpu_max_memory:g}); expected one within {settings.gpu_wait:g} minutes (eval.gpu_wait). "
                 "Name those to use with eval.gpus=0,1."
             )
-        print("waiting for a free GPU …", file=sys.stderr)
+        tqdm.write("waiting for a free GPU …", file=sys.stderr)  # without tearing the bar
         time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
     return free
 

@@ -35,7 +35,8 @@ class Progress:
         )
 
     def begin(self, slots: Sequence[Any]) -> None:
-        """Say what is about to happen."""
+        """Say what is about to happen, from now on: free GPUs may have been waited for."""
+        self._bar.start_t = self._bar.last_print_t = time.time()
         where = ", ".join(f"{count} × {device}" for device, count in Counter(slot.device for slot in slots).items())
         self.say(f"{self._chunks[1]} chunks to do; workers of this process: {where}")
 

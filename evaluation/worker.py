@@ -72,10 +72,11 @@ class _Worker:
         try:
             return self._record(evaluation, task, note)
         except torch.OutOfMemoryError as error:
+            reason = str(error).split("\n")[0]
             raise RuntimeError(
                 f"{self.device} has not enough memory for {len(evaluation.positions(task.chunk))} images of "
                 f"{evaluation.img_size} px at a time; give a smaller eval.batch_size, and another eval.out, as verdicts "
-                f"depend on it ({str(error).splitlines()[0]})"
+                f"depend on it ({reason})"
             ) from error
 
     def _record(self, evaluation: Evaluation, task: Task, note: Callable[[str], None]) -> dict[str, Any]:

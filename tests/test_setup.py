@@ -41,7 +41,7 @@ case "$*" in
         if [ -e "$0.meets" ] || [ -e "$here/../installed" ]; then exit 0; fi
         echo "torch is not installed" >&2; exit 1 ;;
     "-c import ensurepip"*) exit "${STUB_CANNOT_MAKE_VENV:-0}" ;;
-    "-c import torch"*) echo "${STUB_GPUS:-0}" ;;
+    "-c from common.gpus import"*) [ -z "${STUB_GPUS_FAIL:-}" ] || exit 1; echo "${STUB_GPUS:-0}" ;;
     "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
     "-m pip --version") ;;
     "-m pip install"*)
@@ -425,6 +425,11 @@ ALONE = ["train.py", "-x"]
 def test_one_process_a_visible_gpu(project: Project, gpus: str, expected: list[str]) -> None:
     project.command("nvidia-smi", "#!/bin/sh\n")
     assert launched(project, "run_train.sh", "-x", STUB_GPUS=gpus)[-1] == expected
+
+
+def test_gpus_that_cannot_be_used_are_left_to_the_check(project: Project) -> None:
+    project.command("nvidia-smi", "#!/bin/sh\n")
+    assert launched(project, "run_train.sh", "-x", STUB_GPUS_FAIL="1")[-1] == ALONE
 
 
 def test_ngpu_overrides_the_visible_gpus(project: Project) -> None:

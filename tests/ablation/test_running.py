@@ -187,6 +187,8 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slot.gpu for slot in make_slots(None, 1)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b,MIG-c")  # of which a process sees one
     assert [slot.gpu for slot in make_slots(None, 1)] == ["MIG-a", "MIG-b", "MIG-c"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b, GPU-typo")
+    assert [slot.gpu for slot in make_slots(None, 1)] == ["GPU-a", "GPU-b"]
     monkeypatch.setattr("common.gpus.usable_gpus", lambda: 0)
     assert make_slots(3, 1) == [Slot("", 1)] * 3
 

@@ -388,6 +388,25 @@ def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, ends, ba
     assert done == [left]
 
 
+def test_a_failure_is_not_replaced_by_one_of_leaving(monkeypatch):
+    def fail():
+        raise RuntimeError("NCCL error")
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(distributed.dist.distributed_c10d, "_abort_process_group", fail)
+    with pytest.raises(UserError, match="bad input"):
+        with distributed._joined(0, 2, distributed.dist.HashStore(), device=torch.device("cuda")):
+            raise UserError("bad input")
+
+
+def test_a_launcher_that_tells_less_than_torchrun(monkeypatch):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert local_rank() == 1 and Processes(1, 2, torch.device("cpu")).on_this_machine == 2
+
+
 def start_waiting(folder: Path) -> tuple[subprocess.Popen, list[int]]:
     """A parent of two processes that wait for a request to stop, and their numbers."""
     code = f"""if __name__ == "__main__":
