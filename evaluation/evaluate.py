@@ -94,7 +94,10 @@ def _work(
             slots = find_slots(config.eval, chunks=len(tasks))
             here, planned = slots[0].device.split(":")[0], evaluations[0].identity["arithmetic"]["device"]
             if here != planned:  # of the first process; a GPU's verdicts and a CPU's must not be mixed
-                raise UserError(f"torchrun: the first process uses {planned}, another one has only {here}.")
+                raise UserError(
+                    f"torchrun: the first process works on {planned}, another one on {here}; expected GPUs on all machines, or "
+                    "eval.gpus=none for the CPU on all."
+                )
             if first:
                 first.progress.begin(slots)
             images = first.images if first else open_planned_images(config, evaluations)

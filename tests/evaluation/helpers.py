@@ -32,6 +32,6 @@ def short_setup(*args: Any) -> Any:
 
 
 def shorten_evaluations(patch: Any) -> None:
-    """In this process and in the workers of its evaluations; `patch` is pytest's monkeypatch, or anything like it."""
+    """In this process and in the workers of its evaluations; `patch` is pytest's monkeypatch."""
     patch.setattr(evaluation.autoattack, "standard_autoattack", short_autoattack)
     patch.setattr(evaluation.worker, "setup", short_setup)

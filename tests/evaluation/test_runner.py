@@ -28,6 +28,7 @@ from common.tables import markdown_table
 from evaluation.autoattack import ATTACKS, attack_chunk
 from evaluation.gpus import Slot
 from evaluation.plan import default_folder, folder_name, image_lists, make_plan, show_eps
+from evaluation.progress import Progress
 from evaluation.records import StateFolder
 from evaluation.report import summarise, warnings_of
 from evaluation.worker import Task, _Worker, fast_copy, setup
@@ -376,9 +377,9 @@ def test_processes_of_torchrun_share_the_work(trained, images, tmp_path, finishe
     out, _ = finished
     script = tmp_path / "runner.py"
     script.write_text("""if __name__ == "__main__":
-        import builtins, sys, runner_aa_eval
+        import sys, pytest, runner_aa_eval
         from tests.evaluation.helpers import shorten_evaluations
-        shorten_evaluations(builtins)
+        shorten_evaluations(pytest.MonkeyPatch())
         sys.exit(runner_aa_eval.main(sys.argv[1:]))""")
     torchrun = [
         sys.executable,
@@ -466,7 +467,7 @@ def test_a_gpu_is_deterministic(worker, monkeypatch):
 def test_a_process_without_the_gpu_that_the_first_one_has(worker, monkeypatch):
     monkeypatch.setattr(evaluation.evaluate, "find_slots", lambda settings, chunks: [Slot("cuda:0", 1)])
     board = Board(Processes.alone(), "test")
-    with pytest.raises(UserError, match="the first process uses cpu, another one has only cuda"):
+    with pytest.raises(UserError, match="the first process works on cpu, another one on cuda; expected GPUs on all"):
         evaluation.evaluate._work(worker.config, board, worker.evaluations, [Task(0, 0)], None)
     assert "another one" in board.closed()
 
@@ -479,6 +480,15 @@ def test_a_finished_evaluation_needs_no_free_gpu(trained, images, finished, monk
     out, flags = finished
     assert evaluate(trained, images, out, *flags) == 0
     assert capsys.readouterr().out.count("| L2 ") == 2
+
+
+def test_waiting_for_a_gpu_is_no_work():
+    progress = Progress()
+    progress.start(images=(0, 4), chunks=1)
+    progress._bar.start_t -= 3600  # the wait
+    progress.begin([Slot("cuda:0", 1)])
+    assert progress._bar.format_dict["elapsed"] < 60
+    progress.close()
 
 
 def test_different_devices_are_said():
