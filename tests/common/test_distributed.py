@@ -272,6 +272,7 @@ def act(config: tuple[str, str], processes: Processes) -> None:
         found["start method"] = multiprocessing.get_start_method()
         found["threads"] = torch.get_num_threads()
         own.write_text(json.dumps(found))
+        processes.wait()  # the first process keeps what the others read
     elif what == "killed" and last:
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "raises" and last:
