@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks.gradients import Model, evaluate, evaluate_with_gradient, under_attack
+from attacks.gradients import Model, evaluate, evaluate_with_gradient, judge, under_attack
 from attacks.threat_models import L1, get_threat_model
 
 MOMENTUM = 0.75
@@ -47,6 +47,7 @@ def apgd(
     eps: float,
     n_iter: int,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    evaluate_last: Model | None = None,
 ) -> APGDResult:
     """Maximise the cross-entropy of `model` over the perturbations allowed by a threat model.
 
@@ -62,6 +63,8 @@ def apgd(
         eps: radius of the ball, in units of pixels in [0, 1]; positive.
         n_iter: number of updates, at least 1.
         on_step: called with (update 0 … n_iter, best loss (B,), still correct (B,)) after each evaluation; for logging.
+        evaluate_last: evaluates the last iterate in place of `model`, with modes and gradients as they were: the same function,
+            whose logits, with their graph, the caller can go on with. That saves training a forward pass.
 
     Raises:
         ValueError: unknown norm, eps ≤ 0 or n_iter < 1.
@@ -75,33 +78,28 @@ def apgd(
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     search = _SparseSearch(x, eps, n_iter) if isinstance(threat, L1) else _Search(threat, x, eps, n_iter)
+    report = on_step if on_step is not None else lambda *_: None
     with under_attack(model):
-        return _run(search, model, y, n_iter, on_step)
-
-
-def _run(search: _Search, model: Model, y: Tensor, n_iter: int, on_step: Callable | None) -> APGDResult:
-    x = search.x
-    loss, acc, grad = evaluate_with_gradient(model, x, y)
-    x_best_adv = x
-    search.start(loss, grad)
-    if on_step is not None:
-        on_step(0, loss, acc)
-    for i in range(n_iter):
-        x_adv = search.update(i)
-        if i + 1 < n_iter:
-            loss, correct, grad = evaluate_with_gradient(model, x_adv, y)
-        else:  # nothing follows the last update: its gradient is not needed
-            loss, correct = evaluate(model, x_adv, y)
-        acc = acc & correct
-        x_best_adv = torch.where(search.over_images(correct), x_best_adv, x_adv)
-        search.record(loss, grad)
-        if on_step is not None:
-            on_step(i + 1, search.loss_best, acc)
-    return APGDResult(x_best=search.x_best, loss_best=search.loss_best, acc=acc, x_best_adv=x_best_adv)
+        search.start(*evaluate_with_gradient(model, x, y))
+        report(0, search.loss_best, search.acc)
+        for i in range(n_iter - 1):
+            search.record(*evaluate_with_gradient(model, search.update(i), y))
+            report(i + 1, search.loss_best, search.acc)
+        x_last = search.update(n_iter - 1)
+        if evaluate_last is None:
+            loss, correct = evaluate(model, x_last, y)
+    if evaluate_last is not None:
+        loss, correct = judge(evaluate_last(x_last), y)
+    search.record(loss, correct, search.grad)  # nothing follows the last update: its gradient is not needed
+    report(n_iter, search.loss_best, search.acc)
+    return APGDResult(search.x_best, search.loss_best, search.acc, search.x_best_adv)
 
 
 class _Search:
-    """State of the search for Linf and L2. All decisions are masks on the device; only counters live in Python."""
+    """State of the search for Linf and L2, with what `APGDResult` gives.
+
+    All decisions are masks on the device; only counters live in Python.
+    """
 
     def __init__(self, threat, x: Tensor, eps: float, n_iter: int) -> None:
         self.threat, self.x, self.eps = threat, x, eps
@@ -120,8 +118,9 @@ class _Search:
         """(B,) → (B, 1, …, 1)."""
         return value.view(-1, *[1] * (self.x.dim() - 1))
 
-    def start(self, loss: Tensor, grad: Tensor) -> None:
-        """Take loss and gradient at the input."""
+    def start(self, loss: Tensor, correct: Tensor, grad: Tensor) -> None:
+        """Take loss, whether the prediction is right, and gradient at the input."""
+        self.acc, self.x_best_adv = correct, self.x
         self.x_best, self.loss_best, self.grad, self.grad_best = self.x, loss, grad, grad
         self.loss_best_at_checkpoint = loss
         # The first update counts as a rise, and the first checkpoint as one that follows a halving.
@@ -138,8 +137,10 @@ class _Search:
         self.x_old, self.x_adv = self.x_adv, z
         return z
 
-    def record(self, loss: Tensor, grad: Tensor) -> None:
-        """Take loss and gradient at the iterate of the last update; keep the best, then adapt the step."""
+    def record(self, loss: Tensor, correct: Tensor, grad: Tensor) -> None:
+        """Take the same at the iterate of the last update; keep the best, then adapt the step."""
+        self.acc = self.acc & correct
+        self.x_best_adv = torch.where(self.over_images(correct), self.x_best_adv, self.x_adv)
         self._keep_best(loss, grad)
         self.rises = self.rises + (loss > self.loss_last)
         self.loss_last = loss

@@ -41,11 +41,16 @@ def under_attack(model: Model) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def evaluate(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def judge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample loss (B,) and whether the prediction is right (B,) bool, without a graph."""
+    logits = logits.detach()
+    return cross_entropy(logits, y), logits.argmax(dim=1) == hard_labels(y)
+
+
+def evaluate(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """`judge` of the model's logits for `x`."""
     with torch.no_grad():
-        logits = model(x)
-        return cross_entropy(logits, y), logits.argmax(dim=1) == hard_labels(y)
+        return judge(model(x), y)
 
 
 def evaluate_with_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A step of adversarial training: the published design, ours, and ours without attack, in turns.
+"""A step of adversarial training: the published design, ours with and without a forward pass reused, ours without attack, in turns.
 
     python -m benchmarks.train_step --arch convnext_tiny [--quick] [--json FILE]
 
@@ -30,16 +30,21 @@ from common.precision import float32_matmul
 from data.loader import Batch
 from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
+from training.loss import attack_batch
 from training.state import TrainState
-from training.step import attack_batch, autocast, to_device, train_step, update
+from training.step import autocast, to_device, train_step, update
 from training.trainer import deterministic
 from utils_architecture import ARCHITECTURES
 
 N_ITER = 2
 CPU_TARGETS = ("convnext_tiny", "vit_s")
 MATMUL_SHARE = {"vit_b": 0.38, "vit_s": 0.28, "convnext_base": 0.22, "convnext_tiny": 0.14}
-# Work of a step in forward passes: n + 1 forwards and n input-gradients of the attack; forward and backward (two) of training.
-FORWARDS = (N_ITER + 1) + N_ITER + 3
+
+
+def forwards(*, reused: bool) -> int:
+    """Work of a step in forward passes: n + 1 forwards and n input-gradients of the attack; forward and backward (two) of training,
+    whose forward pass may be the attack's last."""
+    return (N_ITER + 1) + N_ITER + 3 - reused
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def config_for(
             f"--training.batch_size={batch_size}",
             f"--training.precision={precision}",
             f"--training.compile={arguments.compile}",
+            "--training.reuse_forward=1",
             f"--adv.attack={attack}",
             f"--adv.n_iter={N_ITER}",
         ],
@@ -129,9 +135,14 @@ def parts(
 
     x_there, y_there = images(), batch.y.to(device)
 
+    known = torch.zeros(len(y_there), config.model.num_classes, device=device)
+    evaluate_last = (lambda x: known) if state.reuses_forward else None  # that pass is in training's part
+
     def attack() -> None:
         with autocast(device, precision):
-            attack_batch(state.attacked, x_there, y_there, adv=config.adv, eps=config.adv.eps)
+            attack_batch(
+                state.attacked, x_there, y_there, adv=config.adv, eps=config.adv.eps, evaluate_last=evaluate_last
+            )
 
     def train() -> None:
         with autocast(device, precision):
@@ -195,22 +206,31 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
     if wants_compiled(config, processes) and state.attacked is state.model:
         raise UserError("training.compile: this machine cannot compile (see above); --compile=0 measures without.")
 
-    def ours(flags: TrainConfig) -> Callable[[], object]:
-        return lambda: train_step(
-            state, [batch], config=flags, processes=processes, mixup=None, lr=1e-5, eps=flags.adv.eps
-        )
+    possible = state.reuses_forward
+    reuses = possible and {"auto": not on_gpu, "1": True, "0": False}[arguments.reuse_forward]
+
+    def ours(flags: TrainConfig, *, reuse: bool) -> Callable[[], object]:
+        def step() -> None:
+            state.reuses_forward = reuse
+            train_step(state, [batch], config=flags, processes=processes, mixup=None, lr=1e-5, eps=flags.adv.eps)
+
+        return step
 
     def published_step() -> None:
         published.step(x, y)
         published.free()
 
-    arms = {"published": published_step, "ours": ours(config), "clean": ours(clean)}
+    arms = {"published": published_step, "ours": ours(config, reuse=reuses), "clean": ours(clean, reuse=False)}
+    if possible:  # the other way
+        arms["own_forward" if reuses else "reused_forward"] = ours(config, reuse=not reuses)
     repeats = arguments.repeats or (3 if arguments.quick else 10 if on_gpu else 5)
     measured = measure_arms(arms, device, repeats=repeats, times=5 if on_gpu else 1)
+    state.reuses_forward = reuses
     part_ms = parts(state, config, processes, batch, repeats=repeats)
-    flops = forward_flops(state, size) * batch_size * FORWARDS
+    passes = forwards(reused=reuses)
+    flops = forward_flops(state, size) * batch_size * passes
     rate = matmul_rate(device, precision, size=8192 if on_gpu else 2048)
-    return rows(arguments, config, measured, part_ms, flops / rate, suffix=suffix, prepared=prepared)
+    return rows(arguments, config, measured, part_ms, flops / rate, passes=passes, suffix=suffix, prepared=prepared)
 
 
 def rows(
@@ -220,10 +240,11 @@ def rows(
     part_ms: dict[str, list[float]],
     ideal_seconds: float,
     *,
+    passes: int,
     suffix: str,
     prepared: float,
 ) -> list[Row]:
-    """The figures; ratios are of steps taken one after the other. `ideal_seconds`: of a step at the machine's matmul rate."""
+    """The figures; ratios are of steps taken one after the other. `ideal_seconds`: of a step's `passes` at the matmul rate."""
     on_gpu = torch.cuda.is_available()
     counts = not arguments.quick and not suffix
     wall = {name: [s.wall for s in taken] for name, taken in measured.samples.items()}
@@ -244,6 +265,7 @@ def rows(
         held = counts and (kind != "time_ratio" or (arguments.arch in CPU_TARGETS and batch_size == 8))
         return row(f"{kind}_{arguments.arch}{suffix}", values, unit, target, note=note, counts=held)
 
+    reused, own = ("ours", "own_forward") if "own_forward" in wall else ("reused_forward", "ours")
     share = MATMUL_SHARE.get(arguments.arch)
     small = [(a + b) / 1000 / whole for a, b in zip(part_ms["optimizer"], part_ms["ema"])]
     memory = measured.memory if on_gpu else {}
@@ -260,10 +282,16 @@ def rows(
             [ideal_seconds / seconds for seconds in wall["ours"]],
             "of matmul rate",
             f">= {share}" if on_gpu and share else None,
-            f"{FORWARDS} forward passes a step",
+            f"{passes} forward passes a step",
         ),
         figure(
             "memory_ratio", memory_ratio, "of published", "<= 0.8" if on_gpu else None, "" if on_gpu else "GPU only"
+        ),
+        figure(
+            "reuse_ratio",
+            ratios(wall[reused], wall[own]) if reused in wall else None,
+            "of own forward",
+            note="training.reuse_forward=1 to 0",
         ),
         figure("ema_optimizer_share", small, "of step", "<= 0.04" if on_gpu else None),
     ]
@@ -299,6 +327,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), help="of ours")
     parser.add_argument("--compile", choices=("auto", "0", "1"), default="auto", help="as training.compile")
+    parser.add_argument(
+        "--reuse-forward", choices=("auto", "0", "1"), default="auto", help="of ours, as training.reuse_forward"
+    )
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
     parser.add_argument("--repeats", type=int, help="turns (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
     sys.exit(main(measure, parser.parse_args()))

@@ -222,6 +222,12 @@ class TrainingConfig:
         choices=("auto", "0", "1"),
         harmless=True,
     )
+    reuse_forward: str = flag(
+        "auto",
+        "APGD's last forward pass is that of training; auto: 1 on a CPU, 0 on a GPU; changes rounding only",
+        choices=("auto", "0", "1"),
+        harmless=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,12 @@ from attacks.losses import cross_entropy
 from common.config import TrainConfig
 from common.distributed import Processes
 from data.loader import Batch
+from training.loss import attack_batch, places_again
 from training.state import TrainState
-from training.step import attack_batch, autocast, to_device
+from training.step import autocast, to_device
 
-# Image sizes of a schedule times (with and without gradient); beyond PyTorch's own limit of 8 it would run uncompiled.
+# Image sizes of a schedule times two (the attack with and without gradient, training with all images and with few);
+# beyond PyTorch's own limit of 8 it would run uncompiled.
 MAX_GRAPHS = 64
 
 
@@ -52,6 +54,7 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
     """
     if config.training.eval_only:
         return
+    state.reuses_forward = _reuses_forward(state, config, processes, size=size)
     if not wants_compiled(config, processes):
         _stay_uncompiled(state, config, processes, size=size)
         return
@@ -73,6 +76,57 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
         state.parallel = processes.parallel(torch.compile(state.model, **settings))
 
     _rehearse_or_stay_uncompiled(state, config, processes, size=size, before=(compile_attacked, compile_trained))
+
+
+def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> bool:
+    """Whether `training.reuse_forward` asks for it and the network is the same function in training as under attack."""
+    asked, device, precision = config.training.reuse_forward, processes.device, config.training.precision
+    if config.adv.attack != "apgd" or asked == "0" or (asked == "auto" and device.type == "cuda"):
+        return False
+    x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    batch = Batch(x=x, y=x, index=x, failures=[])
+    x = to_device(batch, device=device, precision=precision, channels_last=config.misc.use_channel_last)
+    with autocast(device, precision):
+        change = change_in_training(state.model, x)
+    if change and asked == "1" and processes.is_first:
+        print(
+            f"warning: training.reuse_forward: training has a forward pass of its own: the network {change}.",
+            file=sys.stderr,
+        )
+    return change is None
+
+
+def change_in_training(model: nn.Module, x: Tensor) -> str | None:
+    """What the network does otherwise in training than in eval mode; None where it is the same function of each image.
+
+    Found by running it, as no list of layers would be complete. Buffers and random numbers are as before; it is in train mode then.
+
+    Args:
+        model: maps images to logits.
+        x: three images (3, 3, H, W).
+    """
+    on_gpu = x.device.type == "cuda"
+    kept = [buffer.clone() for buffer in model.buffers()]
+
+    def random_state() -> Tensor:
+        return torch.cuda.get_rng_state(x.device) if on_gpu else torch.get_rng_state()
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if on_gpu else []):
+        expected = model.eval()(x[:2])[0]
+        before = random_state()
+        found = model.train()(x[[0, 2]])[0]
+        drawn = not torch.equal(before, random_state())
+    changed = not all(map(torch.equal, kept, model.buffers()))
+    for buffer, value in zip(model.buffers(), kept):
+        buffer.copy_(value)
+    if drawn:
+        return "draws random numbers in training (dropout, drop path)"
+    if changed:
+        return "changes its buffers in training (running statistics)"
+    # The image beside it is another one; in half precision that may round otherwise.
+    if not (found - expected).abs().max() <= 0.01 * expected.abs().max():
+        return "is another function in training, or mixes the images of a batch"
+    return None
 
 
 def prepare_size(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
@@ -121,7 +175,8 @@ def _rehearse_attack(state: TrainState, config: TrainConfig, processes: Processe
     x, y = _black(config, processes, size=size)
     with autocast(processes.device, config.training.precision):
         if config.adv.attack != "none":
-            attack_batch(state.attacked, x, y, adv=config.adv, eps=config.adv.eps)
+            last = state.model if state.reuses_forward else None
+            attack_batch(state.attacked, x, y, adv=config.adv, eps=config.adv.eps, evaluate_last=last)
         elif processes.world_size > 1:
             with torch.no_grad():
                 state.attacked(x)
@@ -136,6 +191,9 @@ def _rehearse_training(state: TrainState, config: TrainConfig, processes: Proces
         for _ in range(2 if processes.world_size > 1 else 1):
             with autocast(processes.device, config.training.precision):
                 loss = cross_entropy(state.parallel(x), y).mean()
+                if state.reuses_forward:
+                    few = x[: places_again(len(x))]
+                    loss = loss + cross_entropy(state.parallel(few), y[: len(few)]).mean()
             loss.backward()
     finally:
         for parameter in state.model.parameters():

@@ -25,6 +25,7 @@ class TrainState:
         optimizer, scaler: of torch; the scaler is disabled unless training runs in float16.
         ema: None without `model.model_ema`.
         step: optimiser steps done, skipped ones included.
+        reuses_forward: whether the last evaluation of the attack is the forward pass of training (`training.loss`).
         statistics: running means and variances of batch normalisation, which a forward pass changes.
     """
 
@@ -35,6 +36,7 @@ class TrainState:
     step: int = 0
     parallel: nn.Module = field(init=False)
     attacked: nn.Module = field(init=False)
+    reuses_forward: bool = field(init=False, default=False)
     statistics: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

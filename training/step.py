@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks.apgd import apgd
-from attacks.fgsm import fgsm
-from attacks.losses import cross_entropy
-from common.config import AdvConfig, TrainConfig
+from common.config import TrainConfig
 from common.distributed import Processes
 from common.seeding import derive_seed
 from data.augment import augment
 from data.loader import Batch
 from data.pipeline import to_unit
 from data.transforms import Mixup
+from training.loss import training_loss
 from training.state import TrainState
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,32 +38,6 @@ def to_device(batch: Batch, *, device: torch.device, precision: str, channels_la
     if batch.draws is not None:
         x = augment(x, batch.draws)
     return to_unit(x, dtype).contiguous(memory_format=memory_format)
-
-
-def attack_batch(
-    model: Callable[[Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    *,
-    adv: AdvConfig,
-    eps: float,
-    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """The images to train on: `x` itself for clean training, else the attack's within `eps` of it. Shapes as in `attacks`."""
-    if adv.attack == "apgd":
-        return apgd(model, x, y, norm=adv.norm, eps=eps, n_iter=adv.n_iter, on_step=on_step).x_best
-    if adv.attack == "fgsm":
-        return fgsm(
-            model,
-            x,
-            y,
-            norm=adv.norm,
-            eps=eps,
-            alpha=adv.alpha,
-            noise_level=adv.noise_level,
-            skip_projection=adv.skip_projection,
-        )
-    return x
 
 
 def train_step(
@@ -116,12 +88,11 @@ def train_step(
         y = batch.y.to(device, non_blocking=True)
         if mixup is not None:
             x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)
-        with autocast(device, precision):
-            x = attack_batch(state.attacked, x, y, adv=config.adv, eps=eps, on_step=on_attack_step)
         last = i + 1 == len(batches)
         with nullcontext() if last or processes.world_size == 1 else state.parallel.no_sync():
             with autocast(device, precision):
-                loss = cross_entropy(state.parallel(x), y).mean() / len(batches)
+                loss = training_loss(state, x, y, adv=config.adv, eps=eps, on_attack_step=on_attack_step)
+            loss = loss / len(batches)
             # A loss that is not finite makes every gradient so: averaged, it tells all processes to skip the step.
             poison = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
             state.scaler.scale(loss).backward(poison)

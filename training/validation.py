@@ -14,7 +14,8 @@ from common.errors import UserError
 from common.precision import float32_matmul
 from common.seeding import derive_seed
 from data.loader import Batch
-from training.step import attack_batch, autocast, to_device
+from training.loss import attack_batch
+from training.step import autocast, to_device
 
 
 def clean_accuracy(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-import training.step
+import training.loss
 import training.trainer
 from attacks.apgd import apgd
 from common.config import PROVENANCE_KEY, TrainConfig, load_config
@@ -91,12 +91,12 @@ def test_trains_on_the_attacked_images(images, tmp_path, monkeypatch):
         radii.append(eps)
         return torch.full_like(x, 0.25)
 
-    monkeypatch.setattr(training.step, "apgd", lambda *a, **k: type("R", (), {"x_best": attack(*a, **k)}))
-    original = training.step.cross_entropy
+    monkeypatch.setattr(training.loss, "apgd", lambda *a, **k: type("R", (), {"x_best": attack(*a, **k)}))
+    original = training.loss.cross_entropy
     monkeypatch.setattr(
-        training.step, "cross_entropy", lambda logits, y: (seen.append(logits.detach()), original(logits, y))[1]
+        training.loss, "cross_entropy", lambda logits, y: (seen.append(logits.detach()), original(logits, y))[1]
     )
-    run(base_flags(images, tmp_path) | APGD | {"adv.eps_warmup_epochs": 1, "adv.eps": 0.3})
+    run(base_flags(images, tmp_path) | APGD | {"adv.eps_warmup_epochs": 1, "adv.eps": 0.3, "training.reuse_forward": 0})
     assert len(seen) == 3 and all(torch.allclose(logits, logits[:1].expand_as(logits), atol=1e-5) for logits in seen)
     assert radii == pytest.approx([0.1, 0.2, 0.3])
 
@@ -150,9 +150,9 @@ def test_validation_freq(images, tmp_path):
 
 def test_heavy_augmentation_gives_soft_labels_and_pixels_in_the_box(images, tmp_path, monkeypatch):
     seen = []
-    original = training.step.attack_batch
+    original = training.loss.attack_batch
     monkeypatch.setattr(
-        training.step, "attack_batch", lambda m, x, y, **k: (seen.append((x, y)), original(m, x, y, **k))[1]
+        training.loss, "attack_batch", lambda m, x, y, **k: (seen.append((x, y)), original(m, x, y, **k))[1]
     )
     run(base_flags(images, tmp_path) | {"data.augmentations": 1, "training.epochs": 3})
     assert len(seen) == 9
@@ -252,14 +252,14 @@ def test_find_weights_takes_the_newest_average(images, tmp_path):
     "precision,dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
 )
 def test_precision_covers_the_attack_and_scales_fp16_only(images, tmp_path, monkeypatch, precision, dtype):
-    seen, original = [], training.step.attack_batch
+    seen, original = [], training.loss.attack_batch
 
     def look(model, x, y, **kwargs):
         seen.append(model(x).dtype)
         return original(model, x, y, **kwargs)
 
     scaled = []
-    monkeypatch.setattr(training.step, "attack_batch", look)
+    monkeypatch.setattr(training.loss, "attack_batch", look)
     step = training.trainer.train_step
     monkeypatch.setattr(
         training.trainer,

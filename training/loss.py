@@ -1,0 +1,104 @@
+"""The loss of adversarial training for one micro-batch: the attack, then the forward pass of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attacks.apgd import apgd
+from attacks.fgsm import fgsm
+from attacks.losses import cross_entropy
+from common.config import AdvConfig
+from training.state import TrainState
+
+# Share of a micro-batch that may go through the network again. With APGD-2 about 1 % of images has its highest loss before the
+# last iterate.
+AGAIN = 1 / 16
+
+
+def attack_batch(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    adv: AdvConfig,
+    eps: float,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    evaluate_last: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The images to train on: `x` itself for clean training, else the attack's within `eps` of it.
+
+    Shapes as in `attacks`; `on_step` and `evaluate_last` of `attacks.apgd`, the others do without.
+    """
+    if adv.attack == "apgd":
+        return apgd(
+            model, x, y, norm=adv.norm, eps=eps, n_iter=adv.n_iter, on_step=on_step, evaluate_last=evaluate_last
+        ).x_best
+    if adv.attack == "fgsm":
+        return fgsm(
+            model,
+            x,
+            y,
+            norm=adv.norm,
+            eps=eps,
+            alpha=adv.alpha,
+            noise_level=adv.noise_level,
+            skip_projection=adv.skip_projection,
+        )
+    return x
+
+
+def training_loss(
+    state: TrainState,
+    x: Tensor,
+    y: Tensor,
+    *,
+    adv: AdvConfig,
+    eps: float,
+    on_attack_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Mean cross-entropy on the attacked images, a scalar with its graph.
+
+    Nothing is read back from the device unless `state.reuses_forward`: then one number is, for which the device stands still.
+    """
+    if state.reuses_forward and adv.attack == "apgd":
+        return _loss_with_the_attacks_forward(state, x, y, adv=adv, eps=eps, on_attack_step=on_attack_step)
+    x = attack_batch(state.attacked, x, y, adv=adv, eps=eps, on_step=on_attack_step)
+    return cross_entropy(state.parallel(x), y).mean()
+
+
+def places_again(batch_size: int) -> int:
+    """How many images of a micro-batch may go through the network again: the shape is fixed, so that it is compiled once."""
+    return math.ceil(AGAIN * batch_size)
+
+
+def _loss_with_the_attacks_forward(
+    state: TrainState, x: Tensor, y: Tensor, *, adv: AdvConfig, eps: float, on_attack_step: Callable | None
+) -> Tensor:
+    """The same, where the attack's evaluation of its last iterate is the forward pass of training.
+
+    The few images whose best iterate is an earlier one go through the network again. If they are too many for the places kept
+    for that, or a loss is not finite (its gradient is not, even times zero), all do, and the first pass is thrown away.
+    """
+    kept = {}
+
+    def evaluate_last(x_last: Tensor) -> Tensor:
+        kept["x"], kept["logits"] = x_last, state.parallel(x_last)
+        return kept["logits"]
+
+    x_best = attack_batch(state.attacked, x, y, adv=adv, eps=eps, on_step=on_attack_step, evaluate_last=evaluate_last)
+    losses = cross_entropy(kept.pop("logits"), y)
+    others = (x_best != kept.pop("x")).flatten(1).any(dim=1)
+    count = int(torch.where(losses.isfinite().all(), others.sum(), len(y)))
+    if count == 0:
+        return losses.mean()
+    places = places_again(len(y))
+    if count > places:
+        del losses
+        return cross_entropy(state.parallel(x_best), y).mean()
+    index = others.int().topk(places).indices
+    again = cross_entropy(state.parallel(x_best[index]), y[index])
+    return ((losses * ~others).sum() + (again * others[index]).sum()) / len(y)
