@@ -52,8 +52,8 @@ def apgd(
     """Maximise the cross-entropy of `model` over the perturbations allowed by a threat model.
 
     Runs the model in eval mode with frozen parameters and gives back its modes and gradients as they were. Costs `n_iter + 1`
-    forward and `n_iter` backward passes and never reads a value back from the device. Autocast, where active, covers the
-    model; the images keep their dtype (half precision images are raised to float32).
+    forward (one of them `evaluate_last`, if given) and `n_iter` backward passes and never reads a value back from the device.
+    Autocast, where active, covers the model; the images keep their dtype (half precision images are raised to float32).
 
     Args:
         model: maps images (B, …) in [0, 1] to logits (B, K).
@@ -86,11 +86,12 @@ def apgd(
             search.record(*evaluate_with_gradient(model, search.update(i), y))
             report(i + 1, search.loss_best, search.acc)
         x_last = search.update(n_iter - 1)
+        search.forget_gradients()
         if evaluate_last is None:
             loss, correct = evaluate(model, x_last, y)
     if evaluate_last is not None:
         loss, correct = judge(evaluate_last(x_last), y)
-    search.record(loss, correct, search.grad)  # nothing follows the last update: its gradient is not needed
+    search.finish(loss, correct)
     report(n_iter, search.loss_best, search.acc)
     return APGDResult(search.x_best, search.loss_best, search.acc, search.x_best_adv)
 
@@ -139,22 +140,26 @@ class _Search:
 
     def record(self, loss: Tensor, correct: Tensor, grad: Tensor) -> None:
         """Take the same at the iterate of the last update; keep the best, then adapt the step."""
-        self.acc = self.acc & correct
-        self.x_best_adv = torch.where(self.over_images(correct), self.x_best_adv, self.x_adv)
-        self._keep_best(loss, grad)
+        better = self.over_images(loss > self.loss_best)
+        self.grad, self.grad_best = grad, torch.where(better, grad, self.grad_best)
+        self.finish(loss, correct)
         self.rises = self.rises + (loss > self.loss_last)
         self.loss_last = loss
         self.since_checkpoint += 1
         if self.since_checkpoint == self.interval:
             self._checkpoint()
 
-    def _keep_best(self, loss: Tensor, grad: Tensor) -> None:
+    def forget_gradients(self) -> None:
+        """Nothing follows the last update: room for its evaluation."""
+        self.grad = self.grad_best = self.x_old = self.x
+
+    def finish(self, loss: Tensor, correct: Tensor) -> None:
+        """Take loss and prediction at the iterate of the last update; keep the best."""
+        self.acc = self.acc & correct
+        self.x_best_adv = torch.where(self.over_images(correct), self.x_best_adv, self.x_adv)
         better = loss > self.loss_best
-        images = self.over_images(better)
-        self.x_best = torch.where(images, self.x_adv, self.x_best)
-        self.grad_best = torch.where(images, grad, self.grad_best)
+        self.x_best = torch.where(self.over_images(better), self.x_adv, self.x_best)
         self.loss_best = torch.where(better, loss, self.loss_best)
-        self.grad = grad
 
     def _restart(self, where: Tensor) -> None:
         """Go on from the best iterate. `x_old` stays: the next momentum is taken from the point before the last update."""

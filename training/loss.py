@@ -62,7 +62,7 @@ def training_loss(
 ) -> Tensor:
     """Mean cross-entropy on the attacked images, a scalar with its graph.
 
-    Nothing is read back from the device unless `state.reuses_forward`: then one number is, for which the device stands still.
+    Nothing is read back from the device unless `state.reuses_forward`: then one number is, for which the host waits.
     """
     if state.reuses_forward and adv.attack == "apgd":
         return _loss_with_the_attacks_forward(state, x, y, adv=adv, eps=eps, on_attack_step=on_attack_step)

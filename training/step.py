@@ -53,8 +53,9 @@ def train_step(
 ) -> Tensor:
     """One optimiser step over the micro-batches of this process; advances `state`.
 
-    The attack runs on the network itself, so that DistributedDataParallel sees one forward and one backward pass of each
-    micro-batch and averages gradients once, at the last one. Nothing is read back from the device.
+    The attack runs on the network itself, so that DistributedDataParallel sees only the passes of training, one or two forward
+    and one backward of each micro-batch, and averages gradients once, at the last one. Nothing is read back from the device, but
+    one number a micro-batch where the attack's last forward pass is that of training (`training.loss`).
 
     Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
     (seed, step, block): as many blocks on another number of processes see the same.
