@@ -30,6 +30,7 @@ from common.precision import float32_matmul
 from data.loader import Batch
 from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
+from training.last_block import trim_last_block
 from training.loss import attack_batch
 from training.state import TrainState
 from training.step import autocast, to_device, train_step, update
@@ -83,6 +84,7 @@ def config_for(
             f"--training.precision={precision}",
             f"--training.compile={arguments.compile}",
             "--training.reuse_forward=1",
+            "--training.trim_last_block=0",
             f"--adv.attack={attack}",
             f"--adv.n_iter={N_ITER}",
         ],
@@ -200,6 +202,8 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
         x, y = x.pin_memory(), y.pin_memory()
     batch = Batch(x=x, y=y, index=y, failures=[])
     published = PublishedTraining(state.model, arch=arguments.arch, eps=config.adv.eps, n_iter=N_ITER)
+    if arguments.trim_last_block:  # not of the published network, a copy of the same
+        trim_last_block(state.model)
     begin = time.perf_counter()
     prepare_networks(state, config, processes, size=size)
     prepared = time.perf_counter() - begin
@@ -225,12 +229,28 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
         arms["own_forward" if reuses else "reused_forward"] = ours(config, reuse=not reuses)
     repeats = arguments.repeats or (3 if arguments.quick else 10 if on_gpu else 5)
     measured = measure_arms(arms, device, repeats=repeats, times=5 if on_gpu else 1)
-    state.reuses_forward = reuses
+    again = images_again(state, arms["ours"])
     part_ms = parts(state, config, processes, batch, repeats=repeats)
     passes = forwards(reused=reuses)
     flops = forward_flops(state, size) * batch_size * passes
     rate = matmul_rate(device, precision, size=8192 if on_gpu else 2048)
-    return rows(arguments, config, measured, part_ms, flops / rate, passes=passes, suffix=suffix, prepared=prepared)
+    return rows(
+        arguments, config, measured, part_ms, flops / rate, passes=passes, again=again, suffix=suffix, prepared=prepared
+    )
+
+
+def images_again(state: TrainState, step: Callable[[], object]) -> int:
+    """How many images go through the trained network a second time in one more step of ours."""
+    passes, network = [], state.parallel
+
+    def counted(x: Tensor) -> Tensor:
+        passes.append(len(x))
+        return network(x)
+
+    state.parallel = counted
+    step()
+    state.parallel = network
+    return sum(passes[1:])
 
 
 def rows(
@@ -241,6 +261,7 @@ def rows(
     ideal_seconds: float,
     *,
     passes: int,
+    again: int,
     suffix: str,
     prepared: float,
 ) -> list[Row]:
@@ -282,7 +303,7 @@ def rows(
             [ideal_seconds / seconds for seconds in wall["ours"]],
             "of matmul rate",
             f">= {share}" if on_gpu and share else None,
-            f"{passes} forward passes a step",
+            f"{passes} forward passes a step, and {again} images once more",
         ),
         figure(
             "memory_ratio", memory_ratio, "of published", "<= 0.8" if on_gpu else None, "" if on_gpu else "GPU only"
@@ -329,6 +350,9 @@ if __name__ == "__main__":
     parser.add_argument("--compile", choices=("auto", "0", "1"), default="auto", help="as training.compile")
     parser.add_argument(
         "--reuse-forward", choices=("auto", "0", "1"), default="auto", help="of ours, as training.reuse_forward"
+    )
+    parser.add_argument(
+        "--trim-last-block", type=int, choices=(0, 1), default=1, help="of ours, as training.trim_last_block"
     )
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
     parser.add_argument("--repeats", type=int, help="turns (default 10 on a GPU, 5 on a CPU, 3 with --quick)")

@@ -222,6 +222,11 @@ class TrainingConfig:
         choices=("auto", "0", "1"),
         harmless=True,
     )
+    trim_last_block: bool = flag(
+        True,
+        "1: the last block computes only what the head reads (class token, mean over positions); changes rounding only",
+        harmless=True,
+    )
     reuse_forward: str = flag(
         "auto",
         "APGD's last forward pass is that of training; auto: 1 on a CPU, 0 on a GPU; changes rounding only",

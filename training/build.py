@@ -16,6 +16,7 @@ from data.loader import TrainLoader
 from data.memory import Once, alone
 from data.source import Source, StreamSource
 from training.ema import EMA
+from training.last_block import trim_last_block
 from training.optim import build_optimizer
 from training.schedule import resolution_at_epoch
 from training.state import TrainState
@@ -103,6 +104,8 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
         load_weights(model, read_weights(path, flag="model.ckpt_path"), flag="model.ckpt_path", source=path)
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
+    if training.trim_last_block and not training.eval_only:
+        trim_last_block(model)
     if training.grad_checkpointing:
         checkpoint_blocks(model)
     dtype = torch.float64 if training.precision == "fp64" else torch.float32

@@ -40,23 +40,27 @@ def test_published_step_trains():
         torch.testing.assert_close(published.average[name], expected)
 
 
-def test_rows():
+@pytest.mark.parametrize("other,ratio", [("own_forward", 0.75), ("reused_forward", 4 / 3)])
+def test_rows(other, ratio):
     arguments = argparse.Namespace(arch="convnext_tiny", compile="1", quick=False)
     config = config_for(arguments, attack="apgd", batch_size=8, size=224, precision="fp32")
     taken = {
         "published": [4.0, 5.0, 6.0],
         "ours": [3.0, 4.0, 3.0],
         "clean": [1.0, 1.0, 1.5],
-        "own_forward": [4.0, 4.0, 4.0],
+        other: [4.0, 4.0, 4.0],
     }
     measured = Measured({arm: [Sample(s, 2 * s) for s in seconds] for arm, seconds in taken.items()}, {})
     part_ms = {"attack": [1.0], "optimizer": [90.0], "ema": [60.0]}
-    found = {r["name"]: r for r in rows(arguments, config, measured, part_ms, 0.6, passes=7, suffix="", prepared=1.0)}
+    found = {
+        r["name"]: r
+        for r in rows(arguments, config, measured, part_ms, 0.6, passes=7, again=0, suffix="", prepared=1.0)
+    }
     assert found["time_ratio_convnext_tiny"]["figure"] == 0.75
     assert found["speedup_convnext_tiny"]["figure"] == pytest.approx(4 / 3)
     assert found["adv_over_clean_convnext_tiny"]["figure"] == 3.0
     assert found["matmul_share_convnext_tiny"]["figure"] == pytest.approx(0.2)
-    assert found["reuse_ratio_convnext_tiny"]["figure"] == 0.75
+    assert found["reuse_ratio_convnext_tiny"]["figure"] == pytest.approx(ratio)
     assert found["ema_optimizer_share_convnext_tiny"]["figure"] == pytest.approx(0.05)
     assert found["images_per_second_ours_convnext_tiny"]["figure"] == pytest.approx(8 / 3)
     if not torch.cuda.is_available():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 import training.build
 import training.compiled
+import training.step
 from attacks.apgd import apgd
 from common.config import TrainConfig, load_config
 from common.distributed import Processes, launch
@@ -25,6 +28,7 @@ from tests.training.helpers import base_flags, run
 from tests.training.test_flags import free_port
 from training.build import build_state, check_image_sizes
 from training.compiled import frozen_twin, prepare_networks, prepare_size
+from training.loss import training_loss
 from training.step import train_step
 from utils_architecture import checkpoint_blocks, get_new_model
 
@@ -95,6 +99,25 @@ def test_a_step_reads_nothing_back(arch, precision):
     mixup = Mixup(num_classes=CLASSES, label_smoothing=0.1)
     with NoReads():
         train_step(state, [batch()], config=config, processes=processes, mixup=mixup, lr=1e-3, eps=config.adv.eps)
+
+
+def test_a_step_that_reuses_the_attacks_forward_reads_one_number():
+    class Reads(NoReads):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                Reads.count += 1
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    config = config_for(**{"model.arch": "convnext_micro", "training.grad_accum": 2})
+    state = build_state(config, ALONE)
+    prepare_networks(state, config, ALONE, size=32)
+    assert state.reuses_forward
+    with Reads():
+        train_step(state, [batch(), batch(seed=1)], config=config, processes=ALONE, mixup=None, lr=1e-3, eps=0.5)
+    assert Reads.count == 2  # one a micro-batch
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -215,23 +238,38 @@ def train_in_all_ways(folder: str, processes: Processes) -> None:
     torch.compile = compile_quickly
     for name, (network, flags, _) in WAYS.items():
         training.build.build_model = lambda *args, network=network, **kwargs: network()
-        # At this eps the last iterate of some images is not their best: none, some and many of a micro-batch.
-        config = config_for(**flags, **{"training.precision": "fp64", "training.grad_accum": 2, "adv.eps": 0.42})
+        config = config_for(**flags, **{"training.precision": "fp64", "training.grad_accum": 2})
         state = build_state(config, processes)
         prepare_networks(state, config, processes, size=32)
         assert (state.attacked is state.model) == (config.training.compile != "1")
         assert state.reuses_forward == ("reused" in name)
-        for seed in range(5):
+        passes, of_batches = [], []
+        state.model.register_forward_pre_hook(lambda m, args, p=passes: p.append(len(args[0])) if m.training else None)
+
+        def loss(*args, p=passes, of=of_batches, **kwargs):
+            p.clear()
+            found = training_loss(*args, **kwargs)
+            of.append(list(p))
+            return found
+
+        training.step.training_loss = loss
+        for seed, eps in enumerate((0.4, 0.4, 0.6, 0.6, 0.4)):
             batches = [batch(seed=10 * seed + 2 * i + processes.rank) for i in range(2)]
-            train_step(state, batches, config=config, processes=processes, mixup=None, lr=1e-3, eps=config.adv.eps)
+            train_step(state, batches, config=config, processes=processes, mixup=None, lr=1e-3, eps=eps)
         torch.save(state.model.state_dict(), f"{folder}/{name}_{processes.rank}.pt")
+        if name == "plain, reused":
+            Path(folder, f"passes_{processes.rank}.json").write_text(json.dumps(of_batches))
 
 
 def test_two_processes_have_the_same_weights_in_all_ways(tmp_path):
     status = launch(train_in_all_ways, str(tmp_path), world_size=2, address="localhost", port=free_port())
     assert status == 0
-    weights = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.iterdir()}
+    weights = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     assert len(weights) == 2 * len(WAYS)
+    # Micro-batches of which no image went through the network again, one, and too many; also while the other process's did not.
+    first, second = (json.loads((tmp_path / f"passes_{rank}.json").read_text()) for rank in range(2))
+    assert {tuple(passes) for passes in first + second} == {(8,), (8, 1), (8, 8)}
+    assert any(len(a) != len(b) for a, b in zip(first, second))
     for way, (_, _, same) in WAYS.items():
         for name, value in weights[f"{way}_0"].items():
             torch.testing.assert_close(weights[f"{way}_1"][name], value, rtol=0, atol=0, msg=f"{way}: {name}")
