@@ -112,8 +112,8 @@ def update(state: TrainState, *, grad_clip: float) -> Tensor:
     """Optimiser and scaler; returns whether the step was skipped, a bool on the device."""
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # The largest absolute value is finite if and only if all are.
-    skipped = ~torch.stack(torch._foreach_norm(gradients, torch.inf)).max().isfinite()
+    # Sums of absolute values are finite if and only if all are; a sum that overflows belongs to a step to skip as well.
+    skipped = ~torch.stack(torch._foreach_norm(gradients, 1)).max().isfinite()
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), grad_clip)
     if not state.scaler.is_enabled():
