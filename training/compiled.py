@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import random
 import sys
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ from common.config import TrainConfig
 from common.distributed import Processes
 from data.loader import Batch
 from training.loss import attack_batch, places_again
+from training.probe import change_in_training
 from training.state import TrainState
 from training.step import autocast, to_device
 
@@ -85,56 +85,18 @@ def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes
     if config.adv.attack != "apgd" or asked == "0" or (asked == "auto" and device.type == "cuda"):
         return False
     x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x[2] *= 0.3
     batch = Batch(x=x, y=x, index=x, failures=[])
     x = to_device(batch, device=device, precision=precision, channels_last=config.misc.use_channel_last)
     with autocast(device, precision):
         change = change_in_training(state.model, x)
+    change = next((found for found in processes.gather(change) if found is not None), None)
     if change and asked == "1" and processes.is_first:
         print(
             f"warning: training.reuse_forward: training has a forward pass of its own: the network {change}.",
             file=sys.stderr,
         )
     return change is None
-
-
-def change_in_training(model: nn.Module, x: Tensor) -> str | None:
-    """What the network does otherwise in training than in eval mode; None where it is the same function of each image.
-
-    Found by running a copy, as no list of layers would be complete; with weights of its own, as a fresh head or layer scale hides
-    what lies before it, and a run that goes on has to find the same.
-
-    Args:
-        model: maps images to logits.
-        x: three images (3, 3, H, W).
-    """
-    model, python_state = copy.deepcopy(model), random.getstate()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5
-            parameter.copy_(noise * scale + (parameter.dim() < 2))
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            expected = model.eval()(x[:2])[0]
-            before = _random_states(devices)
-            found = model.train()(x[[0, 2]])[0]
-            drawn = before != _random_states(devices)
-        random.setstate(python_state)
-    if drawn:
-        return "draws random numbers in training (dropout, drop path)"
-    if not all(map(torch.equal, buffers, model.buffers())):
-        return "changes its buffers in training (running statistics)"
-    # The image beside it is another one; in half precision that may round otherwise.
-    if not (found - expected).abs().max() <= 0.02 * (expected - expected.mean()).abs().max():
-        return "is another function in training, or mixes the images of a batch"
-    return None
-
-
-def _random_states(devices: list[torch.device]) -> list[bytes]:
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-    return [repr(random.getstate()).encode(), *(state.numpy().tobytes() for state in states)]
 
 
 def prepare_size(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:

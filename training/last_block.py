@@ -1,13 +1,12 @@
 """The last block of a network, computing only what the head reads of it: the same function, from the same weights.
 
-A vision transformer's head reads the class token alone, so the last block needs keys and values of all tokens but queries,
-projection and MLP of that one: ten of the block's twelve products with weights. A ConvNeXt's head reads the mean over positions,
-and the mean passes through what is linear: the second of the MLP's two products is needed once an image instead of once a position.
+A vision transformer's head reads the class token alone, so the last block needs keys and values of all tokens but query,
+projection and MLP of that one, which saves nearly ten of the block's twelve products with weights. A ConvNeXt's head reads the
+mean over positions, and the mean passes through what is linear: the second of the MLP's two products is needed once an image
+instead of once a position.
 """
 
 from __future__ import annotations
-
-import copy
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from training.probe import probe_copy
 from utils_architecture import IsotropicBlock, IsotropicConvNeXt
 
 
@@ -75,18 +75,18 @@ def trim_last_block(model: nn.Module) -> bool:
 def _last_block(network: nn.Module) -> tuple[nn.Module, type[nn.Module] | None]:
     """The last block and what to make of it; None where the head reads something else, or the block is of another kind."""
     kind = type(network)
-    if isinstance(network, VisionTransformer):
-        standard = all(
-            getattr(kind, name) is getattr(VisionTransformer, name) for name in ("forward_features", "forward_head")
-        )
+    if (
+        kind is VisionTransformer
+        and network.global_pool == "token"
+        and network.attn_pool is None
+        and len(network.blocks)
+    ):
         block = network.blocks[-1]
-        if standard and network.global_pool == "token" and network.attn_pool is None:
-            return block, ClassTokenBlock if type(block) is Block and type(block.attn) is Attention else None
-    elif isinstance(network, ConvNeXt):
-        standard = all(getattr(kind, name) is getattr(ConvNeXt, name) for name in ("forward_features", "forward_head"))
+        if type(block) is Block and type(block.attn) is Attention:
+            return block, ClassTokenBlock
+    elif kind is ConvNeXt and network.head.global_pool.pool_type == "avg" and isinstance(network.norm_pre, nn.Identity):
         block = network.stages[-1].blocks[-1]
-        pooled = network.head.global_pool.pool_type == "avg" and isinstance(network.norm_pre, nn.Identity)
-        if standard and pooled and type(block) is ConvNeXtBlock and not block.use_conv_mlp and type(block.mlp) is Mlp:
+        if type(block) is ConvNeXtBlock and not block.use_conv_mlp and type(block.mlp) is Mlp:
             return block, PooledConvNeXtBlock
     elif kind is IsotropicConvNeXt:
         return network.blocks[-1], PooledIsotropicBlock
@@ -96,19 +96,17 @@ def _last_block(network: nn.Module) -> tuple[nn.Module, type[nn.Module] | None]:
 @torch.no_grad()
 def _agrees(block: nn.Module, trimmed: type[nn.Module]) -> bool:
     """Whether both give the same of random input."""
-    block = copy.deepcopy(block).to("cpu", torch.float32).eval()
-    for name, parameter in block.named_parameters():
-        if name.endswith("gamma"):  # a fresh layer scale, 1e-6, would hide the branch
-            parameter.fill_(1.0)
     generator = torch.Generator().manual_seed(0)
-    if trimmed is ClassTokenBlock:
-        x = torch.randn(2, 5, block.norm1.normalized_shape[0], generator=generator)
-        expected = block(x)[:, :1]
-    else:
-        x = torch.randn(2, block.norm.normalized_shape[0], 3, 3, generator=generator)
-        expected = block(x).mean(dim=(2, 3), keepdim=True)
-    block.__class__ = trimmed
     try:
+        block = probe_copy(block).to("cpu", torch.float32).eval()
+        if trimmed is ClassTokenBlock:
+            x = torch.randn(2, 5, block.attn.qkv.in_features, generator=generator)
+            expected = block(x)[:, :1]
+        else:
+            convolution = block.dwconv if trimmed is PooledIsotropicBlock else block.conv_dw
+            x = torch.randn(2, convolution.in_channels, 3, 3, generator=generator)
+            expected = block(x).mean(dim=(2, 3), keepdim=True)
+        block.__class__ = trimmed
         return bool((block(x) - expected).abs().max() <= 1e-4 * expected.abs().max())
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False

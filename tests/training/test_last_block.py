@@ -62,16 +62,16 @@ def assert_same(model: nn.Module, x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_architecture(name):
-    size = 32 if name.endswith("micro") else 64
     model = get_new_model(name, not_original=not name.endswith("21k"), num_classes=10, drop_path=0.3)
     model = normalize_model(scattered(model), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)).double()
-    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
     for mode in (True, False):
         assert_same(model.train(mode), x)
 
 
 def vit(**flags) -> nn.Module:
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, **flags)
+    layout = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return VisionTransformer(**layout | flags)
 
 
 def convnext(**flags) -> nn.Module:
@@ -103,6 +103,10 @@ def test_other_vision_transformers(flags):
         lambda: convnext(conv_mlp=True),
         lambda: convnext(head_norm_first=True),
         lambda: convnext(global_pool="max"),
+        lambda: type("Another", (VisionTransformer,), {})(
+            img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2
+        ),
+        lambda: vit(depth=0),
         lambda: create_model("resnet18", num_classes=5),
     ],
 )

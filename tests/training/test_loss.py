@@ -15,8 +15,10 @@ import training.build
 from common.distributed import Processes
 from tests.training.test_step import ALONE, CLASSES, PlainNet, SmallNet, batch, config_for
 from training.build import build_state
-from training.compiled import change_in_training, prepare_networks
+from training.compiled import prepare_networks
 from training.loss import attack_batch, places_again, training_loss
+from training.probe import change_in_training
+from utils_architecture import get_new_model
 
 SIZE = 32
 # Seed of network and images, eps, and how many of 32 images have their best iterate before the last; there are 2 places.
@@ -169,7 +171,7 @@ class Quieter(nn.Module):
     """Another function in training that neither draws nor keeps anything."""
 
     def forward(self, x):
-        return x * 0.5 if self.training else x
+        return x * 0.9 if self.training else x
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,27 @@ def test_a_network_that_changes_in_training_has_a_pass_of_its_own(monkeypatch, c
     assert warning == ("" if words is None else expected)
     state_for(monkeypatch, network)
     assert not capsys.readouterr().err  # not asked for by name: nothing to say
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["vit_micro", "convnext_micro", "convnext_iso_micro"])
+def test_in_whole_networks_too(arch, precision):
+    """Small changes that neither draw nor keep anything, in front of all blocks and layer scales."""
+    x = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    x[2] *= 0.3
+    network = get_new_model(arch, not_original=True, num_classes=CLASSES)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        assert change_in_training(network, x) is None
+        for layer in (BatchStatistics(), Quieter()):
+            assert "is another function" in change_in_training(nn.Sequential(layer, network), x)
+
+
+def test_a_network_that_cannot_be_tried_has_a_pass_of_its_own():
+    class Odd(nn.Module):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("only leaves support deepcopy")
+
+    assert "could not be tried" in change_in_training(Odd(), torch.rand(3, 3, 8, 8))
 
 
 def test_on_a_gpu_only_where_asked_for(monkeypatch):
