@@ -137,7 +137,8 @@ ADDED = {
     "training.grad_clip", "training.grad_accum", "adv.eps_warmup_epochs",
     "training.resume", "training.resume_force", "training.deterministic", "training.max_bad_steps",
     "logging.ckpt_minutes", "logging.ckpt_steps", "dist.timeout_minutes", "dist.end_margin_minutes",
-    "validation.stop_on_overfitting", "training.compile", "training.grad_checkpointing",
+    "validation.stop_on_overfitting", "training.compile", "training.reuse_forward", "training.trim_last_block",
+    "training.grad_checkpointing",
 }  # fmt: skip
 
 
