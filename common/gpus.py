@@ -26,6 +26,5 @@ def usable_gpus() -> int:
             f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({reason}); expected a driver that is new "
             "enough, or CUDA_VISIBLE_DEVICES with the number, or the part of a GPU (MIG-…), to use, or empty for the CPU."
         ) from error
-    return (
-        torch._C._cuda_getDeviceCount()
-    )  # CUDA's own count; torch.cuda.device_count became that only in newer versions
+    # CUDA's own count, which torch.cuda.device_count gives in newer versions only.
+    return torch._C._cuda_getDeviceCount()
