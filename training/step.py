@@ -80,7 +80,7 @@ def train_step(
     state.model.train()
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         block = i * processes.world_size + processes.rank
         # Drop path and random starts draw from here: a function of the step, not of what ran before.
@@ -105,7 +105,7 @@ def train_step(
         _average(state.statistics, processes)
     if state.ema is not None:
         state.ema.update(state.model, state.step)
-    return torch.stack([total.double(), skipped.double()])
+    return torch.stack([total, skipped.double()])
 
 
 def update(state: TrainState, *, grad_clip: float) -> Tensor:
