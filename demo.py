@@ -30,9 +30,9 @@ import yaml
 
 import train
 from common.config import EvalConfig, TrainConfig, load_config
-from common.distributed import Processes
 from common.errors import UserError
 from common.files import set_aside, writable, write_atomically
+from common.processes import Processes
 from common.tables import markdown_table
 from evaluation.evaluate import run_evaluations
 from evaluation.pictures import draw_examples

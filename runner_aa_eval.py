@@ -40,10 +40,12 @@ def main(argv: Sequence[str]) -> int:
         config = load_config(EvalConfig, [*first, *rest])
         prepare_workers("evaluation.worker")  # they import PyTorch while this process does
 
-        from common.distributed import joined
+        import torch
+
+        from common.processes import joined
         from evaluation.evaluate import run_evaluations
 
-        with joined() as processes:
+        with joined(device=torch.device("cpu")) as processes:  # each GPU is opened by its worker
             run_evaluations(config, processes)
     except UserError as error:
         say(f"error: {error}")

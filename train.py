@@ -7,24 +7,26 @@ from YAML, and flags override the file.
     python train.py --config-file configs/convnext_tiny_cvst.yaml --data.train_dataset=/data/imagenet …
     python train.py … --training.distributed=1 --dist.world_size=8      eight processes on this machine
     torchrun --nproc_per_node=8 train.py …                              the same, started by torchrun (several machines too)
-    bash run_train.sh …                                                 sets up, checks, and takes all visible GPUs
-    python train.py --check …                                           looks at flags, files and folders, starts nothing
+    bash run_train.sh …                                                 sets up, and takes all visible GPUs
+    python train.py --check …                                           checks flags, files and folders, starts nothing
     python train.py --where …                                           prints the run's folder
 
 A run: images in [0, 1] → mixup → attack on the network in eval mode → forward, loss, backward → optimiser → EMA; after every
 epoch validation on clean and attacked images; weights, log and training state in <logging.folder>/<run name>.
 
 SIGTERM, SIGINT, SIGUSR1, a file `stop` in the run's folder, or the end of a Slurm job: the step is finished, the state saved. The
-same command goes on from there, and after any crash from the state saved last (`training.resume`).
+same command resumes from there, and after any crash from the state saved last (`training.resume`).
 
-Exit status: 0 the run is finished; 2 wrong input; 3 training diverged; 75 stopped on request, the same command goes on; 130 stopped
+Exit status: 0 the run is finished; 2 wrong input; 3 training diverged; 75 stopped on request, the same command resumes; 130 stopped
 at once by a second Ctrl-C; 1 anything else. `status.json` in the run's folder tells the same, also where torchrun loses the status
-(with --max-restarts it would start a run again that ends with 75, so there a stop is 0).
+(with --max-restarts it would start a run again that exits with 75, so there a stop is 0).
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -32,49 +34,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import TrainConfig, load_config
-from common.distributed import (
-    INTERRUPTED,
-    TIMEOUT,
-    Processes,
-    check_processes,
-    check_rendezvous,
-    launch,
-    restarted_after_failure,
-    under_torchrun,
-)
 from common.errors import UserError
-from common.stop import STOPPED
+from common.forkserver import start_fork_server
 
+# PyTorch is imported where it is used: `--help` and `--where` do without, and several processes import it at the same time.
 if TYPE_CHECKING:
+    from common.processes import Processes
     from training.resume import Start
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit status."""
-    arguments = [a for a in argv if a not in ("--check", "--where")]
+    switches = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    switches.add_argument("--check", action="store_true", help="check flags, files and folders, and start nothing")
+    switches.add_argument("--where", action="store_true", help="print the run's folder, and start nothing")
+    asked, flags = switches.parse_known_args(argv)
     try:
-        config = load_config(TrainConfig, arguments)
-        if "--where" in argv:
+        config = load_config(TrainConfig, flags, switches=switches)
+        if "where" in asked:
             print(config.run_folder)
             return 0
-        if "--check" in argv:
+        if "check" in asked:
             check(config)
             return 0
         dist = config.dist
+        if dist.world_size > 1 and "RANK" not in os.environ:
+            start_fork_server("training.trainer")
+        from training.launch import launch
+
         return launch(
             train,
             config,
             world_size=dist.world_size,
             address=dist.address,
             port=dist.port,
-            # Longer than the watch over hanging processes, which says more than a collective that gives up.
-            timeout=max(TIMEOUT, 2 * timedelta(minutes=dist.timeout_minutes)),
+            timeout=timedelta(minutes=dist.timeout_minutes),
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
@@ -86,14 +84,16 @@ def train(config: TrainConfig, processes: Processes) -> None:
         if not start.finished:
             train_from(start, config, processes)
         elif processes.is_first:
-            print(f"{config.run_folder} is finished; --training.resume=none trains it anew.")
+            print(f"{config.run_folder} is finished; --training.resume=none trains it from scratch.")
     finally:
         start.release()
 
 
 def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
     """Build the run and let it go; leaves by SystemExit where it does not come to its end."""
+    from common.processes import restarted_after_failure
     from training.log import mark_status
+    from training.stop import STOPPED
     from training.trainer import Diverged, Stopped, Trainer, deterministic
 
     try:
@@ -120,6 +120,7 @@ def check(config: TrainConfig) -> None:
     import torch
 
     from common.files import writable
+    from common.processes import Processes, check_processes, check_rendezvous, under_torchrun
     from training.build import build_state, build_train_loader, check_image_sizes, open_sources
     from utils_architecture import check_pretrained
     from zoo.names import split_kind

@@ -27,7 +27,7 @@ from ablation.grid import Cell, Entry
 from common.errors import UserError
 from common.files import take_folder, writable, write_atomically
 from common.provenance import PROJECT, commit
-from common.stop import STOPPED
+from training.stop import STOPPED
 
 RECORD = "record.json"
 # What a summary reads of an evaluation's report, besides shares.

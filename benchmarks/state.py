@@ -22,9 +22,9 @@ import torch
 from benchmarks.harness import Row, main, options, row
 from benchmarks.killing import POLL_SECONDS, Run
 from common.config import LoggingConfig, TrainConfig, load_config
-from common.distributed import Processes
 from common.errors import UserError
 from common.files import writable
+from common.processes import Processes
 from common.provenance import PROJECT
 from data.loader import Batch
 from training.build import build_state

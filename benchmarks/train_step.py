@@ -24,9 +24,9 @@ from attacks.losses import cross_entropy
 from benchmarks.harness import Row, main, options, row
 from benchmarks.published_step import PublishedTraining
 from common.config import TrainConfig, load_config
-from common.distributed import Processes
 from common.errors import UserError
 from common.precision import float32_matmul
+from common.processes import Processes
 from data.loader import Batch
 from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled

@@ -241,8 +241,10 @@ class DistConfig:
 
     world_size: int = flag(1, "number of processes; a resumed run keeps its global batch", at_least=1, harmless=True)
     address: str = flag("localhost", "address of the first process", harmless=True)
-    port: int = flag(12355, "port of the first process", at_least=1, at_most=65535, harmless=True)
-    timeout_minutes: float = flag(10.0, "a process that shows no progress so long ends the run", above=0, harmless=True)
+    port: int = flag(12355, "port of the first process; 0: a free one", at_least=0, at_most=65535, harmless=True)
+    timeout_minutes: float = flag(
+        10.0, "longest wait of a process for the others; then the run ends", above=0, harmless=True
+    )
     end_margin_minutes: float = flag(
         3.0, "minutes before the end of a Slurm job to save and stop", at_least=0, harmless=True
     )
@@ -551,14 +553,18 @@ _BOUND_WORDS = {"above": "above", "at_least": "at least", "at_most": "at most"}
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+def load_config(
+    config_class: type[ConfigT], argv: Sequence[str], *, switches: argparse.ArgumentParser | None = None
+) -> ConfigT:
     """Read a command line (without the program's name) and the config files it names.
+
+    `switches`: options that the caller has read; `--help` lists them too.
 
     Raises:
         UserError: unknown flag or key, missing required flag, wrong type or range, unreadable file.
         SystemExit: status 0 after `--help`.
     """
-    parser = _parser(config_class)
+    parser = _parser(config_class, [] if switches is None else [switches])
     arguments = vars(_parse(parser, argv))
     files = arguments.pop("config_file")
     known = list(arguments)
@@ -644,11 +650,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}.")
 
 
-def _parser(config_class: type) -> argparse.ArgumentParser:
+def _parser(config_class: type, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser = _Parser(
         usage="%(prog)s [--config-file FILE] [--section.name=value …]",
         description=config_class.__doc__,
         allow_abbrev=False,
+        parents=parents,
     )
     parser.add_argument(
         "--config-file",

@@ -4,8 +4,8 @@ Order is a function of (seed, epoch), a sample's augmentation of (seed, epoch, i
 nor what ran before changes a batch, and n ranks together see what one rank sees with n times the batch size. Streams
 (`StreamSource`) are as repeatable as timm's readers: for the same numbers of ranks and workers.
 
-So worker processes that die (usually the kernel kills them for want of memory) are replaced, and the same batches go on.
-That is noticed where the next batch is awaited, at the latest after 5 s: see `watched_batches`.
+Worker processes are DataLoader's own. One that dies (usually the kernel kills it for want of memory) ends the run with
+DataLoader's error, and the run resumes exactly.
 """
 
 from __future__ import annotations
@@ -13,15 +13,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import islice
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.forkserver import end_with_parent
 from common.seeding import derive_seed
 from data.augment import Draws, concatenated
 from data.decoding import DECODE_ERRORS
@@ -40,8 +35,7 @@ from data.source import Source, StreamSource
 from data.transforms import eval_transform
 
 _MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
-_MAX_RESTARTS = 10  # of the workers, in one epoch
-_MAX_FRUITLESS_RESTARTS = 3  # without a batch in between
+_LAST_SECONDS = 30  # of a worker after SIGTERM
 
 Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
 Key = tuple[int, int, int]  # epoch, index in the source, image size
@@ -56,10 +50,6 @@ def spread_indices(length: int, count: int) -> list[int]:
 def print_warning(text: str) -> None:
     """Write `text` to stderr, above a progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-class WorkerDied(RuntimeError):
-    """Worker processes ended that should not have; the message has their ids and how they ended."""
 
 
 class Batch(NamedTuple):
@@ -106,7 +96,6 @@ class TrainLoader:
         flip: float = 0.5,
         crop_pct: float = 0.875,
         pin_memory: bool = False,
-        on_warning: Callable[[str], None] = print_warning,
     ) -> None:
         """Set the loader up; worker processes start with the first epoch and stay.
 
@@ -120,7 +109,6 @@ class TrainLoader:
             rank, world_size: of this process among those that train together.
             num_workers: worker processes; 0 loads in this process.
             pin_memory: put batches into page-locked memory, from where a GPU can fetch them meanwhile.
-            on_warning: is told, in a sentence, of workers that died and were replaced.
 
         Raises:
             UserError: the source is smaller than one global batch, or has fewer shards than there are workers.
@@ -147,24 +135,24 @@ class TrainLoader:
         self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         if self.repeatable_for_any_workers:
             images = _Images(source, self._make_pipeline, seed, tries=_MAX_REPLACEMENTS)
-            self._images = _ImageLoader(images, keep_workers=num_workers > 0, on_warning=on_warning, **self._workers)
+            self._sampler = _EpochKeys()
+            kept = {"persistent_workers": num_workers > 0}
+            self._images = _data_loader(images, batch_sampler=self._sampler, **kept, **self._workers)
 
-    def epoch(
-        self, epoch: int, size: int, start_step: int = 0, *, on_skipped: Callable[[], None] = lambda: None
-    ) -> Iterator[Batch]:
+    def epoch(self, epoch: int, size: int, start_step: int = 0) -> Iterator[Batch]:
         """Micro-batches of `size` pixels, `accum` for each step from `start_step` on.
 
-        Drop an epoch's iterator before the next epoch's is used. A stream has to read what lies before `start_step`, and
-        `on_skipped` is called for each batch of that.
+        Drop an epoch's iterator before the next epoch's is used. A stream has to read what lies before `start_step`.
 
         Raises:
             UserError: too many images in a row cannot be decoded, or a stream cannot be read.
-            RuntimeError: worker processes die again and again, or one that reads a stream died.
+            RuntimeError: a worker process died.
         """
         if isinstance(self._source, StreamSource):
-            yield from self._stream(self._source, epoch, size, start_step, on_skipped)
+            yield from self._stream(self._source, epoch, size, start_step)
             return
-        for batch in self._images.batches(lambda done: self._keys(epoch, size, start_step * self._accum + done)):
+        self._sampler.keys = self._keys(epoch, size, start_step * self._accum)
+        for batch in self._images:
             if len(batch.y) < self._batch_size:
                 name, reason = batch.failures[-1]
                 count = f"{_MAX_REPLACEMENTS} images in a row"
@@ -181,9 +169,7 @@ class TrainLoader:
         starts = ((micro_step * world_size + rank) * batch_size for micro_step in micro_steps)
         return ([(epoch, index, size) for index in order[start : start + batch_size].tolist()] for start in starts)
 
-    def _stream(
-        self, source: StreamSource, epoch: int, size: int, start_step: int, on_skipped: Callable[[], None]
-    ) -> Iterator[Batch]:
+    def _stream(self, source: StreamSource, epoch: int, size: int, start_step: int) -> Iterator[Batch]:
         # Workers and readers are new in each epoch, so that nothing depends on the epochs before.
         reader = {"seed": derive_seed("stream", self._seed, epoch) % 2**31, "batch_size": self._batch_size}
         reader |= {"training": True, "rank": self._rank, "world_size": self._world_size}
@@ -197,12 +183,10 @@ class TrainLoader:
             **self._workers,
         )
         came, wanted = 0, self.steps_per_epoch * self._accum
-        for batch in islice(_stream_batches(loader, source), wanted):
+        for batch in islice(_stream_batches(loader), wanted):
             came += 1
             if came > start_step * self._accum:
                 yield batch
-            else:
-                on_skipped()
         if came < wanted:  # other ranks would wait for this one for ever
             raise RuntimeError(f"{source.spec}: the stream ended after {came} of {wanted} batches.")
 
@@ -252,52 +236,16 @@ class EvalLoader:
             keys = [(0, int(index), size) for index in shown[rank::world_size]]
             parts = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
             images = _Images(source, evaluation, seed=0, tries=1)
-            loader = _ImageLoader(images, keep_workers=False, on_warning=on_warning, **workers)
-            self._batches = partial(loader.batches, lambda done: iter(parts[done:]))
+            self._batches = partial(iter, _data_loader(images, batch_sampler=parts, **workers))
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches.
 
         Raises:
             UserError: a stream cannot be read.
-            RuntimeError: worker processes die again and again, or one that reads a stream died.
+            RuntimeError: a worker process died.
         """
         return self._batches()
-
-
-class _ImageLoader:
-    """A DataLoader whose worker processes are replaced when they die, and may live on from one pass to the next."""
-
-    def __init__(
-        self, images: _Images, *, keep_workers: bool, on_warning: Callable[[str], None], **workers: int | bool
-    ) -> None:
-        self._images, self._on_warning = images, on_warning
-        self._workers = {"persistent_workers": keep_workers, **workers}
-        self._sampler = _EpochKeys()
-        self._loader = self._new()
-
-    def _new(self) -> DataLoader:
-        return _data_loader(self._images, batch_sampler=self._sampler, **self._workers)
-
-    def batches(self, keys: Callable[[int], Iterator[list[Key]]]) -> Iterator[Batch]:
-        """A batch for each of `keys(0)`; `keys(n)` are the same without the first n."""
-        done = restarts = fruitless = 0
-        while True:
-            self._sampler.keys = keys(done)
-            try:
-                for batch in watched_batches(self._loader):
-                    yield batch
-                    done, fruitless = done + 1, 0
-                return
-            except WorkerDied as death:
-                if restarts == _MAX_RESTARTS or fruitless == _MAX_FRUITLESS_RESTARTS:
-                    raise RuntimeError(
-                        f"{death}, after {restarts} restarts, {fruitless} of them since the last batch. The usual cause is a "
-                        f"lack of memory: give a smaller data.num_workers, now {self._workers['num_workers']}."
-                    ) from death
-                self._on_warning(f"{death}; new ones go on with batch {done + 1}.")
-            restarts, fruitless = restarts + 1, fruitless + 1
-            self._loader = self._new()
 
 
 class _EpochKeys:
@@ -390,19 +338,12 @@ def _collate(batches: list[Batch]) -> Batch:
 def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoader:
     # Its own generator, or it would draw from the global one. PyTorch itself gives each worker one thread.
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        dataset, collate_fn=_collate, worker_init_fn=partial(_init_worker, os.getpid()), generator=generator, **options
-    )
+    return DataLoader(dataset, collate_fn=_collate, worker_init_fn=_init_worker, generator=generator, **options)
 
 
-def _stream_batches(loader: DataLoader, source: StreamSource) -> Iterator[Batch]:
+def _stream_batches(loader: DataLoader) -> Iterator[Batch]:
     try:
-        yield from watched_batches(loader)
-    except WorkerDied as death:  # a new worker would have to read all again
-        raise RuntimeError(
-            f"{source.spec}: {death}. The usual cause is a lack of memory: give a smaller data.num_workers, now "
-            f"{loader.num_workers}. A stream's workers are not replaced."
-        ) from death
+        yield from loader
     except UserError as error:  # from a worker it comes with tracebacks before its message
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
@@ -411,7 +352,7 @@ def _whole_stream(
     loader: DataLoader, source: StreamSource, came: Tensor, on_warning: Callable[[str], None] | None
 ) -> Iterator[Batch]:
     """The batches, and a warning after them where fewer samples `came` than the stream says it has."""
-    yield from _stream_batches(loader, source)
+    yield from _stream_batches(loader)
     if on_warning is not None and came.sum() < len(source):
         on_warning(
             f"{source.spec} announces {len(source)} images, {int(came.sum())} came, and only these count. Shards end early, or "
@@ -419,76 +360,11 @@ def _whole_stream(
         )
 
 
-def watched_batches(loader: DataLoader) -> Iterator[Batch]:
-    """Batches of `loader`; `WorkerDied` wherever a worker process has died, whatever error shows it first.
-
-    A worker dies before, while or after it hands a batch over: nothing comes any more, for it may take the queue's lock
-    along, or a connection breaks. DataLoader itself looks after its workers where nothing comes for 5 s.
-    """
-    iterator = loader._iterator  # that of workers that live on
-    try:
-        if not _dead_workers(iterator):
-            iterator = _started(loader)
-        while not _dead_workers(iterator):
-            if (batch := next(iterator, None)) is None:
-                return
-            yield batch
-    except Exception as error:
-        if _dead_workers(iterator, timeout=1.0):  # a connection breaks a moment before the process has ended
-            raise _ended(iterator) from error
-        raise
-    raise _ended(iterator)
-
-
-def _started(loader: DataLoader) -> Iterator[Batch]:
-    """iter(loader), without the SIGCHLD handler that comes with it.
-
-    That one raises in the main thread, wherever it is just then: in the middle of an optimiser's step, say.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        if signal.getsignal(signal.SIGCHLD) != before:
-            # Where SIGCHLD was ignored, Linux would throw the workers' exit codes away.
-            signal.signal(signal.SIGCHLD, before if callable(before) else signal.SIG_DFL)
-
-
-def _dead_workers(iterator: Any, timeout: float = 0.0) -> list[BaseProcess]:
-    workers = getattr(iterator, "_workers", [])  # there are none where this process loads
-    ended = wait([worker.sentinel for worker in workers], timeout)
-    for worker in workers:
-        if worker.sentinel in ended:
-            worker.join()  # its files are closed a moment before it has an exit code
-    return [worker for worker in workers if worker.exitcode]
-
-
-def _ended(iterator: Any) -> WorkerDied:
-    """End what is left of the workers; the error that says which of them had died."""
-    dead = ", ".join(f"{worker.pid} ({_ending(worker.exitcode)})" for worker in _dead_workers(iterator))
-    iterator._shutdown_workers()
-    for worker in iterator._workers:
-        for file in Path("/dev/shm").glob(f"torch_{worker.pid}_*"):  # a batch that was being made
-            with suppress(OSError):
-                file.unlink()
-    return WorkerDied(f"worker processes of the data loader died: {dead}")
-
-
-def _ending(exitcode: int) -> str:
-    return f"signal {-exitcode}: {signal.strsignal(-exitcode)}" if exitcode < 0 else f"exit status {exitcode}"
-
-
-def _init_worker(parent: int, _: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+def _init_worker(_: int) -> None:
+    end_with_parent()
     # Stopping is up to the main process, which may want to end its step and write a checkpoint. Ctrl-C and torchrun
     # signal the process group, Slurm every process.
     os.setpgid(0, 0)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def _end_with(parent: int) -> None:
-    """End this worker when its parent is gone. PyTorch's own watch overlooks a parent that was killed while the worker started,
-    and a worker may hang in handing over what nobody takes any more."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
+    # DataLoader itself ends a worker that hangs by this signal, so that it cannot be ignored altogether.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))

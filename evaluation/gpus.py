@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from common.config import AttackConfig
-from common.distributed import local_rank, under_torchrun
 from common.errors import UserError
 from common.gpus import usable_gpus
+from common.processes import local_rank, under_torchrun
 
 POLL_SECONDS = 10
 

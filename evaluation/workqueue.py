@@ -11,17 +11,15 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from common.errors import UserError
+from common.forkserver import settle, start_fork_server
 
 MOST_FAILURES = 3
 POLL_SECONDS = 1.0
@@ -42,20 +40,7 @@ def prepare_workers(*modules: str) -> None:
     Workers get the environment as it is now.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
-    resource_tracker.ensure_running()  # it would undo the mask below
-    before = os.environ.get("PYTHONPATH")
-    # Python 3.11's server looks for the modules in the current folder only, and a Ctrl-C would end it amid its imports.
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    start_fork_server(*modules)
 
 
 def run_tasks(
@@ -198,7 +183,7 @@ class _Pool:
 def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, arguments: tuple[Any, ...]) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    settle()
     try:
         handle = setup(slot, *arguments)
         connection.send(("ready", None))
@@ -211,14 +196,7 @@ def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, argu
         pass  # the parent is gone
     except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-    # Give the parent the time to read that: it ends this process.
-    threading.Event().wait()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    signal.pause()  # give the parent the time to read that: it ends this process
 
 
 def _cause_of_death(exitcode: int | None) -> str:

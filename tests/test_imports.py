@@ -27,7 +27,7 @@ PACKAGES = ["ablation", "training", "evaluation", "zoo", "attacks", "data", "com
 
 # These rooms know neither flags nor ranks.
 PURE_ROOMS = ["attacks", "data", "utils_architecture"]
-FLAGS_AND_RANKS = ["common.config", "common.distributed"]
+FLAGS_AND_RANKS = ["common.config", "common.processes"]
 
 # Libraries that one file alone imports.
 OWNERS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from common.config import TrainConfig
-from common.distributed import Processes
 from common.errors import UserError
+from common.processes import Processes
 from common.seeding import derive_seed
 from data.datasets import open_source
 from data.loader import TrainLoader
@@ -122,15 +122,10 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
 def initial_weights(name: str, processes: Processes) -> Path:
     """The file that `model.ckpt_path` means: a path, or a published model's clean weights (`NAME:robust`: its robust ones).
 
-    A published model is downloaded by the first process, while the others wait.
+    A published model is downloaded by the first process of each machine, while the others wait.
     """
     model, kind = split_kind(name)
-    if not processes.is_first:
-        processes.wait()
-    path = locate(model, flag="model.ckpt_path", kind=kind).path
-    if processes.is_first:
-        processes.wait()
-    return path
+    return Path(processes.once_here("weights", lambda: str(locate(model, flag="model.ckpt_path", kind=kind).path)))
 
 
 def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:

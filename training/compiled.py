@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attacks.losses import cross_entropy
 from common.config import TrainConfig
-from common.distributed import Processes
+from common.processes import Processes
 from data.loader import Batch
 from training.loss import attack_batch, places_again
 from training.probe import change_in_training
@@ -59,16 +59,9 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
     if not wants_compiled(config, processes):
         _stay_uncompiled(state, config, processes, size=size)
         return
-    from torch._inductor import config as inductor  # an import of a second or two
-
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     # Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
-    options: dict[str, bool] = {"fallback_random": True}
-    if processes.world_size > 1 and hasattr(inductor, "use_static_cuda_launcher"):
-        # It keeps Python's lock while it waits for room in the GPU's queue, which is for ever once another process hangs: the
-        # thread that is to notice that (common.liveness) would wait as well.
-        options["use_static_cuda_launcher"] = False
-    settings = {"dynamic": False, "options": options}
+    settings = {"dynamic": False, "options": {"fallback_random": True}}
 
     def compile_attacked() -> None:
         state.attacked = torch.compile(frozen_twin(state.model), **settings)

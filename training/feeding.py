@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
@@ -34,12 +34,12 @@ class Feed:
         self._num_workers, self._device, self._measured, self._waited = num_workers, device, False, 0.0
         self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def watch(self, batches: Iterator[Batch], on_batch: Callable[[], None] = lambda: None) -> Iterator[Batch]:
-        """The same batches; the first time, some are loaded ahead to measure the loader alone, calling `on_batch` for each.
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the first time, some are loaded ahead to measure the loader alone.
 
         That is done before this returns: whoever iterates waits for none of them.
         """
-        ahead = deque() if self._measured else self._load_ahead(batches, on_batch)
+        ahead = deque() if self._measured else self._load_ahead(batches)
         return self._watched(ahead, batches)
 
     def _watched(self, ahead: deque[Batch], batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -52,14 +52,13 @@ class Feed:
                 return
             yield batch
 
-    def _load_ahead(self, batches: Iterator[Batch], on_batch: Callable[[], None]) -> deque[Batch]:
+    def _load_ahead(self, batches: Iterator[Batch]) -> deque[Batch]:
         """The first batches, three from each worker: the first ones are there all at once, after the workers' start; the others
         come at the workers' speed."""
         self._measured = True
         first = max(self._num_workers, 1)
         ahead, begin, since = deque(), time.perf_counter(), 0.0
         for batch in batches:
-            on_batch()
             ahead.append(batch)
             now = time.perf_counter()
             if len(ahead) == first:

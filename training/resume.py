@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.config import TrainConfig, config_to_dict, harmless_flags
-from common.distributed import Processes
 from common.errors import UserError
 from common.files import take_folder, writable
+from common.processes import Processes
 from training.checkpoint import LAST, PREVIOUS, DamagedState, newest_state, read_state
 from training.log import mark_status, read_status
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.config import TrainConfig
-from common.distributed import Processes
+from common.processes import Processes
 from common.seeding import derive_seed
 from data.augment import augment
 from data.loader import Batch

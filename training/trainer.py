@@ -16,12 +16,10 @@ import torch
 from tqdm import tqdm
 
 from common.config import TrainConfig, config_to_dict
-from common.distributed import Processes
 from common.errors import UserError
 from common.files import take_folder, writable
-from common.liveness import Liveness
+from common.processes import Processes
 from common.provenance import provenance
-from common.stop import StopRequest
 from data.loader import Batch, EvalLoader, spread_indices
 from data.prefetch import prefetch
 from data.transforms import Mixup
@@ -36,6 +34,7 @@ from training.progress import AttackLog, Progress, StepLog
 from training.resume import FORMAT, STOP, Start, accumulation
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.step import train_step
+from training.stop import StopRequest
 from training.validation import adversarial_accuracy, clean_accuracy, training_attack_accuracy
 
 # The processes exchange losses and whether to stop about so often, in between they only meet in the gradients: reading
@@ -51,7 +50,7 @@ class Diverged(Exception):
 
 
 class Stopped(Exception):
-    """Ended on request, with everything saved; the entry ends with `common.stop.STOPPED`."""
+    """Ended on request, with everything saved; the entry exits with `training.stop.STOPPED`."""
 
 
 class _GoBack(Exception):
@@ -217,18 +216,12 @@ class Trainer:
         Raises:
             Stopped: on request; the state is saved.
             Diverged: non-finite losses that going back does not cure, or overfitting with `validation.stop_on_overfitting`.
+            LostProcess: another process died or hangs.
             UserError: too many images that cannot be decoded.
         """
         self._say(self._headline())
         stop_file = self.folder.path / STOP if self.folder else None
-        with (
-            StopRequest(self.processes, file=stop_file, end_time=end_of_job(self.config)) as self.stop,
-            Liveness(
-                self.processes,
-                timeout=60 * self.config.dist.timeout_minutes,
-                on_dead=lambda reason: self._status("running", reason),
-            ) as self.alive,
-        ):
+        with StopRequest(self.processes, file=stop_file, end_time=end_of_job(self.config)) as self.stop:
             try:
                 self._status("running")
                 self._run()
@@ -243,10 +236,10 @@ class Trainer:
                 self._end("failed", str(error))
                 raise
             except Exception as error:
-                missing = self.alive.explain()
-                if missing is not None:  # not this process's fault: the run may well go on
-                    self._warn(missing)
-                self._end("running" if missing else "failed", missing or f"{type(error).__name__}: {error}")
+                if (lost := self.processes.lost(error)) is not None:  # not this process's fault: the run can be resumed
+                    self._end("running", str(lost))
+                    raise lost from error
+                self._end("failed", f"{type(error).__name__}: {error}")
                 raise
             finally:
                 self._close()
@@ -290,23 +283,15 @@ class Trainer:
         steps = self.loader.steps_per_epoch
         first = state.step - epoch * steps
         if size not in self._prepared:
-            self.alive.beat(f"preparing for images of {size} pixels", state.step)
             prepare_size(state, config, self.processes, size=size)
             self._prepared.add(size)
         losses = StepLog(epoch=epoch, shape=[config.training.batch_size, 3, size, size])
         self._begin, self._counted, bad_names = time.perf_counter(), set(), set()
         lr, eps = self._schedule(epoch, max(first - 1, 0))
-        batches_left = self.loader.epoch(
-            epoch,
-            size,
-            first,
-            on_skipped=lambda: self.alive.beat("reading what comes before in the stream", state.step),
-        )
-        batches_left = self.feed.watch(batches_left, lambda: self.alive.beat("loading the first batches", state.step))
+        batches_left = self.feed.watch(self.loader.epoch(epoch, size, first))
         with self._bar(epoch, first) as bar:
             on_device = prefetch(batches_left, self.processes.device, self.feed.on_gap)
             for step, batches in enumerate(grouped(on_device, self.accum), first):
-                self.alive.beat("training", state.step)
                 self._note_failures(batches, bad_names)
                 lr, eps = self._schedule(epoch, step)
                 attack_log = AttackLog() if config.adv.verbose else None
@@ -569,7 +554,6 @@ class Trainer:
         self._save_state()
         self._finish_writing()
         # torchrun ends all when one has ended; so none ends before everything is saved.
-        self.alive.beat("waiting for the first process to save", self.state.step)
         self.processes.wait()
         steps = self.config.training.epochs * self.loader.steps_per_epoch
         if self.folder is not None and self._stored_step != self.state.step:
@@ -619,7 +603,6 @@ class Trainer:
     def _shown(self, loader: EvalLoader) -> Iterator[Batch]:
         """Validation batches, until a stop is asked for; names the images that cannot be decoded."""
         for batch in loader:
-            self.alive.beat("validation", self.state.step)
             for name, reason in batch.failures:
                 self._warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
             if len(batch.y):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from attacks.apgd import apgd
 from common.config import TrainConfig
-from common.distributed import Processes
 from common.errors import UserError
 from common.precision import float32_matmul
+from common.processes import Processes
 from common.seeding import derive_seed
 from data.loader import Batch
 from training.loss import attack_batch

@@ -19,8 +19,8 @@ from ablation.results import metric_names, read_results, read_trainings
 from ablation.running import Runner, Slot, is_finished, read_record
 from common.files import take_folder
 from common.provenance import PROJECT
-from common.stop import STOPPED
 from tests.training.helpers import base_flags
+from training.stop import STOPPED
 
 TRAIN = {"data": {"train_dataset": "digits", "val_dataset": "digits", "num_workers": 0, "in_memory": 0}}
 # What the runner relies on: a status file, weights, a summary; and exit statuses. `misc.notes` says what is to happen.

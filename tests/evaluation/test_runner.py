@@ -21,8 +21,8 @@ import evaluation.evaluate
 import evaluation.worker
 import runner_aa_eval
 from common.config import EvalConfig, load_config
-from common.distributed import Board, Processes
 from common.errors import UserError
+from common.processes import Board, Processes
 from common.provenance import PROJECT
 from common.tables import markdown_table
 from evaluation.autoattack import ATTACKS, attack_chunk

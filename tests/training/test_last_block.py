@@ -11,7 +11,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from common.distributed import Processes
+from common.processes import Processes
 from tests.training.test_step import config_for
 from training.build import build_state
 from training.last_block import trim_last_block

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import training.build
-from common.distributed import Processes
+from common.processes import Processes
 from tests.training.test_step import ALONE, CLASSES, PlainNet, SmallNet, batch, config_for
 from training.build import build_state
 from training.compiled import prepare_networks

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import free_port
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, write_images
-from tests.training.test_flags import free_port
 from tests.training.test_resume import PROJECT, folder_of, start, timeless
 from training.log import read_status
 

@@ -18,11 +18,11 @@ import train
 import training.trainer
 from common.config import TrainConfig, load_config
 from common.files import take_folder
-from common.stop import STOPPED
+from tests.helpers.processes import free_port
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, run, write_images
-from tests.training.test_flags import free_port
 from training.checkpoint import LAST, PREVIOUS, read_state
 from training.log import read_status
+from training.stop import STOPPED
 
 PROJECT = Path(training.__file__).resolve().parent.parent
 # Everything random is on: order, augmentation, mixup, drop path, the random start of FGSM.
@@ -362,7 +362,7 @@ def test_without_any_whole_state_nothing_is_started(many, tmp_path, at_step, cap
 
 
 def test_the_stop_file(many, undisturbed, tmp_path, at_step, monkeypatch):
-    monkeypatch.setattr("common.stop.LOOK_SECONDS", 0)
+    monkeypatch.setattr("training.stop.LOOK_SECONDS", 0)
     flags = base_flags(many, tmp_path) | RANDOM
     at_step({4: lambda *_: (folder_of(flags) / "stop").touch()})
     training_log = stopped(flags)

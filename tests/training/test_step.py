@@ -17,17 +17,18 @@ import training.compiled
 import training.step
 from attacks.apgd import apgd
 from common.config import TrainConfig, load_config
-from common.distributed import Processes, launch
 from common.errors import UserError
+from common.processes import Processes
 from data.augment import concatenated, draw, generator
 from data.loader import Batch
 from data.prefetch import prefetch
 from data.transforms import Mixup
 from tests.attacks.test_apgd import GOLDEN, NORMS, GoldenNet, NoReads
+from tests.helpers.processes import free_port
 from tests.training.helpers import base_flags, run
-from tests.training.test_flags import free_port
 from training.build import build_state, check_image_sizes
 from training.compiled import frozen_twin, prepare_networks, prepare_size
+from training.launch import launch
 from training.loss import training_loss
 from training.step import train_step
 from utils_architecture import checkpoint_blocks, get_new_model

@@ -18,13 +18,13 @@ import training.loss
 import training.trainer
 from attacks.apgd import apgd
 from common.config import PROVENANCE_KEY, TrainConfig, load_config
-from common.distributed import check_processes
 from common.errors import UserError
-from common.stop import STOPPED
+from common.processes import check_processes
 from data.datasets import open_source
 from data.loader import EvalLoader, spread_indices
+from tests.helpers.processes import free_port
 from tests.training.helpers import base_flags, largest_difference, read_outcome, run, write_images
-from tests.training.test_flags import free_port
+from training.stop import STOPPED
 from utils_architecture import get_new_model
 from zoo.runs import find_weights
 
@@ -314,7 +314,7 @@ def test_check_finds_what_would_stop_the_run(images, tmp_path, capsys, change, w
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr("common.distributed.usable_gpus", lambda: 2)
+    monkeypatch.setattr("common.processes.usable_gpus", lambda: 2)
     assert check_processes(2) == 2
     with pytest.raises(UserError, match="dist.world_size: 3.*2 visible"):
         check_processes(3)

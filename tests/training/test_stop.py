@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from common import stop
-from common.distributed import Processes
-from common.stop import STOPPED, StopRequest
+from common.processes import Processes
+from training import stop
+from training.stop import STOPPED, StopRequest
 
 
 def alone() -> Processes:

@@ -6,16 +6,14 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from common.distributed import Processes
+from common.forkserver import SIGNALS
+from common.processes import Processes
 
 STOPPED = 75  # exit status: ended on request with everything saved (EX_TEMPFAIL of sysexits.h: try again later)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-REPEAT_SECONDS = (
-    1.0  # signals closer together are one request: a Ctrl-C reaches a process and comes from its parent too
-)
+# Signals closer together are one request: a Ctrl-C reaches a process and comes from its parent too.
+REPEAT_SECONDS = 1.0
 LOOK_SECONDS = 1.0  # between two looks at the stop file, which may lie on a slow network disk
 
 

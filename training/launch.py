@@ -1,0 +1,192 @@
+"""Starting the processes of a training run, and the exit status that they end with.
+
+Under torchrun they exist already. Processes started here, through torch.multiprocessing, are all on this machine: they listen on
+its loopback interface and, for their store, on `dist.address`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from common.errors import UserError
+from common.forkserver import SIGNALS, settle, start_fork_server
+from common.processes import (
+    TIMEOUT,
+    LostProcess,
+    Processes,
+    check_processes,
+    connect_store,
+    describe,
+    joined,
+    open_store,
+    under_torchrun,
+)
+from training.stop import REPEAT_SECONDS, STOPPED
+
+INTERRUPTED = 130  # exit status: ended at once by Ctrl-C, as shells report it
+GRACE_SECONDS = 10.0  # for the other processes to end by themselves, before SIGTERM and before SIGKILL
+
+Main = Callable[[Any, Processes], None]
+
+
+def launch(main: Main, config: Any, *, world_size: int, address: str, port: int, timeout: timedelta = TIMEOUT) -> int:
+    """Run `main(config, processes)` in as many processes as asked for, and wait for all.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the started processes, whose `main` may take them as a request to stop; a
+    second SIGINT kills them.
+
+    Args:
+        main: a module-level function; the started processes import it by name.
+        config: picklable.
+        world_size: number of processes, ignored under torchrun, which has started them.
+        address, port: where the store of started processes listens; port 0 takes a free one.
+        timeout: longest wait for the other processes, at the start and in each collective.
+
+    Returns:
+        Exit status: 0; `STOPPED` if the processes ended with it; `INTERRUPTED`; else that of the first process that failed
+        (the others are then ended), where 1 stands for one killed by a signal.
+
+    Raises:
+        UserError: too many processes, an address that cannot be listened on; where there are no others, also from `main`.
+    """
+    check_processes(world_size)
+    try:
+        if under_torchrun():
+            with joined(timeout=timeout) as processes:
+                main(config, processes)
+        elif world_size == 1:
+            main(config, Processes.alone())
+        else:
+            return _start(main, config, world_size, open_store(address, port, timeout), timeout)
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _start(main: Main, config: Any, world_size: int, store: Any, timeout: timedelta) -> int:
+    start_fork_server(main.__module__)
+    children: list[Any] = []
+    asked: list[tuple[int, float]] = []  # signals, and when they came
+
+    def pass_on(number: int) -> None:
+        interrupts = [at for sent, at in asked if sent == signal.SIGINT]
+        again = len(interrupts) > 1 and interrupts[-1] - interrupts[0] >= REPEAT_SECONDS
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL if again else number)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append((number, time.monotonic()))
+        pass_on(number)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        method = multiprocessing.get_start_method(allow_none=True)
+        arguments = (main, config, world_size, (store.host, store.port), timeout, method, dict(os.environ))
+        context = mp.start_processes(_run, arguments, world_size, join=False, start_method="forkserver")
+        children += context.processes
+        for number, _ in list(asked):  # that came before there were children
+            pass_on(number)
+        try:
+            while not context.join(grace_period=GRACE_SECONDS):
+                pass
+            return 0
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            return _verdict(error, [child.exitcode for child in children], asked, store)
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _verdict(
+    error: mp.ProcessExitedException | mp.ProcessRaisedException,
+    exitcodes: list[int],
+    asked: list[tuple[int, float]],
+    store: Any,
+) -> int:
+    """Exit status of a run one of whose processes did not end with 0; says why where that process could not."""
+    first, count = error.error_index, len(exitcodes)
+    code, signals = exitcodes[first], {number for number, _ in asked}
+    interrupts = [at for number, at in asked if number == signal.SIGINT]
+    if interrupts and interrupts[-1] - interrupts[0] >= REPEAT_SECONDS:
+        return INTERRUPTED
+    text = None
+    if code == STOPPED or -code in signals:  # the latter before there was anything to save
+        late = [
+            str(rank) for rank, other in enumerate(exitcodes) if other not in (0, STOPPED) and -other not in signals
+        ]
+        if not late:
+            return STOPPED
+        text, code = f"process {', '.join(late)} of {count} did not stop with the others and was ended.", 1
+    elif code < 0:
+        memory = " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
+        name = signal.Signals(-code).name
+        text, code = f"process {first} of {count} was killed by {name}{memory}; the others were ended.", 1
+    elif store.check(["reason"]):
+        text = store.get("reason").decode()
+    elif code != 3:  # a run that diverged has said so
+        text = f"process {first} of {count} exited with status {code}; the others were ended."
+    if text:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _run(
+    rank: int,
+    main: Main,
+    config: Any,
+    world_size: int,
+    rendezvous: tuple[str, int],
+    timeout: timedelta,
+    start_method: str | None,
+    environment: dict[str, str],
+) -> None:
+    """The life of a started process."""
+    for number in SIGNALS:  # until `main` takes them over there is nothing to save
+        signal.signal(number, signal.SIG_DFL)
+    settle()
+    # Otherwise it is that of this process: loader workers would import everything again, for seconds each.
+    multiprocessing.set_start_method(start_method, force=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # all processes are on this machine
+        os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
+    # By default each would take all cores, and as many threads on every core slow one another down tenfold and more.
+    share = max(1, len(os.sched_getaffinity(0)) // world_size)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
+    store = connect_store(*rendezvous, timeout)
+    try:
+        with joined(timeout=timeout, store=store, rank=rank, world_size=world_size) as processes:
+            main(config, processes)
+        return
+    except UserError as error:
+        status, reason = 2, str(error)
+    except LostProcess as error:
+        status, reason = 1, str(error)
+    except Exception as error:
+        traceback.print_exc()
+        status, reason = 1, f"process {rank} of {world_size} failed with {describe(error)}; the others were ended."
+    finally:
+        for number in SIGNALS:  # one that comes late must not change how this process ends
+            signal.signal(number, signal.SIG_IGN)
+    store.compare_set("reason", "", reason)  # the first one is the run's
+    raise SystemExit(status)
