@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Run the tests. Sets the project up first if need be (see setup_env.sh). The tests need neither network nor GPU.
 #
-#     bash run_tests.sh                          all but those of networks above 45 M parameters
-#     bash run_tests.sh -m ''                    those too
-#     bash run_tests.sh tests/attacks -k apgd    pytest's arguments; paths start at the project's root
+#     bash run_tests.sh                          all but the markers `large` and `slow` (see pyproject.toml)
+#     bash run_tests.sh --all                    those too; the same as -m ''
+#     bash run_tests.sh tests/attacks -k apgd    pytest's arguments, also after --all; paths start at the project's root
 set -euo pipefail
+
+if [[ "${1:-}" == --all ]]; then
+    set -- -m "" "${@:2}"
+fi
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 PY=$(bash "$root/setup_env.sh")

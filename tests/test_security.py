@@ -282,7 +282,7 @@ FORBIDDEN = {
 
 
 def sources() -> list[Path]:
-    folders = ("attacks", "benchmarks", "common", "data", "evaluation", "training", "zoo")
+    folders = ("ablation", "attacks", "benchmarks", "common", "data", "evaluation", "training", "zoo")
     return [*PROJECT.glob("*.py"), *(path for folder in folders for path in (PROJECT / folder).rglob("*.py"))]
 
 

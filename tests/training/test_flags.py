@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +76,7 @@ CASES = {
     "model.pretrained": (1, {}, status),  # convnext_micro has no pretrained weights to fetch
     "model.add_normalization": (1, {}, names),
     "model.not_original": (1, {}, names),
-    "model.updated": (1, {"model.arch": "convnext_iso", "training.epochs": 1}, shapes),
+    "model.updated": (1, {"model.arch": "convnext_iso", "training.batch_size": 24}, shapes),
     "model.model_ema": (1, {}, files),
     "resolution.min_res": (40, {"training.epochs": 2, "resolution.max_res": 64, "resolution.end_ramp": 1}, step_shapes),
     "resolution.max_res": (64, {"training.epochs": 2, "resolution.end_ramp": 1}, step_shapes),
@@ -148,13 +150,35 @@ def test_every_published_flag_is_tested():
     assert all_flags - ADDED == set(CASES) | OWN
 
 
+@pytest.fixture(scope="module")
+def baseline(images, tmp_path_factory) -> Callable[..., Outcome]:
+    """Trains with the base flags and these, once for each set of them and in a folder of its own, which nothing else writes."""
+    outcomes: dict[tuple, Outcome] = {}
+
+    def trained(common: dict[str, Any] | None = None) -> Outcome:
+        key = tuple(sorted((common or {}).items()))
+        if key not in outcomes:
+            outcomes[key] = run(base_flags(images, tmp_path_factory.mktemp("baseline")) | (common or {}))
+        return outcomes[key]
+
+    return trained
+
+
 @pytest.mark.parametrize("name", [*CASES])
-def test_flag_has_an_effect(name, images, tmp_path, capsys):
+def test_flag_has_an_effect(name, images, tmp_path, capsys, baseline):
     value, common, look = CASES[name]
     flags = base_flags(images, tmp_path / "a") | common
-    before = look(run(flags))
+    # Where the folder itself is looked at, both runs get the same one.
+    before = look(run(flags) if look is folder else baseline(common))
     after = look(run(flags | ({name: value} if value is not None else {name: tmp_path / "b"})))
     assert before != after
+
+
+def test_flags_of_the_baseline_repeated_have_no_effect(images, tmp_path, baseline):
+    """So that what differs above comes from the flag, and not from the folder or from chance."""
+    again = run(base_flags(images, tmp_path))
+    for look in {look for _, common, look in CASES.values() if not common and look is not folder}:
+        assert look(again) == look(baseline()), look.__name__
 
 
 def test_resolution_follows_the_ramp(images, tmp_path):
@@ -173,9 +197,9 @@ def test_notes_are_kept(images, tmp_path):
     assert b"a note" in events
 
 
-def test_ckpt_path_starts_from_the_weights(images, tmp_path):
+def test_ckpt_path_starts_from_the_weights(images, tmp_path, baseline):
     flags = base_flags(images, tmp_path)
-    first = run(flags)
+    first = baseline()
     path = first.folder / "weights_1.pt"
     validated = run(flags | {"model.ckpt_path": path, "training.eval_only": 1})
     assert validated.epochs[0]["loss"] == pytest.approx(first.epochs[-1]["loss"], rel=1e-6)
@@ -195,10 +219,10 @@ def test_freeze_some_and_early(images, tmp_path):
     assert changed[1, 0] == set(start) - stem
 
 
-def test_train_and_val_dataset(images, tmp_path):
+def test_train_and_val_dataset(images, tmp_path, baseline):
     other = write_images(tmp_path / "other", seed=1)
     flags = base_flags(images, tmp_path / "runs")
-    base = run(flags)
+    base = baseline()
     trained = run(flags | {"data.train_dataset": other})
     validated = run(flags | {"data.val_dataset": other})
     assert weights(trained) != weights(base) == weights(validated)

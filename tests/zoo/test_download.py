@@ -38,7 +38,7 @@ from zoo.download import (
     sort_files,
     verify,
 )
-from zoo.robustbench import robustbench_architecture
+from zoo.robustbench import import_robustbench, robustbench_architecture
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOISE = hashlib.shake_256(b"weights").digest(400_000)  # does not compress
@@ -814,8 +814,8 @@ print(peak() - before, content.robust[0].stat().st_size)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_is_constant(share: Share, tmp_path: Path) -> None:
-    megabytes = int(os.environ.get("TEST_DOWNLOAD_MB", "400"))
+@pytest.mark.parametrize("megabytes", [64, pytest.param(400, marks=pytest.mark.slow)])
+def test_memory_of_a_download_does_not_grow_with_it(share: Share, tmp_path: Path, megabytes: int) -> None:
     share.answers[:] = [made_while_sent(megabytes)]
     command = [sys.executable, "-c", PEAK, share.link, str(tmp_path / "net")]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
@@ -824,7 +824,7 @@ def test_memory_is_constant(share: Share, tmp_path: Path) -> None:
     growth, size = map(float, result.stdout.split())
     print(f"{growth=:.1f} MB")
     assert size == megabytes << 20
-    assert growth < 60
+    assert growth < 40
 
 
 # Which file is which
@@ -983,19 +983,27 @@ def test_robustbench_architecture_is_robustbenchs() -> None:
 
 
 def test_the_name_that_robustbench_imports_autoattack_by_is_taken_back() -> None:
+    """Here or in an earlier test: the real package is imported once a process."""
     installed = importlib.util.find_spec("autoattack") is not None
-    code = (
-        "import sys; from zoo.robustbench import import_robustbench; print(import_robustbench().benchmark.__name__); "
-    )
-    code += "print(sorted(name for name in sys.modules if name.split('.')[0] == 'autoattack'))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    name, modules = result.stdout.splitlines()[-2:]
-    assert name == "benchmark"
-    assert (modules == "[]") != installed
+    assert import_robustbench().benchmark.__name__ == "benchmark"
+    assert any(name.split(".")[0] == "autoattack" for name in sys.modules) == installed
 
 
-def test_robustbench_that_is_not_installed() -> None:
-    code = "import sys; sys.modules['robustbench'] = None; from zoo.robustbench import import_robustbench; import_robustbench()"
-    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120)
-    assert "UserError: RobustBench cannot be imported" in result.stderr
+def test_robustbench_finds_autoattack_by_its_name_only_while_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "robustbench.py").write_text("import autoattack, autoattack.state\nfound = autoattack.__name__\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "robustbench", None)  # so that monkeypatch puts back what was there, or nothing
+    del sys.modules["robustbench"]
+    installed = importlib.util.find_spec("autoattack") is not None
+    assert import_robustbench().found == ("autoattack" if installed else "pyautoattack")
+    assert any(name.split(".")[0] == "autoattack" for name in sys.modules) == installed
+
+
+def test_robustbench_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "robustbench", None)
+    with pytest.raises(UserError, match="RobustBench cannot be imported.*pip install robustbench pyautoattack"):
+        import_robustbench()
+    if importlib.util.find_spec("autoattack") is None:
+        assert not any(name.split(".")[0] == "autoattack" for name in sys.modules)
