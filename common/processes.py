@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import time
 import warnings
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from common.errors import UserError
+from common.errors import UserError, describe
 from common.gpus import usable_gpus
 
 TIMEOUT = timedelta(minutes=30)
@@ -141,7 +140,7 @@ class Processes:
         if isinstance(error, LostProcess):
             return error
         own = not _is_of_the_engine(error)
-        text = f"process {self.rank} of {self.world_size} on {socket.gethostname()} failed with {describe(error)}"
+        text = f"process {self.rank} of {self.world_size} on {socket.gethostname()} failed: {describe(error)}"
         try:
             store = self._connect_again()
             store.set(f"failed/{self.rank}", json.dumps([own, text]))
@@ -197,12 +196,6 @@ def _is_of_the_engine(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
-
-
-def describe(error: BaseException) -> str:
-    """Kind and first sentence of an error; PyTorch's begin with the place in its source."""
-    lines = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).splitlines()
-    return f"{type(error).__name__}: {lines[0].split('. ')[0]}" if lines else type(error).__name__
 
 
 def under_torchrun() -> bool:

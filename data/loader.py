@@ -52,6 +52,12 @@ def print_warning(text: str) -> None:
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
+def dead_worker(error: BaseException) -> str | None:
+    """What DataLoader says of a worker process that has ended; None where this is another error."""
+    texts = [str(e) for e in (error.__cause__, error) if isinstance(e, RuntimeError)]  # the cause has the signal
+    return next((text.split(". ")[0] for text in texts if text.startswith("DataLoader worker")), None)
+
+
 class Batch(NamedTuple):
     """Images and labels of one rank.
 

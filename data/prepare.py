@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import take_folder, writable, write_atomically
+from common.forkserver import end_with_parent
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS, decode
-from data.loader import WorkerDied, watched_batches
+from data.loader import dead_worker
 from data.shards import FORMAT, INFO, file_size, index_path, manifest_path, read_json, read_manifest, sha256
 from data.source import Source, encoded, some
 
@@ -215,19 +216,27 @@ def prepare(
         todo = [n for n, shard in enumerate(manifest["shards"]) if file_size(paths[n]) != shard["bytes"]]
     shards = _Shards(source, folder, split, settings, order, expected)
     loader = DataLoader(
-        shards, sampler=todo, batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
+        shards,
+        sampler=todo,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=1 if workers else None,
+        worker_init_fn=lambda _: end_with_parent(),
     )
     done = len(source) - sum(len(order[n * settings.per_shard : (n + 1) * settings.per_shard]) for n in todo)
     with tqdm(total=len(source), initial=done, unit=" images", desc=split, disable=not progress) as bar:
         try:
-            for count in watched_batches(loader):
+            for count in loader:
                 if isinstance(count, Exception):
                     raise count
                 bar.update(count)
-        except WorkerDied as death:
+        except RuntimeError as error:
+            if (reason := dead_worker(error)) is None:
+                raise
             raise UserError(
-                f"{death}. The usual cause is a lack of memory: give a smaller --workers, now {workers}. The same command goes on."
-            ) from death
+                f"{reason}. The usual cause is a lack of memory: give a smaller --workers, now {workers}. The same "
+                "command resumes."
+            ) from error
     if manifest is None:
         _check_classes(source, paths)
         manifest = _finish(source, folder, split, facts, [read_record(path) for path in paths])

@@ -71,6 +71,7 @@ def run_tasks(
         UserError: raised by a worker.
         TaskFailed: a task failed `MOST_FAILURES` times, or every slot failed so often in a row.
     """
+    start_fork_server()  # where `prepare_workers` has not
     pool = _Pool(setup, arguments)
     queue = _Queue(take)
     workers: list[_Worker] = []

@@ -32,8 +32,8 @@ FLAGS_AND_RANKS = ["common.config", "common.processes"]
 # Libraries that one file alone imports.
 OWNERS = {
     "fastargs": "common/config.py",
-    "torch.distributed": "common/distributed.py",
-    "torch.nn.parallel": "common/distributed.py",
+    "torch.distributed": "common/processes.py",
+    "torch.nn.parallel": "common/processes.py",
 }
 
 # What training does without.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from common.errors import UserError
+from common.errors import UserError, describe
 from common.forkserver import SIGNALS, settle, start_fork_server
 from common.processes import (
     TIMEOUT,
@@ -29,11 +29,11 @@ from common.processes import (
     Processes,
     check_processes,
     connect_store,
-    describe,
     joined,
     open_store,
     under_torchrun,
 )
+from data.loader import dead_worker
 from training.stop import REPEAT_SECONDS, STOPPED
 
 INTERRUPTED = 130  # exit status: ended at once by Ctrl-C, as shells report it
@@ -73,6 +73,11 @@ def launch(main: Main, config: Any, *, world_size: int, address: str, port: int,
             return _start(main, config, world_size, open_store(address, port, timeout), timeout)
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if (reason := dead_worker(error)) is None:
+            raise
+        print(f"error: {reason}; the same command resumes.", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -183,8 +188,10 @@ def _run(
     except LostProcess as error:
         status, reason = 1, str(error)
     except Exception as error:
-        traceback.print_exc()
-        status, reason = 1, f"process {rank} of {world_size} failed with {describe(error)}; the others were ended."
+        if (what := dead_worker(error)) is None:
+            traceback.print_exc()
+            what = describe(error)
+        status, reason = 1, f"process {rank} of {world_size} failed: {what}; the others were ended."
     finally:
         for number in SIGNALS:  # one that comes late must not change how this process ends
             signal.signal(number, signal.SIG_IGN)

@@ -12,27 +12,23 @@ import struct
 import tarfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from threading import Timer
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data._utils import signal_handling
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from common.errors import UserError
 from data.augment import concatenated
 from data.datasets import open_source
-from data.loader import Batch, EvalLoader, TrainLoader
+from data.loader import Batch, EvalLoader, TrainLoader, dead_worker
 from data.source import Collected, Source, StreamSource
 from data.transforms import eval_transform
 from tests.data import encoded, picture, write_folder
+from tests.helpers.processes import alive, wait_until
 
 
 class Pictures(Source):
@@ -176,7 +172,7 @@ class TestWorkers:
         for epoch, size in enumerate([16, 32, 8]):
             shown = together(loader.epoch(epoch, size))
             assert shown.x.shape == (8, 3, size, size) and same(shown, together(fresh.epoch(epoch, size)))
-            workers.add(tuple(worker.pid for worker in loader._images._loader._iterator._workers))
+            workers.add(tuple(worker.pid for worker in loader._images._iterator._workers))
         assert len(workers) == 1
 
     def test_an_epoch_may_be_left(self) -> None:
@@ -214,15 +210,14 @@ class TestWorkers:
 
 
 class Deadly(Pictures):
-    """The process that reads image `victim` ends at once, as long as it has lives left."""
+    """The process that reads image `victim` ends at once."""
 
-    def __init__(self, count: int, *, victim: int, lives: int, by_signal: bool = True) -> None:
+    def __init__(self, count: int, *, victim: int, by_signal: bool = True) -> None:
         super().__init__(count)
-        self.victim, self.by_signal, self.lives = victim, by_signal, torch.tensor([lives]).share_memory_()
+        self.victim, self.by_signal = victim, by_signal
 
     def image(self, i: int) -> bytes:
-        if i == self.victim and self.lives > 0:
-            self.lives -= 1
+        if i == self.victim:
             os.kill(os.getpid(), signal.SIGKILL) if self.by_signal else os._exit(3)
         return super().image(i)
 
@@ -232,131 +227,77 @@ class Defect(Pictures):
         raise ZeroDivisionError(f"picture {i}")
 
 
-def workers_of(loader: TrainLoader) -> list[BaseProcess]:
-    return loader._images._loader._iterator._workers
+@pytest.fixture
+def new_workers() -> Iterator[Callable[[], list[psutil.Process]]]:
+    """Gives this process's children since the test began, and ends them: a caught error keeps the loader that has them."""
+    before = set(psutil.Process().children())
 
+    def found() -> list[psutil.Process]:
+        return [child for child in psutil.Process().children() if child not in before]
 
-def kill(worker: BaseProcess | psutil.Process) -> None:
-    worker.kill()
-    wait([worker.sentinel]) if isinstance(worker, BaseProcess) else time.sleep(0.2)
+    yield found
+    for child in found():
+        child.kill()
 
 
 class TestDeadWorkers:
-    @pytest.fixture(autouse=True)
-    def _polls_often_and_leaves_no_process(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))  # of 5 s
-        before = set(psutil.Process().children(recursive=True))
-        yield
-        assert set(psutil.Process().children(recursive=True)) <= before
-
-    def test_are_replaced_and_the_epoch_is_as_it_would_have_been(self) -> None:
-        source, warnings, victims = Pictures(16), [], []
-        plain = basic(source, augmentation=1)
-        loader = basic(source, augmentation=1, num_workers=2, on_warning=warnings.append)
-        for epoch, deaths in enumerate([(3, 4), (1,)]):
-            shown = []
-            for batch in loader.epoch(epoch, 12, start_step=1):
-                shown.append(batch)
-                if len(shown) in deaths:
-                    victims.append(workers_of(loader)[epoch])
-                    Path(f"/dev/shm/torch_{victims[-1].pid}_1_0").touch()  # of a batch that is being made
-                    kill(victims[-1])
-            assert same(together(shown), together(plain.epoch(epoch, 12, 1))) and len(shown) == 7
-            kill(workers_of(loader)[0])  # in between, as in a validation
-        assert same(together(loader.epoch(2, 12)), together(plain.epoch(2, 12)))
-        for victim, number, text in zip(victims, (4, 5, 2), (warnings[0], warnings[1], warnings[3]), strict=True):
-            assert f"died: {victim.pid} (signal 9: Killed); new ones go on with batch {number}." in text
-            assert not Path(f"/dev/shm/torch_{victim.pid}_1_0").exists()
-        assert [text.split()[-1] for text in warnings] == ["4.", "5.", "1.", "2.", "1."]
-
-    @pytest.mark.parametrize("keep_lock", [False, True])
-    def test_while_a_batch_is_awaited(self, keep_lock: bool) -> None:
-        """The dead one may even have taken along the lock that the others need to hand batches over."""
-        source, warnings = Deadly(32, victim=5, lives=0), []
-        loader = basic(source, num_workers=2, on_warning=warnings.append)
-        batches = loader.epoch(0, 8)
-        shown = [next(batches)]
-        if keep_lock:
-            loader._images._loader._iterator._worker_result_queue._wlock.acquire()
-            Timer(0.5, workers_of(loader)[0].kill).start()
-        else:
-            source.lives.fill_(1)
-        shown += batches
-        assert same(together(shown), together(basic(Pictures(32)).epoch(0, 8))) and len(warnings) == 1
-
-    @pytest.mark.parametrize(("by_signal", "how"), [(True, "signal 9: Killed"), (False, "exit status 3")])
-    def test_that_die_again_and_again(self, by_signal: bool, how: str) -> None:
-        warnings: list[str] = []
-        source = Deadly(8, victim=3, lives=99, by_signal=by_signal)
-        loader = EvalLoader(source, size=8, batch_size=2, num_workers=2, on_warning=warnings.append)
-        batches = iter(loader)
-        assert next(batches).index.tolist() == [0, 1]
-        words = rf"died: \d+ \({how}\), after [34] restarts, 3 of them.*lack of memory.*data.num_workers, now 2"
-        with pytest.raises(RuntimeError, match=words):
-            next(batches)
-        assert len(warnings) in (3, 4)  # image 3 may have been read before batch 1 was there
-
-    def test_that_die_after_every_batch(self) -> None:
-        warnings: list[str] = []
-        loader = basic(Pictures(64), num_workers=1, on_warning=warnings.append)
-        with pytest.raises(RuntimeError, match="after 10 restarts, 0 of them since the last batch"):
-            for _ in loader.epoch(0, 8):
-                kill(workers_of(loader)[0])
-        assert len(warnings) == 10
-
-    def test_in_an_evaluation(self, capsys: pytest.CaptureFixture[str]) -> None:
-        before = set(psutil.Process().children())
-        batches = iter(EvalLoader(Pictures(21), size=8, batch_size=2, num_workers=2))
-        shown = [next(batches)]
-        worker = (set(psutil.Process().children()) - before).pop()
-        kill(worker)
-        shown += batches
-        assert same(together(shown), together(EvalLoader(Pictures(21), size=8, batch_size=2)))
-        assert f"warning: worker processes of the data loader died: {worker.pid} (signal 9" in capsys.readouterr().err
+    @pytest.mark.parametrize(
+        ("by_signal", "how"), [(True, "is killed by signal: Killed"), (False, "exited unexpectedly")]
+    )
+    @pytest.mark.parametrize("training", [True, False])
+    def test_dead_worker_ends_the_epoch_with_its_reason(self, new_workers, training, by_signal, how) -> None:
+        source = Deadly(8, victim=3, by_signal=by_signal)
+        batches = (
+            basic(source, num_workers=2).epoch(0, 8)
+            if training
+            else EvalLoader(source, size=8, batch_size=2, num_workers=2)
+        )
+        with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+            list(batches)
+        assert how in dead_worker(caught.value) and dead_worker(ValueError("DataLoader worker")) is None
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_of_a_stream_are_named(self, tmp_path: Path, training: bool) -> None:
+    def test_dead_worker_of_a_stream_ends_the_epoch(self, tmp_path: Path, new_workers, training: bool) -> None:
         pytest.importorskip("webdataset", reason="wds/ needs the package webdataset")
         source = open_source(f"wds/{write_shards(tmp_path / 'Shards')}", split="train", flag="x")
-        before = set(psutil.Process().children())
         evaluation = EvalLoader(source, size=8, batch_size=2, num_workers=2)
         batches = basic(source, num_workers=2).epoch(0, 8) if training else iter(evaluation)
         next(batches)
-        worker = (set(psutil.Process().children()) - before).pop()
-        kill(worker)
-        with pytest.raises(
-            RuntimeError, match=rf"wds/.*died: {worker.pid} \(signal 9: Killed\).*data.num_workers, now 2"
-        ):
+        new_workers()[0].kill()
+        with pytest.raises(RuntimeError, match="DataLoader worker .* killed by signal: Killed"):
             list(batches)
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_defects_are_raised_as_they_are(self, training: bool) -> None:
-        before, warnings = set(multiprocessing.active_children()), []
-        options = {"batch_size": 2, "num_workers": 2, "on_warning": warnings.append}
+    def test_defect_of_a_worker_is_raised_as_it_is(self, training: bool) -> None:
+        options = {"batch_size": 2, "num_workers": 2}
         loader = basic(Defect(8), **options).epoch(0, 8) if training else EvalLoader(Defect(8), size=8, **options)
         with pytest.raises(ZeroDivisionError, match="picture"):
             list(loader)
-        assert not warnings
-        for worker in (
-            set(multiprocessing.active_children()) - before
-        ):  # PyTorch's error refers to itself, and so keeps them
-            worker.kill()
-            worker.join()
 
-    @pytest.mark.parametrize("ignored", [False, True])
-    def test_no_signal_handler_stays(self, monkeypatch: pytest.MonkeyPatch, ignored: bool) -> None:
-        """DataLoader's raises in the main thread at any time, so that it would tear an optimiser's step."""
-        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # else it is set once a process
-        ours, calls = (signal.SIG_IGN if ignored else lambda *_: calls.append(1)), []
-        before = signal.signal(signal.SIGCHLD, ours)
-        try:
-            batches = basic(Pictures(8), num_workers=1).epoch(0, 8)
+    def test_worker_outlives_a_sigterm_to_all_processes_of_a_job(self, new_workers) -> None:
+        batches = basic(Pictures(32), num_workers=2).epoch(0, 8)
+        shown = [next(batches)]
+        for worker in new_workers():
+            worker.send_signal(signal.SIGTERM)
+        shown += batches
+        assert same(together(shown), together(basic(Pictures(32)).epoch(0, 8)))
+
+    def test_workers_end_with_their_killed_parent(self) -> None:
+        ours, theirs = multiprocessing.get_context("fork").Pipe()
+
+        def parent() -> None:
+            batches = basic(Pictures(64), num_workers=2).epoch(0, 8)
             next(batches)
-            assert signal_handling._SIGCHLD_handler_set  # it was there for a moment
-            # If it stayed ignored, nobody would learn how a worker ended.
-            assert signal.getsignal(signal.SIGCHLD) == (signal.SIG_DFL if ignored else ours)
-        finally:
-            signal.signal(signal.SIGCHLD, before)
+            theirs.send([child.pid for child in multiprocessing.active_children()])
+            time.sleep(60)
+
+        process = multiprocessing.get_context("fork").Process(target=parent)
+        process.start()
+        workers = ours.recv()
+        assert len(workers) == 2 and all(map(alive, workers))
+        process.kill()
+        process.join()
+        wait_until(lambda: not any(map(alive, workers)), seconds=5)
 
 
 def broken_files() -> dict[str, bytes]:

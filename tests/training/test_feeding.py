@@ -22,18 +22,24 @@ def slow(count, seconds, size=4):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_all_batches_come_and_the_first_are_timed(workers):
-    feed, seen, ready = Feed(num_workers=workers, device=CPU), [], []
-    batches = feed.watch(slow(9, 0.02), lambda: ready.append(len(seen)))
-    assert len(ready) == 3 * max(workers, 1)  # before anybody waits for a batch
-    for batch in batches:
-        seen.append(batch)
-    assert len(seen) == 9 and ready == [0] * (3 * max(workers, 1))  # loaded ahead of the first step
-    assert 60 < feed.rate < 201  # 4 images in 0.02 s
-    waited = feed.take()
-    assert 0.02 * (9 - len(ready)) < waited < 1 and feed.take() == 0  # without what was loaded ahead
-    rate = feed.rate
-    assert len(list(feed.watch(slow(3, 0)))) == 3 and feed.rate == rate  # measured once
+def test_feed_gives_all_batches_and_times_the_first(workers, monkeypatch):
+    now, loaded = [0.0], []
+
+    def batches(count, seconds):
+        for batch in slow(count, 0):
+            now[0] += seconds
+            loaded.append(batch)
+            yield batch
+
+    monkeypatch.setattr("training.feeding.time.perf_counter", lambda: now[0])
+    feed = Feed(num_workers=workers, device=CPU)
+    watched = feed.watch(batches(9, 0.02))
+    ahead = 3 * max(workers, 1)
+    assert len(loaded) == ahead  # before anybody waits for a batch
+    assert len(list(watched)) == 9 == len(loaded)
+    assert feed.rate == pytest.approx(200)  # 4 images in 0.02 s
+    assert feed.take() == pytest.approx(0.02 * (9 - ahead)) and feed.take() == 0  # without what was loaded ahead
+    assert len(list(feed.watch(batches(3, 1)))) == 3 and feed.rate == pytest.approx(200)  # measured once
 
 
 class Event:

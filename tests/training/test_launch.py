@@ -170,7 +170,7 @@ def test_started_processes_end_with_status_and_reason(tmp_path, short, monkeypat
     assert time.monotonic() - begin < 40
     errors = [text for text in capfd.readouterr().err.splitlines() if text.startswith("error: ")]
     assert len(errors) == (line is not None) and (line is None or errors[0].startswith(line)), errors
-    assert what != "raises" or "failed with ValueError: an accident" in errors[0]
+    assert what != "raises" or "failed: ValueError: an accident" in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def test_failure_is_not_replaced_by_one_of_leaving(monkeypatch):
     ("answers", "sentence"),
     [
         (
-            {1: (True, "process 1 of 3 on node1 failed with ValueError: a")},
-            "process 1 of 3 on node1 failed with ValueError",
+            {1: (True, "process 1 of 3 on node1 failed: ValueError: a")},
+            "process 1 of 3 on node1 failed: ValueError",
         ),
         ({1: (False, "RuntimeError: gloo")}, "process 2 of 3 does not answer: it died, hangs"),
         ({}, "process 1, 2 of 3 does not answer"),
