@@ -135,7 +135,7 @@ def kill_and_go_on(
     for turn, moment in enumerate(moments):
         with start() as program:
             if moment.progress is not None:
-                wait_until(lambda: program.ended() or progress(program) >= moment.progress)  # noqa: B023
+                wait_until(lambda: program.ended() or progress(program) >= moment.progress, seconds=LIMIT)  # noqa: B023
             time.sleep(moment.seconds)
             program.kill(turn if in_turn else 0)
         check()

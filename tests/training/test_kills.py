@@ -116,13 +116,13 @@ def one_thread():
 def test_killed_once(images, tmp_path, one_thread):
     """Only the start that is killed is a program of its own."""
     undisturbed, killed = (Training(images, tmp_path / name, epochs=4) for name in ("undisturbed", "killed"))
-    run(undisturbed.flags())
+    assert run(undisturbed.flags()).status == 0
     with killed.start() as program:
         wait_until(lambda: program.ended() or killed.progress(program) >= 4)
         program.kill()
     killed.check_states()
     assert 4 <= killed.newest < 12
-    run(killed.flags())
+    assert run(killed.flags()).status == 0
     assert_same(killed.run_folder, undisturbed.run_folder, steps=12)
 
 
@@ -133,7 +133,7 @@ def test_killed_again_and_again(tmp_path, processes):
     images, epochs = write_images(tmp_path / "images", train_images=24), 24
     undisturbed, killed = (Training(images, tmp_path / n, epochs, processes) for n in ("undisturbed", "killed"))
     with undisturbed.start() as program:
-        wait_until(lambda: undisturbed.progress(program) >= 0)
+        wait_until(lambda: program.ended() or undisturbed.progress(program) >= 0)
         start_seconds = time.time() - program.started
         program.wait()
     steps = 12 * epochs
