@@ -122,9 +122,9 @@ def main(measure: Callable[[argparse.Namespace], Sequence[Row]], arguments: argp
         return 2
 
 
-def environment(**more: str) -> Mapping[str, str]:
+def environment() -> Mapping[str, str]:
     """The environment of measured programs: one thread a process, OpenMP's threads not spinning while they wait."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000", **more}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
 
 
 def run_program(arguments: Sequence[str], *, env: Mapping[str, str] | None = None) -> float:

@@ -1,0 +1,155 @@
+"""Programs that are killed and started again: all their processes are found, and none may outlive the program. Linux only."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.provenance import PROJECT
+from tests.helpers.processes import wait_until
+
+MARK = "KILLED_PROGRAM"  # in the environment of every process of a program, so that none is overlooked
+LIMIT = 1800.0  # seconds for a program that is left alone
+MAIN_SECONDS, OTHER_SECONDS = (
+    5.0,
+    40.0,
+)  # until all have ended after a kill: of the main process, of one that others wait for
+
+
+class Program:
+    """One start of a Python program in the project's root; leaving the `with` block kills what is left of it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._mark, self._errors = uuid.uuid4().hex, tempfile.TemporaryFile()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000", MARK: self._mark}
+        self.started = time.time()
+        self._main = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=PROJECT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+        )
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while left := self.processes():
+            for pid in left:
+                _kill(pid)
+            time.sleep(0.02)
+        self._main.wait()
+        self._errors.close()
+
+    def processes(self) -> dict[int, int]:
+        """All that run, with their parents. One that has ended, but that nobody has waited for, has no environment."""
+        wanted, found = f"{MARK}={self._mark}".encode(), {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # of another user, or gone meanwhile
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        return found
+
+    def ended(self) -> bool:
+        return self._main.poll() is not None
+
+    def wait(self) -> None:
+        """Wait for its success."""
+        assert self._main.wait(LIMIT) == 0, self._said()
+
+    def kill(self, turn: int = 0) -> None:
+        """SIGKILL to the main process (turn 0), or to one of those without children, such as the ranks of a training run.
+
+        Fails where the program had ended, or where one of its processes is left.
+        """
+        assert not self.ended(), f"ended before it was killed: {self._said()}"
+        running, main = self.processes(), self._main.pid
+        leaves = sorted(running.keys() - running.values() - {main})
+        victims = [main, *(pid for pid in leaves if "resource_tracker" not in _name(pid))]
+        victim = victims[turn % len(victims)]
+        _kill(victim)
+        seconds = MAIN_SECONDS if victim == main else OTHER_SECONDS
+        end = time.monotonic() + seconds
+        while (left := self.processes()) or not self.ended():
+            assert time.monotonic() < end, (
+                f"{seconds:g} s after a kill of {victim} (main: {main}) there is {[_name(pid) for pid in left]}"
+            )
+            time.sleep(0.02)
+        assert self._main.returncode != 0
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")[-2000:]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """For a kill: `seconds` after the program has come to `progress`, or where that is None, after its start."""
+
+    progress: int | None
+    seconds: float
+
+
+def random_moments(kills: int, *, start_seconds: float, progress: int, seconds: float, seed: int) -> list[Moment]:
+    """A quarter within `start_seconds`; the others spread over the work up to `progress`, up to `seconds` after it is reached."""
+    chance = random.Random(seed)
+    starts = chance.sample(range(kills), kills // 4)
+    count = kills - len(starts)
+    reached = iter([int(progress * (n + chance.random()) / count) for n in range(count)])
+    return [
+        Moment(None, chance.uniform(0, start_seconds))
+        if n in starts
+        else Moment(next(reached), chance.uniform(0, seconds))
+        for n in range(kills)
+    ]
+
+
+def kill_and_go_on(
+    start: Callable[[], Program],
+    moments: Sequence[Moment],
+    *,
+    progress: Callable[[Program], int],
+    check: Callable[[], None],
+    in_turn: bool = False,
+) -> None:
+    """Start the program and kill it at each moment, then let it come to its end.
+
+    Args:
+        start: the same command at every call.
+        moments: one for each kill.
+        progress: of the work on disk; -1 until this start has added to it.
+        check: looks at what each kill left.
+        in_turn: whether the main process is one victim of several, as in `Program.kill`.
+    """
+    for turn, moment in enumerate(moments):
+        with start() as program:
+            if moment.progress is not None:
+                wait_until(lambda: program.ended() or progress(program) >= moment.progress, seconds=LIMIT)  # noqa: B023
+            time.sleep(moment.seconds)
+            program.kill(turn if in_turn else 0)
+        check()
+    with start() as program:
+        program.wait()
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _name(pid: int) -> str:
+    """Its command, empty where it has gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
