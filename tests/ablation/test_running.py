@@ -1,24 +1,31 @@
-"""Scheduling with stand-ins for train.py and runner_aa_eval.py, and a small grid from its command line with the real ones."""
+"""Scheduling with stand-ins for train.py and runner_aa_eval.py, and a small grid with the real ones."""
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import ablation.running
+import runner_aa_eval
+import train
 from ablation.__main__ import main, make_slots
 from ablation.grid import Grid, load_grid
 from ablation.results import metric_names, read_results, read_trainings
 from ablation.running import Runner, Slot, is_finished, read_record
 from common.files import take_folder
 from common.provenance import PROJECT
+from tests.evaluation.helpers import shorten_evaluations
 from tests.training.helpers import base_flags
 from training.stop import STOPPED
 
@@ -208,8 +215,39 @@ def test_signals_stop_the_runner_and_are_told_apart(tmp_path, programs) -> None:
     assert [call[1] for call in calls_of(programs, "stopped")] == ["slow"]
 
 
-@pytest.fixture(scope="module")
-def real(images, tmp_path_factory) -> tuple[Path, Path]:
+def work_here(grid: Grid, patch: pytest.MonkeyPatch) -> int:
+    """Like `work`, but train.py and runner_aa_eval.py run in this process, which has imported what they need.
+
+    Their signal handlers need its main thread, so the runner has another one.
+    """
+    programs = {"train.py": train.main, "runner_aa_eval.py": runner_aa_eval.main}
+    calls: queue.Queue[Call | None] = queue.Queue()
+
+    class Call:
+        """In the place of subprocess.Popen."""
+
+        def __init__(self, command: list[str], *, env: dict[str, str], **_: object) -> None:
+            (self.program, *self.argv), self.threads, self.status = command[1:], env["OMP_NUM_THREADS"], Future()
+            calls.put(self)
+
+        def wait(self) -> int:
+            return self.status.result()
+
+    patch.setattr(ablation.running, "subprocess", SimpleNamespace(Popen=Call, DEVNULL=None))
+    with ThreadPoolExecutor(1) as pool:
+        runner = pool.submit(work, grid)
+        runner.add_done_callback(lambda _: calls.put(None))
+        while (call := calls.get()) is not None:
+            torch.set_num_threads(int(call.threads))
+            try:
+                call.status.set_result(programs[call.program](call.argv))
+            except BaseException as error:
+                call.status.set_exception(error)
+    return runner.result()
+
+
+@pytest.fixture(scope="module", params=["here", pytest.param("started", marks=pytest.mark.slow)])
+def real(request, images, tmp_path_factory) -> tuple[Path, Path]:
     """A grid of one run with the real programs, on tiny images."""
     folder = tmp_path_factory.mktemp("real")
     flags = {name: str(value) for name, value in base_flags(images, folder).items() if name != "logging.folder"}
@@ -219,9 +257,17 @@ def real(images, tmp_path_factory) -> tuple[Path, Path]:
         "seeds": [0],
         "evaluate": {"eval.fullaa": 0, "eval.eps": 0.02, "eval.n_ex": 4, "eval.img_size": 32, "eval.crop_pct": 1},
     }
-    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
-    assert main([str(folder / "grid.yaml"), f"--out={folder / 'out'}", "--threads=1"]) == 0
-    return folder / "grid.yaml", folder / "out"
+    path, out = folder / "grid.yaml", folder / "out"
+    path.write_text(yaml.safe_dump(grid))
+    if request.param == "started":
+        assert main([str(path), f"--out={out}", "--threads=1"]) == 0
+    else:
+        threads = torch.get_num_threads()
+        with pytest.MonkeyPatch.context() as patch:
+            shorten_evaluations(patch)
+            assert work_here(load_grid(path, out=out), patch) == 0
+        torch.set_num_threads(threads)
+    return path, out
 
 
 def test_a_real_grid(real) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import struct
 import subprocess
@@ -573,21 +574,34 @@ class TestInMemory:
                     opened(tmp_path / "images", in_memory=True)
 
     def test_another_process_opens_the_same_memory(self, tmp_path: Path) -> None:
-        """Two processes of a machine: the second reads what the first one keeps, though the files are gone, and after its end."""
+        """Two processes of a machine: the second reads what the first one keeps, though the files are empty, and after its end."""
         write_folder(tmp_path, {"a": 3})
         first = opened(tmp_path, in_memory=True)
         path = memory._path(first._file)
-        code = (
-            "import sys; from data.datasets import open_source\n"
-            f"source = open_source({str(tmp_path)!r}, split='train', flag='x', in_memory=True, once=lambda *_: {path!r})\n"
-            "print('open', flush=True); sys.stdin.readline()\n"
-            "sys.stdout.buffer.write(source.image(2))"
-        )
-        other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert other.stdout.readline() == b"open\n"
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe()
+
+        def second() -> None:
+            # What it has inherited, which processes that are started do not have.
+            first._content.close()
+            first._file.close()
+            source = opened(tmp_path, in_memory=True, once=lambda *_: path)
+            there.send("open")
+            there.recv()
+            there.send(source.image(2))
+
+        for file in (tmp_path / "a").iterdir():
+            file.write_bytes(b"")
+        other = context.Process(target=second)
+        other.start()
+        there.close()
+        assert here.recv() == "open"
         first._content.close()
         first._file.close()
-        assert other.communicate(b"\n")[0] == encoded(2) and other.returncode == 0
+        here.send("the first one has closed")
+        assert here.recv() == encoded(2)
+        other.join()
+        assert other.exitcode == 0
 
     def test_memory_of_a_process_that_cannot_be_seen(self, tmp_path: Path) -> None:
         write_folder(tmp_path, {"a": 3})

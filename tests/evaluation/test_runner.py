@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -373,14 +374,49 @@ def test_images_asked_for_later_are_made_then(trained, images, tmp_path):
     assert only(tmp_path, "verdicts.csv").read_bytes() == verdicts
 
 
-def test_processes_of_torchrun_share_the_work(trained, images, tmp_path, finished):
-    out, _ = finished
-    script = tmp_path / "runner.py"
-    script.write_text("""if __name__ == "__main__":
+@pytest.fixture
+def script(tmp_path):
+    """runner_aa_eval.py with the short attacks of this module."""
+    file = tmp_path / "runner.py"
+    file.write_text("""if __name__ == "__main__":
         import sys, pytest, runner_aa_eval
         from tests.evaluation.helpers import shorten_evaluations
         shorten_evaluations(pytest.MonkeyPatch())
         sys.exit(runner_aa_eval.main(sys.argv[1:]))""")
+    return file
+
+
+def test_two_processes_share_the_work_and_the_first_one_prints(
+    trained, images, tmp_path, finished, script, monkeypatch, capfd
+):
+    """Where torchrun's environment says so; the first one is this process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    command = argv(trained, images, tmp_path / "out", "--eval.batch_size=5", "--eval.workers=1")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "RANK": "1", "LOCAL_RANK": "1"}
+    second = subprocess.Popen([sys.executable, script, *command], cwd=PROJECT, env=environment, stdout=subprocess.PIPE)
+    try:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        assert runner_aa_eval.main(command) == 0
+        printed, _ = second.communicate(timeout=120)
+    finally:
+        second.kill()
+        second.wait()
+    assert second.returncode == 0, capfd.readouterr().err
+    assert capfd.readouterr().out.count("| Linf") == 1 and b"| Linf" not in printed
+    (same,) = finished[0].glob("*weights_2/Linf_*/verdicts.csv")
+    assert only(tmp_path / "out", "verdicts.csv").read_bytes() == same.read_bytes()
+    assert json.loads(only(tmp_path / "out", "report.json").read_text())["devices"] == {"cpu": 2}  # both chunks
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_work(trained, images, tmp_path, finished, script):
+    out, _ = finished
     torchrun = [
         sys.executable,
         "-m",

@@ -17,6 +17,7 @@ import train
 import zoo.names
 from common.config import EvalModelConfig
 from common.errors import UserError
+from tests.evaluation.helpers import shorten_evaluations
 from tests.training.helpers import base_flags, run
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
@@ -142,7 +143,8 @@ def test_robustbenchs_copy_where_the_share_cannot_be_had(published, files, tmp_p
     assert found.path.name == "Some2023Model.pt" and "Some2023Model" in capsys.readouterr().err
 
 
-def test_evaluation_by_name_compares_with_the_published_number(published, images, tmp_path, capsys):
+def test_evaluation_by_name_compares_with_the_published_number(published, images, tmp_path, capsys, monkeypatch):
+    shorten_evaluations(monkeypatch)
     flags = [f"--data.val_dataset={images}", "--eval.img_size=32", "--eval.crop_pct=1", "--eval.workers=1"]
     assert runner_aa_eval.main([NAME, *flags, f"--eval.out={tmp_path / 'out'}"]) == 0
     assert f"{NAME}, 32 px, 8 images: AutoAttack" in capsys.readouterr().out
