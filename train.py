@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 
 from common.config import TrainConfig, load_config
 from common.errors import UserError
-from common.forkserver import start_fork_server
+from common.forkserver import end_children, start_fork_server
 
 # PyTorch is imported where it is used: `--help` and `--where` do without, and several processes import it at the same time.
 if TYPE_CHECKING:
@@ -147,4 +147,7 @@ def check(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        end_children()

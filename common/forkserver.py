@@ -44,6 +44,13 @@ def settle() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def end_children() -> None:
+    """Kill what this process has forked, at its own end: loader workers take SIGTERM calmly (see `data.loader`)."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise here
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def end_with_parent() -> None:
     """Have the kernel send SIGKILL to this process when its parent ends, however that ends (Linux only)."""
     if sys.platform.startswith("linux"):

@@ -35,7 +35,7 @@ from data.source import Source, StreamSource
 from data.transforms import eval_transform
 
 _MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
-_LAST_SECONDS = 30  # of a worker after SIGTERM
+_LAST_SECONDS = 20  # of a worker after SIGTERM
 
 Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
 Key = tuple[int, int, int]  # epoch, index in the source, image size

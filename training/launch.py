@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as mp
 
 from common.errors import UserError, describe
-from common.forkserver import SIGNALS, settle, start_fork_server
+from common.forkserver import SIGNALS, end_children, settle, start_fork_server
 from common.processes import (
     TIMEOUT,
     LostProcess,
@@ -195,5 +195,6 @@ def _run(
     finally:
         for number in SIGNALS:  # one that comes late must not change how this process ends
             signal.signal(number, signal.SIG_IGN)
+        end_children()
     store.compare_set("reason", "", reason)  # the first one is the run's
     raise SystemExit(status)

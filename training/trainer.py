@@ -651,6 +651,7 @@ class Trainer:
 
     def _bar(self, epoch: int, first: int) -> tqdm:
         """Progress in images, with the rate and the remaining time; on a log file one line a minute at most."""
+        tqdm.monitor_interval = 0  # no thread that refreshes bars
         return tqdm(
             total=self.loader.steps_per_epoch * self._images_per_step,
             initial=first * self._images_per_step,

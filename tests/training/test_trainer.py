@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,11 +20,12 @@ import training.trainer
 from attacks.apgd import apgd
 from common.config import PROVENANCE_KEY, TrainConfig, load_config
 from common.errors import UserError
-from common.processes import check_processes
+from common.processes import Processes, check_processes
 from data.datasets import open_source
 from data.loader import EvalLoader, spread_indices
-from tests.helpers.processes import free_port
 from tests.training.helpers import base_flags, largest_difference, read_outcome, run, write_images
+from training.launch import launch
+from training.log import read_status
 from training.stop import STOPPED
 from utils_architecture import get_new_model
 from zoo.runs import find_weights
@@ -207,7 +209,7 @@ def forty_images(tmp_path_factory):
 
 
 def processes(count):
-    return {"training.distributed": 1, "dist.world_size": count, "dist.port": free_port()}
+    return {"training.distributed": 1, "dist.world_size": count, "dist.port": 0}
 
 
 @pytest.mark.parametrize(
@@ -336,20 +338,80 @@ def test_bad_images_are_counted_over_processes_and_stop_all(tmp_path, capfd):
     flags = base_flags(images, tmp_path / "runs") | processes(2) | {"training.batch_size": 4}
     assert run(flags).epochs[0]["bad_images"] == 4
     capfd.readouterr()
-    assert run(flags | {"data.max_bad_images": 3, "dist.port": free_port()}).status == 2
+    assert run(flags | {"data.max_bad_images": 3, "dist.port": 0}).status == 2
     assert capfd.readouterr().err.count("error: data.max_bad_images: 4 images") == 1
 
 
-def test_terminating_the_parent_stops_all_processes(images, tmp_path):
+@pytest.fixture
+def endless(images, tmp_path):
+    """A run of two processes, each with a loader worker, that is training: its parent, and all other processes."""
     flags = base_flags(images, tmp_path / "runs") | processes(2) | {"training.epochs": 5000, "training.batch_size": 4}
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    parent = subprocess.Popen([sys.executable, "train.py", *argv], cwd=PROJECT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "runs").glob("*/log")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(children) >= 2
+    argv = [f"--{name}={value}" for name, value in (flags | {"data.num_workers": 1}).items()]
+    with subprocess.Popen([sys.executable, "train.py", *argv], cwd=PROJECT, stderr=subprocess.DEVNULL) as parent:
+        try:
+            children = []
+            # Two processes, a worker of each, the server that they come from, and multiprocessing's resource tracker.
+            while len(children) < 6 or not list((tmp_path / "runs").glob("*/log")):
+                assert parent.poll() is None
+                time.sleep(0.1)
+                children = psutil.Process(parent.pid).children(recursive=True)
+            yield parent, children
+        finally:
+            parent.kill()
+
+
+def test_terminated_parent_stops_all_processes(endless):
+    parent, children = endless
     parent.terminate()
     assert parent.wait(timeout=60) == STOPPED
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
+
+
+def test_killed_parent_leaves_no_process(endless):
+    parent, children = endless
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert alive == []
+
+
+def test_killed_loader_worker_ends_the_run_with_its_reason(endless, tmp_path):
+    """The other process, and its worker, end with it."""
+    parent, children = endless
+    workers = [
+        child for child in children if not child.children() and "resource_tracker" not in " ".join(child.cmdline())
+    ]
+    workers[0].kill()
+    assert parent.wait(timeout=60) == 1
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert alive == []
+    (folder,) = (tmp_path / "runs").iterdir()
+    status = read_status(folder)
+    assert status["status"] in ("failed", "running") and "DataLoader worker" in status["reason"]
+
+
+@pytest.mark.slow
+def test_no_thread_is_left_by_a_run_of_two_processes(images, tmp_path):
+    """Thirty times, with two busy loops beside."""
+    beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        for i in range(30):
+            flags = base_flags(images, tmp_path / f"{i}") | processes(2) | {"training.batch_size": 4}
+            argv = [f"--{name}={value}" for name, value in flags.items()]
+            config = load_config(TrainConfig, argv)
+            assert launch(train_and_count, config, world_size=2, address="localhost", port=0) == 0
+            for rank in range(2):
+                assert (tmp_path / f"{i}" / f"threads{rank}").read_text() == "['MainThread']"
+            assert not [thread for thread in threading.enumerate() if not thread.daemon and thread.name != "MainThread"]
+    finally:
+        for process in beside:
+            process.kill()
+            process.wait()
+
+
+def train_and_count(config: TrainConfig, processes: Processes) -> None:
+    """A run, and the names of the threads that are left when it has ended."""
+    train.train(config, processes)
+    threads = [thread.name for thread in threading.enumerate()]
+    Path(config.logging.folder, f"threads{processes.rank}").write_text(str(threads))
