@@ -200,9 +200,10 @@ def wait_until(condition):
 @pytest.fixture
 def folder(tmp_path):
     """Where workers leave their traces; afterwards none of them may be running."""
+    before = multiprocessing.active_children()  # of other tests, such as loader workers that stay
     yield tmp_path
     assert living(tmp_path) == []
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 class Work:

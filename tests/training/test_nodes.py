@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import free_port
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, write_images
 from tests.training.test_resume import PROJECT, folder_of, start, timeless
 from training.log import read_status
@@ -161,7 +160,7 @@ def flags(tmp_path_factory):
 def undisturbed(flags, tmp_path_factory) -> Outcome:
     """Two processes on one machine."""
     flags = flags | {"logging.folder": tmp_path_factory.mktemp("undisturbed")}
-    options = {"training.distributed": 1, "dist.world_size": 2, "dist.port": free_port()}
+    options = {"training.distributed": 1, "dist.world_size": 2, "dist.port": 0}
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = start(flags | options, env=environment, stdout=subprocess.DEVNULL)
     try:
@@ -206,9 +205,10 @@ def assert_undisturbed(nodes: Nodes, folder: Path, expected: Outcome) -> None:
     assert timeless(outcome) == timeless(expected)
 
 
-def test_a_node_is_cut_off_and_comes_back(nodes, flags, undisturbed, tmp_path):
+@pytest.mark.slow
+def test_node_is_cut_off_and_comes_back(nodes, flags, undisturbed, tmp_path):
     """Both nodes say what they miss and give up after dist.timeout_minutes; the next start trains on."""
-    flags = flags | {"logging.folder": tmp_path / "runs", "dist.timeout_minutes": 0.1}
+    flags = flags | {"logging.folder": tmp_path / "runs", "dist.timeout_minutes": 0.2}
     folder = begin_on_both(nodes, flags)
     nodes.link(1, "down")
     seconds = wait_until(lambda: "error: " in nodes.output(0).read_text(), nodes)
@@ -216,6 +216,6 @@ def test_a_node_is_cut_off_and_comes_back(nodes, flags, undisturbed, tmp_path):
     wait_until(lambda: "start 2" in nodes.output(0).read_text(), nodes)
     nodes.link(1, "up")
     assert_undisturbed(nodes, folder, undisturbed)
-    assert 4 < seconds < 20
-    assert "not moved on for 6 s (dist.timeout_minutes): process 1 of 2 (on node1) has" in nodes.output(0).read_text()
-    assert "the first process, or its machine, cannot be reached" in nodes.output(1).read_text()
+    assert 10 < seconds < 40
+    assert "error: process 1 of 2 does not answer" in nodes.output(0).read_text()
+    assert "error: the first process, or its machine, cannot be reached" in nodes.output(1).read_text()
