@@ -2,8 +2,8 @@
 # Train. Sets the project up first if need be (see setup_env.sh).
 #
 #     bash run_train.sh                     the demo: a small adversarial training on real handwritten digits
-#     bash run_train.sh --FLAG=VALUE ...    train.py with these flags, which are checked before anything starts
-#     bash run_train.sh --help              all flags
+#     bash run_train.sh --FLAG=VALUE ...    train.py with these flags
+#     bash run_train.sh --help              all flags; --check and --where, which start nothing
 #
 # One process runs for each visible GPU, or a single one if there is none. CUDA_VISIBLE_DEVICES says which are
 # visible.
@@ -11,11 +11,10 @@
 #     NGPU=4 bash run_train.sh ...          this number of processes; without GPUs too, then they talk through gloo
 #     PYTHON=/path/to/python bash ...       the Python to use, or to make .venv from
 #
-# Where the command line asks for processes itself (--dist.world_size=N with N > 1) and NGPU is not set, train.py
-# starts them, and this script starts train.py once. A world size in a configuration file is not seen here.
+# Where the command line asks for processes itself (--dist.world_size=N with N > 1) and NGPU is not set, that number
+# runs. A world size in a configuration file is not seen here.
 #
-# Relative paths in flags start at the project's root. Exit status: 2 if a flag or path is wrong; otherwise
-# train.py's, or with several processes torchrun's, which is 1 for any failure.
+# Relative paths in flags start at the project's root. Exit status: train.py's, 2 if a flag or path is wrong.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -29,11 +28,6 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script
 if [ $# -eq 0 ]; then
     exec "$PY" demo.py
 fi
-for arg in "$@"; do
-    if [ "$arg" = --help ] || [ "$arg" = -h ]; then
-        exec "$PY" train.py "$@"
-    fi
-done
 
 # The value of the last --dist.world_size among the arguments, 1 if there is none.
 world_size() {
@@ -51,7 +45,7 @@ world_size() {
 # PyTorch is asked only where there is a driver: importing it takes seconds.
 visible_gpus() {
     if command -v nvidia-smi >/dev/null || [ -e /dev/nvidiactl ]; then
-        # Where PyTorch cannot use them, train.py --check says why.
+        # Where PyTorch cannot use them, train.py says why.
         "$PY" -c 'from common.gpus import usable_gpus; print(usable_gpus())' 2>/dev/null || echo 1
     else
         echo 0
@@ -70,9 +64,7 @@ else
     processes=$(visible_gpus)
 fi
 if [ "$processes" -gt 1 ]; then
-    # The check sees what the first of the processes will see; so it can tell if there are too few GPUs.
-    RANK=0 WORLD_SIZE=$processes LOCAL_WORLD_SIZE=$processes "$PY" train.py --check "$@"
-    exec "$PY" -m torch.distributed.run --standalone --nproc_per_node="$processes" train.py "$@"
+    # Port 0 is a free one: several runs can share a machine.
+    set -- --dist.port=0 "$@" --training.distributed=1 --dist.world_size="$processes"
 fi
-"$PY" train.py --check "$@"
 exec "$PY" train.py "$@"

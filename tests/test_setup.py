@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -48,9 +47,6 @@ case "$*" in
         sleep "${STUB_PIP_SECONDS:-0}"
         if [ -n "${STUB_PIP_FAILS:-}" ]; then echo "ERROR: no connection"; exit 1; fi
         touch .venv/installed ;;
-    "train.py --check"*)
-        echo "${RANK:-},${WORLD_SIZE:-},${LOCAL_WORLD_SIZE:-}" >> "$STUB_LOG.check"
-        exit "${STUB_CHECK:-0}" ;;
     "train.py"*) exit "${STUB_TRAIN:-0}" ;;
 esac
 """
@@ -369,45 +365,30 @@ def test_train_without_arguments_is_the_demo(project: Project) -> None:
     assert launched(project, "run_train.sh") == [["demo.py"]]
 
 
-def test_train_passes_arguments_on_after_a_check(project: Project) -> None:
-    flags = ["--logging.folder=/a b/c", "--lr.lr", "1e-3", "--misc.notes=*", "--misc.notes="]
-    assert launched(project, "run_train.sh", *flags) == [
-        ["train.py", "--check", *flags],
-        ["train.py", *flags],
-    ]
-
-
-@pytest.mark.parametrize("flags", [["--help"], ["--lr.lr=1", "-h"]])
-def test_train_help_is_not_checked(project: Project, flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--logging.folder=/a b/c", "--lr.lr", "1e-3", "--misc.notes=*", "--misc.notes="],
+        ["--help"],
+        ["--lr.lr=1", "-h"],
+        ["--check", "--lr.lr=1"],
+        ["--lr.lr=1", "--where"],
+    ],
+)
+def test_train_starts_train_py_once(project: Project, flags: list[str]) -> None:
     assert launched(project, "run_train.sh", *flags) == [["train.py", *flags]]
-
-
-@pytest.mark.parametrize("env", [{}, {"NGPU": "2"}])
-def test_train_stops_where_the_check_fails(project: Project, env: Mapping[str, str]) -> None:
-    result = project.run("run_train.sh", "--lr.lr=x", STUB_CHECK="2", **env)
-    assert result.returncode == 2
-    assert project.calls() == [["train.py", "--check", "--lr.lr=x"]]
 
 
 def test_train_passes_the_exit_status_on(project: Project) -> None:
     assert project.run("run_train.sh", "--lr.lr=1", STUB_TRAIN="3").returncode == 3
 
 
-def torchrun(processes: int, *flags: str) -> list[str]:
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        "train.py",
-        *flags,
-    ]
+def several(processes: int, *flags: str) -> list[str]:
+    return ["train.py", "--dist.port=0", *flags, "--training.distributed=1", f"--dist.world_size={processes}"]
 
 
 def test_ngpu_starts_that_many_processes(project: Project) -> None:
-    calls = launched(project, "run_train.sh", "--lr.lr=1", NGPU="2")
-    assert calls == [["train.py", "--check", "--lr.lr=1"], torchrun(2, "--lr.lr=1")]
-    assert Path(f"{project.log}.check").read_text() == "0,2,2\n"  # the check sees the processes to come
+    assert launched(project, "run_train.sh", "--lr.lr=1", NGPU="2") == [several(2, "--lr.lr=1")]
 
 
 @pytest.mark.parametrize("ngpu", ["0", "-1", "two", "1.5", "2 "])
@@ -421,13 +402,13 @@ def test_ngpu_is_checked(project: Project, ngpu: str) -> None:
 ALONE = ["train.py", "-x"]
 
 
-@pytest.mark.parametrize(("gpus", "expected"), [("0", ALONE), ("1", ALONE), ("3", torchrun(3, "-x"))])
+@pytest.mark.parametrize(("gpus", "expected"), [("0", ALONE), ("1", ALONE), ("3", several(3, "-x"))])
 def test_one_process_a_visible_gpu(project: Project, gpus: str, expected: list[str]) -> None:
     project.command("nvidia-smi", "#!/bin/sh\n")
     assert launched(project, "run_train.sh", "-x", STUB_GPUS=gpus)[-1] == expected
 
 
-def test_gpus_that_cannot_be_used_are_left_to_the_check(project: Project) -> None:
+def test_gpus_that_cannot_be_used_are_left_to_train_py(project: Project) -> None:
     project.command("nvidia-smi", "#!/bin/sh\n")
     assert launched(project, "run_train.sh", "-x", STUB_GPUS_FAIL="1")[-1] == ALONE
 
@@ -457,9 +438,9 @@ def test_pytorch_is_not_asked_without_a_driver(project: Project) -> None:
 )
 def test_train_starts_the_processes_that_its_flags_ask_for(project: Project, flags: list[str], n: int) -> None:
     project.command("nvidia-smi", "#!/bin/sh\n")
-    expected = ["train.py", *flags] if n == 1 else torchrun(n, *flags)
+    expected = ["train.py", *flags] if n == 1 else several(n, *flags)
     assert launched(project, "run_train.sh", *flags, STUB_GPUS="4")[-1] == expected
-    assert launched(project, "run_train.sh", *flags, NGPU="2")[-1] == torchrun(2, *flags)
+    assert launched(project, "run_train.sh", *flags, NGPU="2")[-1] == several(2, *flags)
 
 
 def test_tests_and_evaluation_pass_arguments_on(project: Project) -> None:

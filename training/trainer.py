@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -236,6 +237,9 @@ class Trainer:
                 self._end("failed", str(error))
                 raise
             except Exception as error:
+                signal.signal(
+                    signal.SIGCHLD, signal.SIG_DFL
+                )  # of DataLoader; it would raise again for the same dead worker
                 if (lost := self.processes.lost(error)) is not None:  # not this process's fault: the run can be resumed
                     self._end("running", str(lost))
                     raise lost from error

@@ -25,6 +25,7 @@ from data.loader import EvalLoader, TrainLoader
 from data.shards import ShardSource
 from data.source import Source, StreamSource
 from tests.data import encoded, write_folder
+from tests.helpers.processes import in_a_child
 
 FLAG = "data.train_dataset"
 PER_SHARD = 4
@@ -118,8 +119,9 @@ class TestPrepare:
         assert capsys.readouterr().err.endswith(f"error: FOLDER: cannot write to {other} (No space left on device).\n")
         with monkeypatch.context() as patch:
             patch.setattr(data.prepare, "_add", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            assert prepare(images, other, "--workers=1") == 2
-        error = capsys.readouterr().err.splitlines()[-1]
+            status, said = in_a_child(lambda: (prepare(images, other, "--workers=1"), capsys.readouterr().err))
+        assert status == 2
+        error = said.splitlines()[-1]
         assert "DataLoader worker" in error and "Killed" in error and error.endswith("now 1. The same command resumes.")
         assert prepare(images, other) == 0 and contents(other) == contents(shards)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from common.forkserver import end_children
 
 
 def free_port() -> int:
@@ -30,3 +34,27 @@ def wait_until(condition: Callable[[], object], *, seconds: float = 120.0) -> No
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:g} s"
         time.sleep(0.02)
+
+
+def in_a_child(action: Callable[[], Any]) -> Any:
+    """What `action` returns or raises, in a forked process: for what leaves traces, such as DataLoader's signal handler."""
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+
+    def run() -> None:
+        try:
+            theirs.send((True, action()))
+        except Exception as error:
+            theirs.send((False, error))
+        finally:
+            end_children()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    theirs.close()
+    try:
+        done, result = ours.recv()
+    finally:
+        process.join()
+    if not done:
+        raise result
+    return result
