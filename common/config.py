@@ -208,7 +208,7 @@ class TrainingConfig:
     resume_force: bool = flag(False, "1: go on although flags that alter the numbers have changed", harmless=True)
     max_bad_steps: int = flag(
         20,
-        "steps skipped in a row (loss or gradient not finite) before going back or stopping",
+        "steps skipped in a row (loss or gradient not finite) before the run ends with status 3",
         at_least=1,
         harmless=True,
     )

@@ -299,7 +299,6 @@ def joined(
     backend = "nccl" if device.type == "cuda" else "gloo"
     if store is None:
         store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-        store.set_timeout(timeout)
     bound = {"device_id": device} if backend == "nccl" else {}  # else barriers guess it, with a warning
     processes = Processes(rank=rank, world_size=world_size, device=device, store=store)
     try:

@@ -25,7 +25,7 @@ from data.loader import Batch, EvalLoader, spread_indices
 from data.prefetch import prefetch
 from data.transforms import Mixup
 from training.build import build_state, build_train_loader, check_image_sizes, open_sources
-from training.checkpoint import StateFiles, newest_state
+from training.checkpoint import StateFiles
 from training.compiled import prepare_networks, prepare_size
 from training.feeding import NOTICED_SECONDS, Feed
 from training.forecast import Forecast
@@ -42,8 +42,6 @@ from training.validation import adversarial_accuracy, clean_accuracy, training_a
 # losses makes the host wait for the device.
 LOOK_SECONDS = 1.0
 MAX_STEPS_UNSEEN = 50
-MAX_GOING_BACK = 3  # times without getting past the steps that were skipped
-SCALE_DIVISOR = 16  # of the loss scale, each time
 
 
 class Diverged(Exception):
@@ -52,10 +50,6 @@ class Diverged(Exception):
 
 class Stopped(Exception):
     """Ended on request, with everything saved; the entry exits with `training.stop.STOPPED`."""
-
-
-class _GoBack(Exception):
-    """To the last good state, with a lower loss scale."""
 
 
 class Trainer:
@@ -91,7 +85,6 @@ class Trainer:
             images_per_step=self._images_per_step,
             devices=(processes.world_size, "GPU" if device == "cuda" else "process"),
         )
-        self.times_back, self._failed_at = 0, 0  # going back to a state: how often, and the step last given up
         check_image_sizes(self.state.model, config)
         self.class_names = train_source.class_names
         self.val_loader = self._eval_loader(val_source)
@@ -216,7 +209,7 @@ class Trainer:
 
         Raises:
             Stopped: on request; the state is saved.
-            Diverged: non-finite losses that going back does not cure, or overfitting with `validation.stop_on_overfitting`.
+            Diverged: too many non-finite losses in a row, or overfitting with `validation.stop_on_overfitting`.
             LostProcess: another process died or hangs.
             UserError: too many images that cannot be decoded.
         """
@@ -259,11 +252,7 @@ class Trainer:
         kept = True
         while self.progress.epochs_done < epochs:
             epoch = self.progress.epochs_done
-            try:
-                summary = self._train_epoch(epoch)
-            except _GoBack:
-                self._go_back()
-                continue
+            summary = self._train_epoch(epoch)
             last = epoch + 1 == epochs
             if self.folder is not None and (last or (epoch + 1) % self.config.logging.save_freq == 0):
                 kept = self.folder.save_weights(self.state.networks(), epoch + 1)
@@ -366,8 +355,6 @@ class Trainer:
         for (record, _), loss, skip in zip(pending, mean, skipped, strict=True):
             self._count_step(record, loss, skip)
         self._note_writes()
-        if self.state.step > self._failed_at and not progress.bad_in_a_row:
-            self.times_back = 0
         if progress.bad_in_a_row >= self.config.training.max_bad_steps:
             self._skipped_too_often()
         if progress.bad_images > (limit := self.config.data.max_bad_images):
@@ -426,49 +413,10 @@ class Trainer:
 
     def _skipped_too_often(self) -> None:
         numbers = ", ".join(f"{loss:.4g} at step {step}" for step, loss in self._bad_losses)
-        text = (
+        raise Diverged(
             f"{self.progress.bad_in_a_row} steps in a row were skipped, as loss or gradient were not finite (loss {numbers}); "
-            "lr.lr, adv.eps and training.precision are where to look"
+            "lr.lr, adv.eps and training.precision are where to look; states and weights saved before are untouched"
         )
-        # Without a loss scale the same steps would give the same numbers again.
-        if self.state.scaler.is_enabled() and self.times_back < MAX_GOING_BACK:
-            self._warn(f"{text}.")
-            raise _GoBack(text)
-        raise Diverged(f"{text}; states and weights saved before are untouched")
-
-    def _go_back(self) -> None:
-        """To the newest state on disk, with a lower loss scale."""
-        self.times_back += 1
-        self._failed_at = self.state.step
-        self._bad_losses.clear()
-        found: dict[str, Any] = {}
-
-        def read() -> None:
-            self.states.wait()
-            if (newest := newest_state(self.folder.path)) is not None:
-                found.update(newest[0])
-
-        self._together(read)
-        saved = self.processes.broadcast(found)
-        if not saved:
-            raise Diverged(
-                f"{self.progress.bad_in_a_row} steps in a row were skipped, as loss or gradient were not finite, and no training "
-                "state to go back to has been saved yet; lr.lr, adv.eps and training.precision are where to look"
-            )
-        saved["train"]["scaler"]["scale"] /= SCALE_DIVISOR**self.times_back
-        self._restore(saved)
-        self.progress.bad_in_a_row = 0
-        note = f"gone back to step {self.state.step} with the loss scale divided by {SCALE_DIVISOR**self.times_back}"
-
-        def reopen() -> None:
-            self._warn(f"{note}.")
-            self.folder.close()
-            facts = self._provenance() | {"step": self.state.step, "notes": [note]}
-            position = saved["log"] | {"step": self.state.step}
-            self.folder = RunFolder(self.config, facts, warn=self._warn, resume=position)
-
-        self._together(reopen)
-        self._saved_at, self._saved_step = time.monotonic(), self.state.step
 
     # --- saving and stopping ------------------------------------------------------------------------------------------
 

@@ -520,25 +520,8 @@ def test_a_skipped_step_leaves_weights_optimizer_and_batch_norm_as_they_are(many
     assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
 
 
-def test_fp16_goes_back_to_the_last_state_with_a_lower_scale(many, tmp_path, at_step, capsys):
-    scales = {}
-
-    def note(state, _):
-        scales[state.step] = scales.get(state.step, []) + [state.scaler.get_scale()]
-
-    actions = dict.fromkeys(range(1, 30), note)
-    actions |= dict.fromkeys(range(7, 11), lambda *a: (note(*a), poison(*a)))
-    at_step(actions)
-    flags = base_flags(many, tmp_path) | RANDOM | CLEAN | {"training.precision": "fp16", "logging.ckpt_steps": 2}
-    outcome = run(flags | {"training.max_bad_steps": 4})
-    assert "gone back to step 6 with the loss scale divided by 16" in capsys.readouterr().err
-    assert scales[6][1] == scales[6][0] / 16
-    assert [r["step"] for r in outcome.steps] == [*range(1, 11)] and "skipped" not in outcome.steps[6]
-    assert outcome.params["provenance"]["resumed"][0]["step"] == 6
-
-
-@pytest.mark.parametrize("precision,times", [("fp32", 1), ("fp16", 4)])
-def test_a_run_that_stays_bad_ends_with_status_3(many, tmp_path, at_step, capsys, precision, times):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_that_stays_bad_ends_with_status_3(many, tmp_path, at_step, capsys, precision):
     at_step(dict.fromkeys(range(6, 100), poison))
     flags = base_flags(many, tmp_path) | RANDOM | CLEAN | {"training.precision": precision, "logging.ckpt_steps": 1}
     with pytest.raises(SystemExit) as end:
@@ -546,7 +529,7 @@ def test_a_run_that_stays_bad_ends_with_status_3(many, tmp_path, at_step, capsys
     errors = capsys.readouterr().err
     assert end.value.code == 3 and "nan at step 6, nan at step 7, nan at step 8, nan at step 9" in errors
     status = read_status(folder_of(flags))
-    assert status["status"] == "diverged" and status["step"] == 5 and errors.count("4 steps in a row") == times
+    assert status["status"] == "diverged" and status["step"] == 5 and errors.count("4 steps in a row") == 1
 
 
 # --- what cannot be written -----------------------------------------------------------------------------------------------
