@@ -297,6 +297,7 @@ def test_compiled_attack_equals_the_published_one(golden):
                     torch.testing.assert_close(getattr(result, name), expected, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_compiled_attack_agrees_in_float32(golden):
     """At least 99.9 % of pixels equal the eager attack's; best losses within 1e-3."""
     torch.manual_seed(0)

@@ -363,7 +363,7 @@ def endless(images, tmp_path):
 def test_terminated_parent_stops_all_processes(endless):
     parent, children = endless
     parent.terminate()
-    assert parent.wait(timeout=60) == STOPPED
+    assert parent.wait(timeout=120) == STOPPED
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
 
@@ -383,7 +383,7 @@ def test_killed_loader_worker_ends_the_run_with_its_reason(endless, tmp_path):
         child for child in children if not child.children() and "resource_tracker" not in " ".join(child.cmdline())
     ]
     workers[0].kill()
-    assert parent.wait(timeout=60) == 1
+    assert parent.wait(timeout=120) == 1
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
     (folder,) = (tmp_path / "runs").iterdir()
