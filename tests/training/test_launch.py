@@ -287,12 +287,16 @@ def test_processes_end_with_a_killed_parent(waiting):
     wait_until(lambda: not any(map(alive, children)), seconds=5)
 
 
-def test_request_before_the_processes_are_ready(tmp_path):
-    """It waits for them, who take seconds to start; there is nothing to save."""
-    timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGUSR1))
-    timer.start()
+def test_request_before_the_processes_are_ready(tmp_path, monkeypatch):
+    """It waits for them, who may take seconds to start; there is nothing to save."""
+    start = launch_module.mp.start_processes
+
+    def signalled_start(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(launch_module.mp, "start_processes", signalled_start)
     assert started("waits", tmp_path) == STOPPED
-    timer.join()
 
 
 def test_single_process_interrupted_has_the_status_of_shells():
