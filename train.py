@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -35,7 +36,8 @@ from typing import TYPE_CHECKING
 
 from common.config import TrainConfig, load_config
 from common.errors import UserError
-from common.forkserver import end_children, start_fork_server
+from common.forkserver import SIGNALS, start_fork_server
+from training.stop import STOPPED, leave_on_signals
 
 # PyTorch is imported where it is used: `--help` and `--where` do without, and several processes import it at the same time.
 if TYPE_CHECKING:
@@ -93,7 +95,6 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
     """Build the run and let it go; leaves by SystemExit where it does not come to its end."""
     from common.processes import restarted_after_failure
     from training.log import mark_status
-    from training.stop import STOPPED
     from training.trainer import Diverged, Stopped, Trainer, deterministic
 
     try:
@@ -147,7 +148,8 @@ def check(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    finally:
-        end_children()
+    leave_on_signals()
+    status = main(sys.argv[1:])
+    for number in SIGNALS:  # the status is decided
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

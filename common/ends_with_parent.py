@@ -1,5 +1,8 @@
 """The first module that the fork server imports: from then on the server ends with the process that started it."""
 
-from common.forkserver import end_with_parent
+import os
 
-end_with_parent()
+from common.forkserver import PARENT, end_with_parent
+
+if PARENT in os.environ:
+    end_with_parent(int(os.environ.pop(PARENT)))

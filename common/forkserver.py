@@ -13,6 +13,7 @@ import sys
 from multiprocessing import forkserver, resource_tracker
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a program to stop
+PARENT = "FORK_SERVER_PARENT"  # in the server's environment: the process that started it
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -23,38 +24,40 @@ def start_fork_server(*modules: str) -> None:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["common.ends_with_parent", *modules])
     resource_tracker.ensure_running()  # its start would undo the mask
-    before = os.environ.get("PYTHONPATH")
     # Python 3.11's server searches the modules in the current folder only.
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    changed = {"PYTHONPATH": os.pathsep.join(sys.path), PARENT: str(os.getpid())}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
     # Ctrl-C, and Slurm's signals to every process of a job, must not end the server: its processes would end with it.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def settle() -> None:
     """The first call of a forked process, once its signal handlers are set: it ends with its parent and receives `SIGNALS`."""
-    end_with_parent()
+    end_with_parent(os.getppid())
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def end_with_parent(parent: int) -> None:
+    """Have the kernel send SIGKILL to this process when its parent, process `parent`, ends, however that ends (Linux only)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the kernel knew
+            os._exit(1)
+
+
 def end_children() -> None:
-    """Kill what this process has forked, at its own end: loader workers take SIGTERM calmly (see `data.loader`)."""
+    """Kill what this process has forked, at its own end: loader workers ignore SIGTERM (see `data.loader`)."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise here
     for child in multiprocessing.active_children():
         child.kill()
-
-
-def end_with_parent() -> None:
-    """Have the kernel send SIGKILL to this process when its parent ends, however that ends (Linux only)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it ended before the kernel knew
-        os._exit(1)

@@ -31,7 +31,14 @@ POLL_SECONDS = 0.2
 
 
 class LostProcess(Exception):
-    """Another process of the run died, hangs or cannot be reached; the message is a sentence that says which and why."""
+    """Another process of the run failed, died, hangs or cannot be reached; the message is a sentence that says which and why.
+
+    `failed`: it failed with an error of its own, which a new start will most likely meet again.
+    """
+
+    def __init__(self, sentence: str, *, failed: bool = False) -> None:
+        super().__init__(sentence)
+        self.failed = failed
 
 
 @dataclass(frozen=True)
@@ -139,17 +146,17 @@ class Processes:
             return None
         if isinstance(error, LostProcess):
             return error
-        own = not _is_of_the_engine(error)
+        own = not is_of_the_engine(error)
         text = f"process {self.rank} of {self.world_size} on {socket.gethostname()} failed: {describe(error)}"
         try:
             store = self._connect_again()
             store.set(f"failed/{self.rank}", json.dumps([own, text]))
-            reason = None if own else self._find_lost(store)
+            return None if own else self._find_lost(store, describe(error))
         except RuntimeError:  # the store's errors
-            reason = None if own else "the first process, or its machine, cannot be reached"
-        return None if reason is None else LostProcess(f"{reason} ({describe(error)}).")
+            unreachable = f"the first process, or its machine, cannot be reached ({describe(error)})."
+            return None if own else LostProcess(unreachable)
 
-    def _find_lost(self, store: dist.Store) -> str:
+    def _find_lost(self, store: dist.Store, error: str) -> LostProcess:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         answers: dict[int, tuple[bool, str]] = {}
         end = time.monotonic() + ANSWER_SECONDS
@@ -158,12 +165,15 @@ class Processes:
                 if rank not in answers and store.check([f"failed/{rank}"]):
                     answers[rank] = json.loads(store.get(f"failed/{rank}"))
                     if answers[rank][0]:
-                        return answers[rank][1]
+                        return LostProcess(f"{answers[rank][1]}.", failed=True)
             time.sleep(POLL_SECONDS)
         silent = ", ".join(str(rank) for rank in others if rank not in answers)
         if not silent:
-            return f"the connection between the {self.world_size} processes broke"
-        return f"process {silent} of {self.world_size} does not answer: it died, hangs (dist.timeout_minutes) or is cut off"
+            return LostProcess(f"the connection between the {self.world_size} processes broke ({error}).")
+        return LostProcess(
+            f"process {silent} of {self.world_size} does not answer: it died, hangs (dist.timeout_minutes) or is cut off "
+            f"({error})."
+        )
 
     def _connect_again(self) -> dist.Store:
         """The store through a connection of its own, as the first one may be what hangs."""
@@ -190,7 +200,7 @@ class Processes:
             )
 
 
-def _is_of_the_engine(error: Exception) -> bool:
+def is_of_the_engine(error: Exception) -> bool:
     """Whether a collective failed, which is another process's fault."""
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (

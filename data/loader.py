@@ -10,11 +10,12 @@ DataLoader's error, and the run resumes exactly.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.forkserver import end_with_parent
+from common.forkserver import end_children, end_with_parent
 from common.seeding import derive_seed
 from data.augment import Draws, concatenated
 from data.decoding import DECODE_ERRORS
@@ -35,7 +36,6 @@ from data.source import Source, StreamSource
 from data.transforms import eval_transform
 
 _MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
-_LAST_SECONDS = 20  # of a worker after SIGTERM
 
 Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
 Key = tuple[int, int, int]  # epoch, index in the source, image size
@@ -344,7 +344,10 @@ def _collate(batches: list[Batch]) -> Batch:
 def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoader:
     # Its own generator, or it would draw from the global one. PyTorch itself gives each worker one thread.
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(dataset, collate_fn=_collate, worker_init_fn=_init_worker, generator=generator, **options)
+    start = partial(_init_worker, os.getpid())
+    if options["num_workers"]:
+        _end_workers_at_exit()
+    return DataLoader(dataset, collate_fn=_collate, worker_init_fn=start, generator=generator, **options)
 
 
 def _stream_batches(loader: DataLoader) -> Iterator[Batch]:
@@ -366,11 +369,15 @@ def _whole_stream(
         )
 
 
-def _init_worker(_: int) -> None:
-    end_with_parent()
+@cache
+def _end_workers_at_exit() -> None:
+    atexit.register(end_children)
+
+
+def _init_worker(parent: int, _: int) -> None:
+    end_with_parent(parent)
     # Stopping is up to the main process, which may want to end its step and write a checkpoint. Ctrl-C and torchrun
     # signal the process group, Slurm every process.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # DataLoader itself ends a worker that hangs by this signal, so that it cannot be ignored altogether.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -25,6 +25,7 @@ import sys
 import tarfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def prepare(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=1 if workers else None,
-        worker_init_fn=lambda _: end_with_parent(),
+        worker_init_fn=partial(_start_worker, os.getpid()),
     )
     done = len(source) - sum(len(order[n * settings.per_shard : (n + 1) * settings.per_shard]) for n in todo)
     with tqdm(total=len(source), initial=done, unit=" images", desc=split, disable=not progress) as bar:
@@ -243,6 +244,10 @@ def prepare(
     for path in [begun, *map(record_path, paths)]:
         path.unlink(missing_ok=True)
     return manifest
+
+
+def _start_worker(parent: int, _: int) -> None:
+    end_with_parent(parent)
 
 
 def begun_path(folder: Path, split: str) -> Path:

@@ -6,6 +6,7 @@ its loopback interface and, for their store, on `dist.address`.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -29,14 +30,16 @@ from common.processes import (
     Processes,
     check_processes,
     connect_store,
+    is_of_the_engine,
     joined,
     open_store,
     under_torchrun,
 )
 from data.loader import dead_worker
-from training.stop import REPEAT_SECONDS, STOPPED
+from training.stop import REPEAT_SECONDS, STOPPED, StopRequest, leave_on_signals
 
 INTERRUPTED = 130  # exit status: ended at once by Ctrl-C, as shells report it
+_VERDICT = "verdict"  # in the store: exit status and reason of the process that failed first
 GRACE_SECONDS = 10.0  # for the other processes to end by themselves, before SIGTERM and before SIGKILL
 
 Main = Callable[[Any, Processes], None]
@@ -85,7 +88,7 @@ def launch(main: Main, config: Any, *, world_size: int, address: str, port: int,
 
 
 def _start(main: Main, config: Any, world_size: int, store: Any, timeout: timedelta) -> int:
-    start_fork_server(main.__module__)
+    start_fork_server("training.trainer")
     children: list[Any] = []
     asked: list[tuple[int, float]] = []  # signals, and when they came
 
@@ -101,6 +104,7 @@ def _start(main: Main, config: Any, world_size: int, store: Any, timeout: timede
         pass_on(number)
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
+    StopRequest.begun = True  # from here on signals are the processes' affair
     try:
         method = multiprocessing.get_start_method(allow_none=True)
         arguments = (main, config, world_size, (store.host, store.port), timeout, method, dict(os.environ))
@@ -128,31 +132,30 @@ def _verdict(
     asked: list[tuple[int, float]],
     store: Any,
 ) -> int:
-    """Exit status of a run one of whose processes did not end with 0; says why where that process could not."""
+    """Exit status of a run one of whose processes did not exit with 0; says why where that process could not."""
     first, count = error.error_index, len(exitcodes)
     code, signals = exitcodes[first], {number for number, _ in asked}
     interrupts = [at for number, at in asked if number == signal.SIGINT]
     if interrupts and interrupts[-1] - interrupts[0] >= REPEAT_SECONDS:
         return INTERRUPTED
-    text = None
+    status, text = 1, ""
     if code == STOPPED or -code in signals:  # the latter before there was anything to save
-        late = [
-            str(rank) for rank, other in enumerate(exitcodes) if other not in (0, STOPPED) and -other not in signals
-        ]
-        if not late:
+        killed = [str(rank) for rank, other in enumerate(exitcodes) if other < 0 and -other not in signals]
+        if not killed:
             return STOPPED
-        text, code = f"process {', '.join(late)} of {count} did not stop with the others and was ended.", 1
+        text = f"process {', '.join(killed)} of {count} did not stop with the others and was ended."
     elif code < 0:
         memory = " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
-        name = signal.Signals(-code).name
-        text, code = f"process {first} of {count} was killed by {name}{memory}; the others were ended.", 1
-    elif store.check(["reason"]):
-        text = store.get("reason").decode()
-    elif code != 3:  # a run that diverged has said so
+        text = f"process {first} of {count} was killed by {signal.Signals(-code).name}{memory}; the others were ended."
+    elif store.check([_VERDICT]):
+        status, text = json.loads(store.get(_VERDICT))
+    elif isinstance(error, mp.ProcessRaisedException):
+        text = error.msg.strip()
+    else:
         text = f"process {first} of {count} exited with status {code}; the others were ended."
     if text:
         print(f"error: {text}", file=sys.stderr, flush=True)
-    return code
+    return status
 
 
 def _run(
@@ -166,7 +169,7 @@ def _run(
     environment: dict[str, str],
 ) -> None:
     """The life of a started process."""
-    for number in SIGNALS:  # until `main` takes them over there is nothing to save
+    for number in SIGNALS:  # while the processes join there is nothing to save
         signal.signal(number, signal.SIG_DFL)
     settle()
     # Otherwise it is that of this process: loader workers would import everything again, for seconds each.
@@ -174,27 +177,46 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # all processes are on this machine
-        os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
-    # By default each would take all cores, and as many threads on every core slow one another down tenfold and more.
-    share = max(1, len(os.sched_getaffinity(0)) // world_size)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
+        os.environ.setdefault(name, "lo")
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Each would take all cores, and as many threads on every core slow one another down tenfold and more.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     store = connect_store(*rendezvous, timeout)
+
+    def report(status: int, reason: str) -> None:
+        store.compare_set(_VERDICT, "", json.dumps([status, reason]))  # the first one is the run's
+
+    status: int | str | None = 1
     try:
         with joined(timeout=timeout, store=store, rank=rank, world_size=world_size) as processes:
-            main(config, processes)
-        return
-    except UserError as error:
-        status, reason = 2, str(error)
+            leave_on_signals()
+            # Reported before the others can notice that this process leaves.
+            try:
+                main(config, processes)
+            except UserError as error:
+                report(2, str(error))
+                raise
+            except SystemExit as error:
+                if error.code == 3:  # diverged: it has said so
+                    report(3, "")
+                raise
+            except Exception as error:
+                if not isinstance(error, LostProcess) and not is_of_the_engine(error):
+                    if (what := dead_worker(error)) is None:
+                        traceback.print_exc()
+                        what = describe(error)
+                    report(1, f"process {rank} of {world_size} failed: {what}; the others were ended.")
+                raise
+        status = 0
     except LostProcess as error:
-        status, reason = 1, str(error)
+        report(1, str(error))
+    except UserError:
+        status = 2
+    except SystemExit as error:
+        status = error.code
     except Exception as error:
-        if (what := dead_worker(error)) is None:
-            traceback.print_exc()
-            what = describe(error)
-        status, reason = 1, f"process {rank} of {world_size} failed: {what}; the others were ended."
-    finally:
-        for number in SIGNALS:  # one that comes late must not change how this process ends
-            signal.signal(number, signal.SIG_IGN)
-        end_children()
-    store.compare_set("reason", "", reason)  # the first one is the run's
-    raise SystemExit(status)
+        report(1, f"process {rank} of {world_size} failed: {describe(error)}; the others were ended.")
+    for number in SIGNALS:  # the status is decided
+        signal.signal(number, signal.SIG_IGN)
+    end_children()
+    sys.exit(status)

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from common.forkserver import SIGNALS
-from common.processes import Processes
+
+if TYPE_CHECKING:
+    from common.processes import Processes
 
 STOPPED = 75  # exit status: ended on request with everything saved (EX_TEMPFAIL of sysexits.h: try again later)
 # Signals closer together are one request: a Ctrl-C reaches a process and comes from its parent too.
 REPEAT_SECONDS = 1.0
 LOOK_SECONDS = 1.0  # between two looks at the stop file, which may lie on a slow network disk
+
+
+def leave_on_signals() -> None:
+    """Handle `SIGNALS` outside of a run: before it the process exits with `STOPPED`, after it they change nothing any more."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if not StopRequest.begun:
+            sys.exit(STOPPED)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
 
 
 class StopRequest:
@@ -30,6 +44,8 @@ class StopRequest:
         end_time: unix time in seconds from which on a stop is asked for; only the first process looks.
     """
 
+    begun: ClassVar[bool] = False  # whether a run of this process has taken signals over
+
     def __init__(self, processes: Processes, *, file: Path | None, end_time: float | None) -> None:
         self._processes = processes
         self._file = file if processes.is_first else None
@@ -42,6 +58,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        StopRequest.begun = True
         for number in SIGNALS:
             if number != signal.SIGUSR1 or not self._processes.from_launcher:
                 self._before[number] = signal.signal(number, self._note)

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import take_folder, writable
 from common.processes import Processes
 from common.provenance import provenance
-from data.loader import Batch, EvalLoader, spread_indices
+from data.loader import Batch, EvalLoader, dead_worker, spread_indices
 from data.prefetch import prefetch
 from data.transforms import Mixup
 from training.build import build_state, build_train_loader, check_image_sizes, open_sources
@@ -230,13 +230,15 @@ class Trainer:
                 self._end("failed", str(error))
                 raise
             except Exception as error:
-                signal.signal(
-                    signal.SIGCHLD, signal.SIG_DFL
-                )  # of DataLoader; it would raise again for the same dead worker
-                if (lost := self.processes.lost(error)) is not None:  # not this process's fault: the run can be resumed
-                    self._end("running", str(lost))
+                # DataLoader's handler would raise again here for the same dead worker.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                lost = self.processes.lost(error)
+                reason = str(lost) if lost else dead_worker(error) or f"{type(error).__name__}: {error}"
+                # What died, or cannot be reached, may be there again at the next start; a defect is met again.
+                defect = "DataLoader worker" not in reason and (lost is None or lost.failed)
+                self._end("failed" if defect else "running", reason)
+                if lost is not None:
                     raise lost from error
-                self._end("failed", f"{type(error).__name__}: {error}")
                 raise
             finally:
                 self._close()

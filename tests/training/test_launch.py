@@ -94,7 +94,7 @@ def act(config: tuple[str, str], processes: Processes) -> None:
         raise ValueError("an accident")
     elif what == "diverges" and last:
         raise SystemExit(3)
-    elif what in ("killed", "raises", "diverges", "hangs in a signal") and not last:
+    elif what in ("killed", "raises", "diverges"):
         processes.wait()
     elif what == "hangs" and last:
         time.sleep(60)
@@ -120,8 +120,10 @@ def act(config: tuple[str, str], processes: Processes) -> None:
                 own.with_suffix(".reason").write_text(asked.here())
                 raise SystemExit(STOPPED)
             time.sleep(60)
-    elif what == "bad input":
+    elif what == "bad input" or (what == "bad input in one" and last):
         raise UserError("data.train_dataset: there is none.")
+    elif what == "bad input in one":
+        processes.wait()
 
 
 def started(what: str, folder: Path, *, timeout: float = 60.0) -> int:
@@ -159,6 +161,7 @@ def test_started_processes_share_and_listen_on_loopback_only(tmp_path, monkeypat
             "error: process 1 of 2 does not answer: it died, hangs (dist.timeout_minutes) or is cut off (Runtime",
         ),
         ("bad input", 2, "error: data.train_dataset: there is none."),
+        ("bad input in one", 2, "error: data.train_dataset: there is none."),
         ("paused", 1, "error: process 0 of 2 exited with status 1; the others were ended."),
         ("one stops", STOPPED, None),
         ("one never stops", 1, "error: process 1 of 2 did not stop with the others and was ended."),
