@@ -232,7 +232,8 @@ def test_lost_process_is_found_by_the_answers_of_the_others(monkeypatch, answers
         store.set(f"lost/0/failed/{rank}", json.dumps(answer))
     monkeypatch.setattr(processes_module, "ANSWER_SECONDS", 0.3)
     lost = first.lost(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"))
-    assert isinstance(lost, LostProcess) and str(lost).startswith(sentence) and "Connection closed" in str(lost)
+    assert isinstance(lost, LostProcess) and str(lost).startswith(sentence)
+    assert lost.failed or "Connection closed" in str(lost)
     assert first.lost(ValueError("a defect")) is None
     assert Processes.alone("cpu").lost(RuntimeError("gloo")) is None
 
