@@ -139,6 +139,7 @@ class TrainLoader:
             train_pipeline, pipeline, augmentation, min_scale=min_scale, flip=flip, crop_pct=crop_pct
         )
         self._workers = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._images: DataLoader | None = None
         if self.repeatable_for_any_workers:
             images = _Images(source, self._make_pipeline, seed, tries=_MAX_REPLACEMENTS)
             self._sampler = _EpochKeys()
@@ -164,6 +165,10 @@ class TrainLoader:
                 count = f"{_MAX_REPLACEMENTS} images in a row"
                 raise UserError(f"data.train_dataset: {count} cannot be decoded, the last is {name} ({reason}).")
             yield batch
+
+    def close(self) -> None:
+        """End the worker processes, once no epoch's iterator is left."""
+        self._images = None
 
     def _keys(self, epoch: int, size: int, first: int) -> Iterator[list[Key]]:
         """Keys of this rank's micro-batches from number `first` of the epoch on."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -283,10 +283,14 @@ class Trainer:
         losses = StepLog(epoch=epoch, shape=[config.training.batch_size, 3, size, size])
         self._begin, self._counted, bad_names = time.perf_counter(), set(), set()
         lr, eps = self._schedule(epoch, max(first - 1, 0))
-        batches_left = self.feed.watch(self.loader.epoch(epoch, size, first))
-        with self._bar(epoch, first) as bar:
-            on_device = prefetch(batches_left, self.processes.device, self.feed.on_gap)
-            for step, batches in enumerate(grouped(on_device, self.accum), first):
+        on_device = prefetch(
+            self.feed.watch(self.loader.epoch(epoch, size, first)), self.processes.device, self.feed.on_gap
+        )
+        groups = grouped(on_device, self.accum)
+        del on_device
+        # Closed in any case: an error would keep the generators, and with them the loader's workers.
+        with self._bar(epoch, first) as bar, closing(groups):
+            for step, batches in enumerate(groups, first):
                 self._note_failures(batches, bad_names)
                 lr, eps = self._schedule(epoch, step)
                 attack_log = AttackLog() if config.adv.verbose else None
@@ -486,6 +490,7 @@ class Trainer:
         self._status(status, reason)
 
     def _close(self) -> None:
+        self.loader.close()
         if self.folder is not None:
             self.states.wait()
             self.folder.close()

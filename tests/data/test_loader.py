@@ -175,6 +175,16 @@ class TestWorkers:
             workers.add(tuple(worker.pid for worker in loader._images._iterator._workers))
         assert len(workers) == 1
 
+    def test_workers_end_with_close(self) -> None:
+        loader = basic(Pictures(16), num_workers=2)
+        batches = loader.epoch(0, 12)
+        next(batches)
+        started = [worker.pid for worker in loader._images._iterator._workers]
+        assert all(map(alive, started))
+        batches.close()
+        loader.close()
+        wait_until(lambda: not any(map(alive, started)), seconds=4)  # DataLoader gives up waiting after 5 s
+
     def test_an_epoch_may_be_left(self) -> None:
         loader = basic(Pictures(16), num_workers=2)
         next(loader.epoch(0, 12))
