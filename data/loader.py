@@ -14,6 +14,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
@@ -159,7 +160,7 @@ class TrainLoader:
             yield from self._stream(self._source, epoch, size, start_step)
             return
         self._sampler.keys = self._keys(epoch, size, start_step * self._accum)
-        for batch in self._images:
+        for batch in _batches_of(self._images):
             if len(batch.y) < self._batch_size:
                 name, reason = batch.failures[-1]
                 count = f"{_MAX_REPLACEMENTS} images in a row"
@@ -247,7 +248,7 @@ class EvalLoader:
             keys = [(0, int(index), size) for index in shown[rank::world_size]]
             parts = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
             images = _Images(source, evaluation, seed=0, tries=1)
-            self._batches = partial(iter, _data_loader(images, batch_sampler=parts, **workers))
+            self._batches = partial(_batches_of, _data_loader(images, batch_sampler=parts, **workers))
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches.
@@ -355,9 +356,19 @@ def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoad
     return DataLoader(dataset, collate_fn=_collate, worker_init_fn=start, generator=generator, **options)
 
 
-def _stream_batches(loader: DataLoader) -> Iterator[Batch]:
+def _batches_of(loader: DataLoader) -> Iterator[Batch]:
     try:
         yield from loader
+    except (OSError, EOFError):
+        # A worker that dies while it hands a batch over breaks a connection, a moment before DataLoader's handler says so.
+        if loader.num_workers:
+            time.sleep(1.0)
+        raise
+
+
+def _stream_batches(loader: DataLoader) -> Iterator[Batch]:
+    try:
+        yield from _batches_of(loader)
     except UserError as error:  # from a worker it comes with tracebacks before its message
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 

@@ -687,6 +687,7 @@ for _ in range(600):
 """
 
 
+@pytest.mark.slow
 def test_two_nodes_meet_stop_and_requeue_with_the_real_torchrun(cluster: Cluster) -> None:
     shutil.copytree(PROJECT / "common", cluster.root / "common", ignore=shutil.ignore_patterns("__pycache__"))
     (cluster.root / "requirements.txt").write_text("torch\n")

@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -169,7 +167,7 @@ def test_started_processes_share_and_listen_on_loopback_only(tmp_path, monkeypat
 )
 def test_started_processes_end_with_status_and_reason(tmp_path, short, monkeypatch, capfd, what, status, line):
     begin = time.monotonic()
-    assert started(what, tmp_path, timeout=10 if what == "hangs" else 60) == status
+    assert started(what, tmp_path, timeout=6 if what == "hangs" else 60) == status
     assert time.monotonic() - begin < 60
     errors = [text for text in capfd.readouterr().err.splitlines() if text.startswith("error: ")]
     assert len(errors) == (line is not None) and (line is None or errors[0].startswith(line)), errors
@@ -244,51 +242,38 @@ def test_launcher_that_tells_less_than_torchrun(monkeypatch):
     assert local_rank() == 1 and Processes(1, 2, torch.device("cpu")).on_this_machine == 2
 
 
-@pytest.fixture
-def waiting(tmp_path):
-    """Starts a parent of two processes that wait for a request to stop; gives it, and their numbers."""
-    code = """if __name__ == "__main__":
-        import sys
-        from tests.training.test_launch import Path, started
-        sys.exit(started("waits", Path(sys.argv[1])))"""
-    (tmp_path / "script.py").write_text(code)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, tmp_path / "script.py", tmp_path]
-    with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True) as parent:
-        try:
-            files = [tmp_path / f"rank{rank}" for rank in range(2)]
-            wait_until(lambda: parent.poll() is not None or all(f.exists() and f.read_text() for f in files))
-            yield parent, [int(file.read_text()) for file in files]
-        finally:
-            parent.kill()
+def started_and_signalled(folder: Path, *numbers: signal.Signals) -> int:
+    """Status of two processes that wait for a request to stop, which this process gets, as their parent."""
+
+    def ask() -> None:
+        files = [folder / f"rank{rank}" for rank in range(2)]
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(1.2)
+
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}  # late ones must not end the tests
+    asking = threading.Thread(target=ask)
+    try:
+        asking.start()
+        return started("waits", folder)
+    finally:
+        asking.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number,group", [(signal.SIGUSR1, False), (signal.SIGINT, True)])
-def test_request_to_the_parent_reaches_all(tmp_path, waiting, number, group):
-    """To the parent alone, or to all of the group as a Ctrl-C at the terminal."""
-    parent, children = waiting
-    (os.killpg if group else os.kill)(parent.pid, number)
-    assert parent.wait(timeout=60) == STOPPED
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_request_to_the_parent_reaches_all(tmp_path, number):
+    assert started_and_signalled(tmp_path, number) == STOPPED
     assert [(tmp_path / f"rank{rank}.reason").read_text() for rank in range(2)] == [number.name] * 2
-    assert not any(map(alive, children))
+    assert not any(alive(int((tmp_path / f"rank{rank}").read_text())) for rank in range(2))
 
 
-def test_second_ctrl_c_ends_all_at_once(tmp_path, waiting):
+def test_second_ctrl_c_ends_all_at_once(tmp_path):
     (tmp_path / "deaf").touch()
-    parent, children = waiting
-    os.killpg(parent.pid, signal.SIGINT)
-    time.sleep(1.2)
-    assert parent.poll() is None
-    os.killpg(parent.pid, signal.SIGINT)
-    assert parent.wait(timeout=60) == 130
-    assert not any(map(alive, children))
-
-
-def test_processes_end_with_a_killed_parent(waiting):
-    parent, children = waiting
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: not any(map(alive, children)), seconds=5)
+    assert started_and_signalled(tmp_path, signal.SIGINT, signal.SIGINT) == 130
+    assert not any(alive(int((tmp_path / f"rank{rank}").read_text())) for rank in range(2))
 
 
 def test_request_before_the_processes_are_ready(tmp_path, monkeypatch):

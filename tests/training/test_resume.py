@@ -575,6 +575,7 @@ def test_a_run_whose_end_cannot_be_saved_is_not_finished(many, undisturbed, tmp_
     assert_same(run(flags), undisturbed)
 
 
+@pytest.mark.slow
 def test_log_is_json_after_a_kill(many, tmp_path):
     flags = base_flags(many, tmp_path) | RANDOM | {"training.epochs": 500}
     with start(flags) as process:

@@ -360,6 +360,7 @@ def endless(images, tmp_path):
             parent.kill()
 
 
+@pytest.mark.slow
 def test_terminated_parent_stops_all_processes(endless):
     parent, children = endless
     parent.terminate()
