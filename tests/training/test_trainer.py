@@ -315,6 +315,13 @@ def test_check_finds_what_would_stop_the_run(images, tmp_path, capsys, change, w
     assert not list((tmp_path / "runs").glob("*"))
 
 
+def test_help_names_the_switches_and_the_flags(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and all(name in said for name in ("--check", "--where", "--adv.eps", "--config-file"))
+
+
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr("common.processes.usable_gpus", lambda: 2)
     assert check_processes(2) == 2
