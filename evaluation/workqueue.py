@@ -94,7 +94,7 @@ def run_tasks(
                     on_failure(worker.task, content)
                     if worker.failures < MOST_FAILURES - 1:
                         workers.append(pool.start(worker.slot, worker.failures + 1))
-                    elif not workers:
+                    elif not workers and queue.next(worker.slot, alone=True) is not None:
                         what = "workers could not start" if worker.task is None else "workers failed"
                         raise TaskFailed(f"{what} {MOST_FAILURES} times; the last time: {content}")
                 else:  # it is ready for a task, and perhaps has the result of one

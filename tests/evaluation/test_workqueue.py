@@ -60,7 +60,14 @@ def setup_failing_slot(slot, folder, handler):
 
 
 def broken(folder, task, note):
+    attempt(folder, "broken")
     raise RuntimeError("uncorrectable memory error")
+
+
+def square_after_the_broken_ones(folder, task, note):
+    """The device that fails has had all its tries."""
+    wait_until(lambda: (folder / "attempts-broken").exists() and len(attempts(folder, "broken")) == MOST_FAILURES)
+    return square(folder, task, note)
 
 
 def square(folder, task, note):
@@ -354,9 +361,15 @@ def test_a_broken_device_leaves_the_work_to_the_others(folder):
     assert [task for task, _ in work.failures] == [None] * 3
 
 
+def test_workers_that_cannot_start_any_more_do_not_matter_when_all_is_done(folder):
+    """The good device has done everything before the other one has failed for the last time."""
+    work = Work().do(folder, square, slots=["good", "broken"], setup=setup_of_slot, n=1)
+    assert work.results == squares(1) and set(work.failures) <= {(None, why) for _, why in work.failures}
+
+
 def test_a_device_that_fails_at_its_tasks_is_given_up(folder):
     """What failed there goes to the other one first."""
-    work = Work().do(folder, slowly, slots=["good", "broken"], setup=setup_failing_slot, n=12)
+    work = Work().do(folder, square_after_the_broken_ones, slots=["good", "broken"], setup=setup_failing_slot, n=12)
     assert sorted(work.results) == squares(12)
     failed = [task for task, _ in work.failures]
     assert len(failed) == 3 == len(set(failed))
