@@ -249,7 +249,8 @@ def during_steps(monkeypatch):
 def test_num_workers(images, tmp_path, during_steps):
     import multiprocessing
 
-    seen = during_steps(lambda state, batches: len(multiprocessing.active_children()))
+    before = set(multiprocessing.active_children())  # of other tests, such as loader workers that stay
+    seen = during_steps(lambda state, batches: len(set(multiprocessing.active_children()) - before))
     flags = base_flags(images, tmp_path)
     run(flags)
     run(flags | {"data.num_workers": 2, "logging.addendum": "workers"})
