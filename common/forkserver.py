@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask a program to stop
@@ -28,16 +30,24 @@ def start_fork_server(*modules: str) -> None:
     changed = {"PYTHONPATH": os.pathsep.join(sys.path), PARENT: str(os.getpid())}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
-    # Ctrl-C, and Slurm's signals to every process of a job, must not end the server: its processes would end with it.
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        forkserver.ensure_running()
+        with signals_blocked():  # its processes would end with it
+            forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes that are started meanwhile never receive `SIGNALS`, which Ctrl-C, torchrun and Slurm send to all of a job's."""
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 def settle() -> None:
@@ -57,7 +67,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def end_children() -> None:
-    """Kill what this process has forked, at its own end: loader workers ignore SIGTERM (see `data.loader`)."""
+    """Kill what this process has forked, at its own end: loader workers never receive SIGTERM (see `data.loader`)."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise here
     for child in multiprocessing.active_children():
         child.kill()

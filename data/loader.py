@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.forkserver import end_children, end_with_parent
+from common.forkserver import end_children, end_with_parent, signals_blocked
 from common.seeding import derive_seed
 from data.augment import Draws, concatenated
 from data.decoding import DECODE_ERRORS
@@ -358,7 +357,10 @@ def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoad
 
 def _batches_of(loader: DataLoader) -> Iterator[Batch]:
     try:
-        yield from loader
+        # Stopping is up to this process, which may want to end its step and write a checkpoint.
+        with signals_blocked():
+            batches = iter(loader)
+        yield from batches
     except (OSError, EOFError):
         # A worker that dies while it hands a batch over breaks a connection, a moment before DataLoader's handler says so.
         if loader.num_workers:
@@ -392,8 +394,3 @@ def _end_workers_at_exit() -> None:
 
 def _init_worker(parent: int, _: int) -> None:
     end_with_parent(parent)
-    # Stopping is up to the main process, which may want to end its step and write a checkpoint. Ctrl-C and torchrun
-    # signal the process group, Slurm every process.
-    os.setpgid(0, 0)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

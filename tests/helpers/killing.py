@@ -69,14 +69,16 @@ class Program:
         assert self._main.wait(LIMIT) == 0, self._said()
 
     def kill(self, turn: int = 0) -> None:
-        """SIGKILL to the main process (turn 0), or to one of those without children, such as the ranks of a training run.
+        """SIGKILL to the main process (turn 0), or to one of a training run's ranks, once there are some.
+
+        They are grandchildren of the main process. The fork server between them is spared: a new one takes its place where
+        it is killed before the ranks start.
 
         Fails where the program had ended, or where one of its processes is left.
         """
         assert not self.ended(), f"ended before it was killed: {self._said()}"
         running, main = self.processes(), self._main.pid
-        leaves = sorted(running.keys() - running.values() - {main})
-        victims = [main, *(pid for pid in leaves if "resource_tracker" not in _name(pid))]
+        victims = [main, *sorted(pid for pid, parent in running.items() if running.get(parent) == main)]
         victim = victims[turn % len(victims)]
         _kill(victim)
         seconds = MAIN_SECONDS if victim == main else OTHER_SECONDS
