@@ -42,7 +42,7 @@ def start_fork_server(*modules: str) -> None:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes that are started meanwhile never receive `SIGNALS`, which Ctrl-C, torchrun and Slurm send to all of a job's."""
+    """Processes started meanwhile have `SIGNALS` blocked: Ctrl-C, torchrun and Slurm send them to every process of a job."""
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
