@@ -182,8 +182,7 @@ class Processes:
             shared = shared.underlying_store
         if isinstance(shared, dist.TCPStore):
             shared = connect_store(shared.host, shared.port, timedelta(seconds=ANSWER_SECONDS))
-        # torchrun keeps one store for all its restarts.
-        return dist.PrefixStore(f"lost/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+        return dist.PrefixStore("lost", _of_this_attempt(shared))
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes; the model itself where there is only one."""
@@ -281,6 +280,16 @@ def connect_store(host: str, port: int, timeout: timedelta) -> dist.Store:
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """The store without what an earlier attempt left in it, such as the addresses of processes that have ended.
+
+    torchrun may keep one store for all its restarts. It counts them on each node, so with several nodes the counts may differ.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 @contextmanager
 def joined(
     *,
@@ -309,6 +318,7 @@ def joined(
     backend = "nccl" if device.type == "cuda" else "gloo"
     if store is None:
         store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        store = _of_this_attempt(store)
     bound = {"device_id": device} if backend == "nccl" else {}  # else barriers guess it, with a warning
     processes = Processes(rank=rank, world_size=world_size, device=device, store=store)
     try:

@@ -61,6 +61,10 @@ class Program:
                     found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         return found
 
+    def age(self) -> float:
+        """Seconds since its start."""
+        return time.time() - self.started
+
     def ended(self) -> bool:
         return self._main.poll() is not None
 
@@ -97,7 +101,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Moment:
-    """For a kill: `seconds` after the program has come to `progress`, or where that is None, after its start."""
+    """For a kill: `seconds` after the program has come to `progress`, or where that is None, at most so long after its start."""
 
     progress: int | None
     seconds: float
@@ -134,12 +138,17 @@ def kill_and_go_on(
         check: looks at what each kill left.
         in_turn: whether the main process is one victim of several, as in `Program.kill`.
     """
+    done = 0
     for turn, moment in enumerate(moments):
         with start() as program:
-            if moment.progress is not None:
+            if moment.progress is None:
+                # At the latest when it has added to the work: how long a start takes depends on what else runs.
+                wait_until(lambda: program.age() >= moment.seconds or progress(program) > done, seconds=LIMIT)  # noqa: B023
+            else:
                 wait_until(lambda: program.ended() or progress(program) >= moment.progress, seconds=LIMIT)  # noqa: B023
-            time.sleep(moment.seconds)
+                time.sleep(moment.seconds)
             program.kill(turn if in_turn else 0)
+            done = max(done, progress(program))
         check()
     with start() as program:
         program.wait()

@@ -199,6 +199,19 @@ def test_failed_process_does_not_wait_for_the_others(monkeypatch, ends, backend,
     assert done == [left]
 
 
+def test_restarted_processes_do_not_see_what_an_earlier_attempt_left(monkeypatch):
+    """Such as the addresses of processes that have ended: torchrun may keep one store for all its restarts."""
+    dist, store = processes_module.dist, processes_module.dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **kwargs: iter([(store, 0, 1)]))
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        with joined(device=torch.device("cpu")) as processes:
+            assert not processes.store.check(["address"])
+            processes.store.set("address", "here")
+
+
 def test_failure_is_not_replaced_by_one_of_leaving(monkeypatch):
     def fail():
         raise RuntimeError("NCCL error")
@@ -227,7 +240,7 @@ def test_lost_process_is_found_by_the_answers_of_the_others(monkeypatch, answers
     store = processes_module.dist.HashStore()
     first = Processes(rank=0, world_size=3, device=torch.device("cpu"), store=store)
     for rank, answer in answers.items():
-        store.set(f"lost/0/failed/{rank}", json.dumps(answer))
+        store.set(f"attempt/0/lost/failed/{rank}", json.dumps(answer))
     monkeypatch.setattr(processes_module, "ANSWER_SECONDS", 0.3)
     lost = first.lost(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"))
     assert isinstance(lost, LostProcess) and str(lost).startswith(sentence)

@@ -452,12 +452,13 @@ def test_elastic_restart(many, tmp_path):
     flags |= {"training.epochs": 500, "validation.freq": 500}
     argv = [f"--{name}={value}" for name, value in flags.items()]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    folder, deadline = folder_of(flags), time.monotonic() + 120
+    folder, deadline = folder_of(flags), time.monotonic() + 300
     process = subprocess.Popen([*launcher, "train.py", *argv], cwd=PROJECT, stderr=subprocess.PIPE, text=True)
 
     def wait_until(condition):
         while not condition():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()[-5000:]
+            assert time.monotonic() < deadline
             time.sleep(0.05)
 
     try:
