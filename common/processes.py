@@ -201,7 +201,8 @@ class Processes:
 
 def is_of_the_engine(error: Exception) -> bool:
     """Whether a collective failed, which is another process's fault."""
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    # A gloo operation that times out tells those that wait beside it so, and these do not name gloo.
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Application timeout")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

@@ -19,7 +19,7 @@ import torch
 
 from common import processes as processes_module
 from common.errors import UserError
-from common.processes import LostProcess, Processes, check_rendezvous, joined, local_rank
+from common.processes import LostProcess, Processes, check_rendezvous, is_of_the_engine, joined, local_rank
 from tests.helpers.processes import alive, free_port, wait_until
 from training import launch as launch_module
 from training.launch import launch
@@ -247,6 +247,19 @@ def test_lost_process_is_found_by_the_answers_of_the_others(monkeypatch, answers
     assert lost.failed or "Connection closed" in str(lost)
     assert first.lost(ValueError("a defect")) is None
     assert Processes.alone("cpu").lost(RuntimeError("gloo")) is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 12000ms for recv",
+        "Application timeout caused pair closure",
+        "NCCL communicator was aborted on rank 1.",
+    ],
+)
+def test_failed_collective_is_told_from_a_defect(message):
+    assert is_of_the_engine(RuntimeError(message))
+    assert not is_of_the_engine(ValueError(message)) and not is_of_the_engine(RuntimeError("shape mismatch"))
 
 
 def test_launcher_that_tells_less_than_torchrun(monkeypatch):
