@@ -182,7 +182,8 @@ class Processes:
             shared = shared.underlying_store
         if isinstance(shared, dist.TCPStore):
             shared = connect_store(shared.host, shared.port, timedelta(seconds=ANSWER_SECONDS))
-        return dist.PrefixStore("lost", _of_this_attempt(shared))
+        # torchrun keeps one store for all its restarts.
+        return dist.PrefixStore(f"lost/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes; the model itself where there is only one."""

@@ -240,7 +240,7 @@ def test_lost_process_is_found_by_the_answers_of_the_others(monkeypatch, answers
     store = processes_module.dist.HashStore()
     first = Processes(rank=0, world_size=3, device=torch.device("cpu"), store=store)
     for rank, answer in answers.items():
-        store.set(f"attempt/0/lost/failed/{rank}", json.dumps(answer))
+        store.set(f"lost/0/failed/{rank}", json.dumps(answer))
     monkeypatch.setattr(processes_module, "ANSWER_SECONDS", 0.3)
     lost = first.lost(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"))
     assert isinstance(lost, LostProcess) and str(lost).startswith(sentence)
