@@ -29,15 +29,17 @@ import numpy as np
 import yaml
 
 import train
-from common.config import EvalConfig, TrainConfig, load_config
 from common.errors import UserError
 from common.files import set_aside, writable, write_atomically
+from common.flags import load_config
 from common.processes import Processes
 from common.tables import markdown_table
+from evaluation.config import EvalConfig
 from evaluation.evaluate import run_evaluations
 from evaluation.pictures import draw_examples
 from evaluation.plan import image_lists
 from evaluation.report import percent, write_json, write_text
+from training.config import TrainConfig
 from zoo.runs import find_weights
 
 PROJECT = Path(__file__).resolve().parent

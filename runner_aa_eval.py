@@ -29,7 +29,8 @@ from common.errors import UserError
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit status."""
-    from common.config import EvalConfig, load_config
+    from common.flags import load_config
+    from evaluation.config import EvalConfig
     from evaluation.workqueue import TaskFailed, prepare_workers
 
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # end workers on the way out

@@ -34,9 +34,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import TrainConfig, load_config
 from common.errors import UserError
+from common.flags import load_config
 from common.forkserver import SIGNALS, start_fork_server
+from training.config import TrainConfig
 from training.stop import STOPPED, leave_on_signals
 
 # PyTorch is imported where it is used: `--help` and `--where` do without, and several processes import it at the same time.

@@ -26,9 +26,9 @@ from ablation.grid import Grid, is_one_of
 from ablation.results import metric_names
 from ablation.statistics import Difference
 from ablation.summary import NOTHING, Summary, describe_setting, show_interval
-from common.config import read_yaml
 from common.errors import UserError
 from common.files import writable
+from common.flags import read_yaml
 from common.tables import markdown_table
 from evaluation.report import write_text
 

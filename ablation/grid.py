@@ -33,8 +33,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.config import EvalConfig, TrainConfig, load_config, read_yaml
 from common.errors import UserError
+from common.flags import load_config, read_yaml
+from evaluation.config import EvalConfig
+from training.config import TrainConfig
 
 KEYS = {"extends", "config", "train", "axes", "arms", "seeds", "evaluate", "variants", "compare", "claims"}
 WEIGHTS = ("raw", "ema")

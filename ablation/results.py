@@ -15,7 +15,8 @@ import numpy as np
 from ablation.grid import Cell, Entry, Grid
 from ablation.running import evaluation_summary, is_share, read_json, read_record, train_status
 from ablation.statistics import Value
-from common.config import EvalConfig, load_config
+from common.flags import load_config
+from evaluation.config import EvalConfig
 from evaluation.plan import show_eps
 
 CLEAN, CLEAN_ALL = "clean", "clean, all images"

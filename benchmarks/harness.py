@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import TrainConfig, load_config
 from common.errors import UserError
 from common.files import writable, write_atomically
+from common.flags import load_config
 from common.provenance import PROJECT, provenance
 from common.tables import markdown_table
+from training.config import TrainConfig
 
 TAIL = 2000  # characters of a failed program's output that are shown
 CHECKS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, "==": operator.eq}

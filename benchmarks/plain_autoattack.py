@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from pyautoattack import AutoAttack
 
-from common.config import EvalConfig, load_config
+from common.flags import load_config
+from evaluation.config import EvalConfig
 from evaluation.plan import image_lists
 from zoo.runs import load_trained
 

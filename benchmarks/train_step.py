@@ -23,13 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from attacks.losses import cross_entropy
 from benchmarks.harness import Row, main, options, row
 from benchmarks.published_step import PublishedTraining
-from common.config import TrainConfig, load_config
 from common.errors import UserError
+from common.flags import load_config
 from common.precision import float32_matmul
 from common.processes import Processes
 from data.loader import Batch
 from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
+from training.config import TrainConfig
 from training.last_block import trim_last_block
 from training.loss import attack_batch
 from training.state import TrainState

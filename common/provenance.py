@@ -11,14 +11,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
+# Top-level key of a run's params.json that is not a section of flags, so that the file itself serves as a config file.
+PROVENANCE_KEY = "provenance"
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "fastargs", "pyautoattack", "autoattack", "robustbench")
 
 
 def provenance() -> dict[str, Any]:
     """Commit (with "+changes" where files differ from it), versions, devices, command line and time of this process."""
+    import torch  # command lines need the constants of this module alone
+
     return {
         "command": [sys.executable, *sys.argv],
         "commit": commit(),
@@ -32,6 +34,8 @@ def provenance() -> dict[str, Any]:
 
 def devices() -> list[str]:
     """Names of the visible GPUs, or the processor and its number of cores."""
+    import torch
+
     if torch.cuda.is_available():
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return [f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"]

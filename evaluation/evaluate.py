@@ -12,12 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.config import EvalConfig
 from common.errors import UserError
 from common.files import writable
 from common.processes import Processes
 from evaluation import worker
 from evaluation.board import Board
+from evaluation.config import EvalConfig
 from evaluation.gpus import find_slots, gpus_in_question
 from evaluation.images import ImageList
 from evaluation.plan import Evaluation, Plan, make_plan, open_planned_images

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from common.config import AttackConfig
 from common.errors import UserError
 from common.gpus import usable_gpus
 from common.processes import local_rank, under_torchrun
+from evaluation.config import AttackConfig
 
 POLL_SECONDS = 10
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import EvalDataConfig
 from common.errors import UserError
 from common.seeding import derive_seed
 from data.datasets import open_source
@@ -21,6 +20,7 @@ from data.folders import class_folders, open_listed
 from data.imagenet_ids import looks_like_imagenet, robustbench_ids
 from data.loader import EvalLoader, spread_indices
 from data.source import Collected, Source, StreamSource
+from evaluation.config import EvalDataConfig
 
 PROBED = 8  # images whose pixels tell two data sets with the same names apart
 

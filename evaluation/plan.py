@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.config import EvalConfig, EvalModelConfig, ModelEntry
 from common.errors import UserError
 from common.provenance import installed_version
 from evaluation.autoattack import ATTACKS, package_name
+from evaluation.config import EvalConfig, EvalModelConfig, ModelEntry
 from evaluation.images import ImageList, open_images
 from zoo.names import Located, locate
 from zoo.published import Published

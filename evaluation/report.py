@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from common.config import EvalConfig
 from common.files import write_atomically
 from common.provenance import provenance
 from common.tables import markdown_table
+from evaluation.config import EvalConfig
 from evaluation.images import ImageList
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps

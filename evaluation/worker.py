@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.config import AttackConfig, EvalConfig
 from common.errors import UserError
 from common.files import write_atomically
 from common.precision import float32_matmul
 from evaluation.autoattack import FastCopy, Verdicts, attack_chunk, check_adversarial
+from evaluation.config import AttackConfig, EvalConfig
 from evaluation.gpus import Slot
 from evaluation.images import Chunk, ImageList
 from evaluation.plan import Evaluation, sha256

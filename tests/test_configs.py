@@ -16,7 +16,9 @@ import torch
 import yaml
 from torch import nn
 
-from common.config import EvalConfig, TrainConfig, config_to_dict, load_config
+from common.flags import config_to_dict, load_config
+from evaluation.config import EvalConfig
+from training.config import TrainConfig
 from utils_architecture import ARCHITECTURES
 from zoo.models import build_model
 

@@ -27,11 +27,11 @@ PACKAGES = ["ablation", "training", "evaluation", "zoo", "attacks", "data", "com
 
 # These rooms know neither flags nor ranks.
 PURE_ROOMS = ["attacks", "data", "utils_architecture"]
-FLAGS_AND_RANKS = ["common.config", "common.processes"]
+FLAGS_AND_RANKS = ["common.flags", "common.processes"]
 
 # Libraries that one file alone imports.
 OWNERS = {
-    "fastargs": "common/config.py",
+    "fastargs": "common/flags.py",
     "torch.distributed": "common/processes.py",
     "torch.nn.parallel": "common/processes.py",
 }

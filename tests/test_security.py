@@ -21,15 +21,16 @@ import pytest
 import torch
 import yaml
 
-import common.config
+import common.flags
 import runner_aa_eval
 import train
 import utils_architecture
-from common.config import TrainConfig, load_config
 from common.errors import UserError
+from common.flags import load_config
 from data.datasets import open_source
 from tests.training.helpers import base_flags
 from training.checkpoint import LAST, StateFiles, read_state
+from training.config import TrainConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -312,7 +313,7 @@ def dangers(text: str) -> list[str]:
 
 def test_no_reader_that_runs_what_it_reads():
     assert {str(path): found for path in sources() if (found := dangers(path.read_text()))} == {}
-    assert len(sources()) > 50 and issubclass(common.config._UniqueKeys, yaml.SafeLoader)
+    assert len(sources()) > 50 and issubclass(common.flags._UniqueKeys, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from common.config import TrainConfig
 from common.errors import UserError
 from common.processes import Processes
 from common.seeding import derive_seed
@@ -15,6 +14,7 @@ from data.datasets import open_source
 from data.loader import TrainLoader
 from data.memory import Once, alone
 from data.source import Source, StreamSource
+from training.config import TrainConfig
 from training.ema import EMA
 from training.last_block import trim_last_block
 from training.optim import build_optimizer

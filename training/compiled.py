@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from attacks.losses import cross_entropy
-from common.config import TrainConfig
 from common.processes import Processes
 from data.loader import Batch
+from training.config import TrainConfig
 from training.loss import attack_batch, places_again
 from training.probe import change_in_training
 from training.state import TrainState

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from common.config import TrainConfig
+from training.config import TrainConfig
 from training.schedule import resolution_at_epoch
 
 WARMUP_LOOKS = 3  # compilation, cuDNN's choice of algorithms and the loader's start lie in the first ones

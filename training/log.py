@@ -26,8 +26,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torch.utils.tensorboard.summary import text
 
-from common.config import PROVENANCE_KEY, TrainConfig, config_to_dict
 from common.files import set_aside, writable, write_atomically
+from common.flags import config_to_dict
+from common.provenance import PROVENANCE_KEY
+from training.config import TrainConfig
 from training.curves import draw_curves
 
 STATUS = "status.json"

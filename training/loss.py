@@ -11,7 +11,7 @@ from torch import Tensor
 from attacks.apgd import apgd
 from attacks.fgsm import fgsm
 from attacks.losses import cross_entropy
-from common.config import AdvConfig
+from training.config import AdvConfig
 from training.state import TrainState
 
 # Share of a micro-batch that may go through the network again. With APGD-2, 0 to 2 % of CIFAR-10's images have their highest loss

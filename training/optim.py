@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from common.config import TrainingConfig
+from training.config import TrainingConfig
 
 ADAMW_BETAS = (0.9, 0.95)
 

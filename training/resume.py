@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.config import TrainConfig, config_to_dict, harmless_flags
 from common.errors import UserError
 from common.files import take_folder, writable
+from common.flags import config_to_dict
 from common.processes import Processes
 from training.checkpoint import LAST, PREVIOUS, DamagedState, newest_state, read_state
+from training.config import TrainConfig, harmless_flags
 from training.log import mark_status, read_status
 
 FORMAT = 1  # of a training state; changes when an older one cannot be read any more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from common.config import LRConfig, ResolutionConfig
+from training.config import LRConfig, ResolutionConfig
 
 LR_FLOOR = 5e-6  # where cosine ends
 LR_START = 1e-4  # share of the peak at which cosine and cyclic begin

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import TrainConfig
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.augment import augment
 from data.loader import Batch
 from data.pipeline import to_unit
 from data.transforms import Mixup
+from training.config import TrainConfig
 from training.loss import training_loss
 from training.state import TrainState
 

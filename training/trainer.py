@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.config import TrainConfig, config_to_dict
 from common.errors import UserError
 from common.files import take_folder, writable
+from common.flags import config_to_dict
 from common.processes import Processes
 from common.provenance import provenance
 from data.loader import Batch, EvalLoader, dead_worker, spread_indices
@@ -27,6 +27,7 @@ from data.transforms import Mixup
 from training.build import build_state, build_train_loader, check_image_sizes, open_sources
 from training.checkpoint import StateFiles
 from training.compiled import prepare_networks, prepare_size
+from training.config import TrainConfig
 from training.feeding import NOTICED_SECONDS, Feed
 from training.forecast import Forecast
 from training.log import RunFolder

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import apgd
-from common.config import TrainConfig
 from common.errors import UserError
 from common.precision import float32_matmul
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.loader import Batch
+from training.config import TrainConfig
 from training.loss import attack_batch
 from training.step import autocast, to_device
 

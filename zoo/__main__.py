@@ -21,7 +21,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import EvalModelConfig
 from common.errors import UserError
 from common.provenance import PROJECT
 from common.tables import markdown_table
@@ -125,13 +124,14 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     from utils_architecture import ARCHITECTURES
+    from zoo.description import NetworkDescription
     from zoo.export import export as write
     from zoo.export import push
     from zoo.names import locate
     from zoo.runs import load_trained
 
     located = locate(arguments.name, flag="NAME")
-    trained = load_trained(located.path, located.describe(EvalModelConfig()), flag="NAME")
+    trained = load_trained(located.path, located.describe(NetworkDescription()), flag="NAME")
     known = ARCHITECTURES.get(trained.description["arch"])
     size = arguments.img_size or (known.img_size if known else 224)
     write(trained, arguments.to, img_size=size, crop_pct=arguments.crop_pct)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import EvalModelConfig
 from common.errors import UserError
 from common.provenance import PROJECT
+from zoo.description import NetworkDescription
 from zoo.download import ShareUnavailable, choose, download_robustbench, download_share
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
@@ -32,7 +32,7 @@ class Located:
     description: Mapping[str, Any]
     published: Published | None = None
 
-    def describe(self, asked: EvalModelConfig) -> EvalModelConfig:
+    def describe(self, asked: NetworkDescription) -> NetworkDescription:
         """What was asked for, completed by what the name says."""
         unset = {name: value for name, value in self.description.items() if getattr(asked, name) is None}
         return dataclasses.replace(asked, **unset)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from common.config import EvalModelConfig
 from data.transforms import eval_transform
+from zoo.description import NetworkDescription
 from zoo.names import locate
 from zoo.runs import load_trained
 
@@ -29,6 +29,6 @@ def load_robust_model(
         UserError: nothing is called so, or it cannot be downloaded or loaded.
     """
     located = locate(name, flag="name", folder=folder and Path(folder))
-    model = load_trained(located.path, located.describe(EvalModelConfig()), flag="name").model
+    model = load_trained(located.path, located.describe(NetworkDescription()), flag="name").model
     model.transform = eval_transform(img_size, crop_pct)
     return model

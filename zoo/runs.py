@@ -11,21 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from common.config import PROVENANCE_KEY, EvalModelConfig
 from common.errors import UserError
+from common.provenance import PROVENANCE_KEY
+from zoo.description import DESCRIPTION, NetworkDescription
 from zoo.inference import check_description
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
 
-# What describes a network: field of EvalModelConfig → section of a run's params.json that holds it, and its type.
-DESCRIPTION = {
-    "arch": ("model", str),
-    "not_original": ("model", bool),
-    "add_normalization": ("model", bool),
-    "updated": ("model", bool),
-    "num_classes": ("model", int),
-    "use_blurpool": ("training", bool),
-}
 # Key of an exported folder's config.json under which it holds the same sections.
 EXPORT_KEY = "robust_training"
 EXPORTED = "model.safetensors"
@@ -47,7 +39,7 @@ class TrainedModel:
     class_names: list[str] | None
 
 
-def load_trained(model_in: str | Path, asked: EvalModelConfig, *, flag: str) -> TrainedModel:
+def load_trained(model_in: str | Path, asked: NetworkDescription, *, flag: str) -> TrainedModel:
     """Build the network of a weights file and load it strictly.
 
     Args:

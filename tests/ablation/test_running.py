@@ -35,7 +35,8 @@ STAND_IN_TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {project!r})
-from common.config import TrainConfig, load_config
+from common.flags import load_config
+from training.config import TrainConfig
 config = load_config(TrainConfig, sys.argv[1:])
 folder, notes = config.run_folder, config.misc.notes
 folder.mkdir(parents=True, exist_ok=True)

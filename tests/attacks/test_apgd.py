@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attacks.apgd import APGDResult, apgd
+from attacks.norms import DEFAULT_EPS
 from attacks.threat_models import THREAT_MODELS
-from common.config import DEFAULT_EPS
 from utils_architecture import get_new_model, normalize_model
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "apgd_reference.npz"

@@ -8,14 +8,10 @@ import pytest
 import yaml
 
 import train
-from common.config import (
-    EvalConfig,
-    TrainConfig,
-    config_to_dict,
-    harmless_flags,
-    load_config,
-)
 from common.errors import UserError
+from common.flags import config_to_dict, load_config
+from evaluation.config import EvalConfig
+from training.config import TrainConfig, harmless_flags
 
 DATA = ["--data.train_dataset=a", "--data.val_dataset=b", "--data.num_workers=1", "--data.in_memory=0"]
 # The published launcher's line (reference recipe), placeholders filled.

@@ -8,8 +8,8 @@ import time
 import pytest
 
 import evaluation.gpus
-from common.config import AttackConfig
 from common.errors import UserError
+from evaluation.config import AttackConfig
 from evaluation.gpus import Slot, find_slots, free_gpus
 
 UUIDS = [f"{n}b9d1a2c-0000-1111-2222-{n:012d}" for n in range(4)]  # as PyTorch shows them

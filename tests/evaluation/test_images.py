@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common.config import EvalDataConfig
 from common.errors import UserError
 from data.imagenet_ids import ImageIds
 from data.source import Source
 from data.transforms import eval_transform
+from evaluation.config import EvalDataConfig
 from evaluation.images import Chunk, ImageList, open_images
 from tests.data import encoded
 from tests.data.test_imagenet_ids import installed_list, link_classes, write_imagenet

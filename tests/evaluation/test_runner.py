@@ -21,13 +21,14 @@ import yaml
 import evaluation.evaluate
 import evaluation.worker
 import runner_aa_eval
-from common.config import EvalConfig, load_config
 from common.errors import UserError
+from common.flags import load_config
 from common.processes import Processes
 from common.provenance import PROJECT
 from common.tables import markdown_table
 from evaluation.autoattack import ATTACKS, attack_chunk
 from evaluation.board import Board
+from evaluation.config import EvalConfig
 from evaluation.gpus import Slot
 from evaluation.plan import default_folder, folder_name, image_lists, make_plan, show_eps
 from evaluation.progress import Progress

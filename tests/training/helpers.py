@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import train
-from common.config import TrainConfig, load_config
+from common.flags import load_config
+from training.config import TrainConfig
 
 CLASSES = ("blue", "green", "grey", "red")
 

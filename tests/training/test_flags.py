@@ -13,8 +13,9 @@ import torch
 
 import training.trainer
 import training.validation
-from common.config import TrainConfig, _sections
+from common.flags import sections_of
 from tests.training.helpers import Outcome, base_flags, run, write_images
+from training.config import TrainConfig
 
 APGD = {"adv.attack": "apgd", "adv.eps": "8/255"}
 FGSM = {"adv.attack": "fgsm", "adv.eps": "8/255"}
@@ -145,7 +146,7 @@ ADDED = {
 
 
 def test_every_published_flag_is_tested():
-    all_flags = {f"{s}.{f.name}" for s, cls in _sections(TrainConfig) for f in fields(cls)}
+    all_flags = {f"{s}.{f.name}" for s, cls in sections_of(TrainConfig) for f in fields(cls)}
     assert len(all_flags - ADDED) == PUBLISHED
     assert all_flags - ADDED == set(CASES) | OWN
 

@@ -6,9 +6,10 @@ from datetime import datetime
 
 import pytest
 
-from common.config import TrainConfig, load_config
+from common.flags import load_config
 from tests.training.helpers import base_flags, run
 from training import forecast
+from training.config import TrainConfig
 from training.forecast import WARMUP_LOOKS, Forecast
 
 

@@ -12,12 +12,13 @@ from zipfile import ZipFile
 import pytest
 import torch
 
-from common.config import TrainConfig, load_config
 from common.files import damaged_record
+from common.flags import load_config
 from tests.helpers.killing import Program, kill_and_go_on, random_moments
 from tests.helpers.processes import free_port, wait_until
 from tests.training.helpers import base_flags, read_outcome, run, write_images
 from training.checkpoint import LAST, PREVIOUS
+from training.config import TrainConfig
 from training.log import STATUS, read_status
 
 KILLS = 20

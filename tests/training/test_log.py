@@ -19,9 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import training.log
-from common.config import PROVENANCE_KEY, TrainConfig, load_config
 from common.errors import UserError
+from common.flags import load_config
+from common.provenance import PROVENANCE_KEY
 from tests.training.helpers import base_flags
+from training.config import TrainConfig
 from training.log import RunFolder, read_status
 from zoo.runs import find_weights
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import TrainingConfig
+from training.config import TrainingConfig
 from training.ema import EMA
 from training.optim import build_optimizer, parameter_groups
 from utils_architecture import get_new_model, normalize_model

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from common.config import TrainConfig, load_config
+from common.flags import load_config
+from training.config import TrainConfig
 from training.overfitting import OverfittingWatch
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -17,11 +17,12 @@ import torch
 
 import train
 import training.trainer
-from common.config import TrainConfig, load_config
 from common.files import take_folder
+from common.flags import load_config
 from tests.helpers.processes import wait_until
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, run, write_images
 from training.checkpoint import LAST, PREVIOUS, read_state
+from training.config import TrainConfig
 from training.log import read_status
 from training.stop import STOPPED
 

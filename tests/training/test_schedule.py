@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from common.config import LRConfig, ResolutionConfig
+from training.config import LRConfig, ResolutionConfig
 from training.schedule import eps_at, lr_at, lr_at_epoch, resolution_at_epoch
 
 

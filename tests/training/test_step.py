@@ -16,8 +16,8 @@ import training.build
 import training.compiled
 import training.step
 from attacks.apgd import apgd
-from common.config import TrainConfig, load_config
 from common.errors import UserError
+from common.flags import load_config
 from common.processes import Processes
 from data.augment import concatenated, draw, generator
 from data.loader import Batch
@@ -28,6 +28,7 @@ from tests.helpers.processes import free_port
 from tests.training.helpers import base_flags, run
 from training.build import build_state, check_image_sizes
 from training.compiled import frozen_twin, prepare_networks, prepare_size
+from training.config import TrainConfig
 from training.launch import launch
 from training.loss import training_loss
 from training.step import train_step

@@ -18,12 +18,14 @@ import train
 import training.loss
 import training.trainer
 from attacks.apgd import apgd
-from common.config import PROVENANCE_KEY, TrainConfig, load_config
 from common.errors import UserError
+from common.flags import load_config
 from common.processes import Processes, check_processes
+from common.provenance import PROVENANCE_KEY
 from data.datasets import open_source
 from data.loader import EvalLoader, spread_indices
 from tests.training.helpers import base_flags, largest_difference, read_outcome, run, write_images
+from training.config import TrainConfig
 from training.launch import launch
 from training.log import read_status
 from training.stop import STOPPED

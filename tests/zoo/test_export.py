@@ -8,16 +8,16 @@ import pytest
 import timm
 import torch
 
-from common.config import EvalModelConfig
 from common.errors import UserError
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
+from zoo.description import NetworkDescription
 from zoo.export import CARD, CONFIG, WEIGHTS, export, push
 from zoo.robust import load_robust_model
 from zoo.runs import load_trained
 from zoo.submission import Paper, check_report, form_text, model_info
 
-ASKED = EvalModelConfig()
+ASKED = NetworkDescription()
 
 
 def saved(folder, arch="convnext_tiny", *, num_classes=5, normalized=True, **options):
@@ -26,7 +26,9 @@ def saved(folder, arch="convnext_tiny", *, num_classes=5, normalized=True, **opt
     network = get_new_model(arch, num_classes=num_classes, **options)
     model = normalize_model(network) if normalized else network
     torch.save(model.state_dict(), folder / "weights.pt")
-    return load_trained(folder / "weights.pt", EvalModelConfig(arch=arch, num_classes=num_classes, **options), flag="f")
+    return load_trained(
+        folder / "weights.pt", NetworkDescription(arch=arch, num_classes=num_classes, **options), flag="f"
+    )
 
 
 @pytest.fixture

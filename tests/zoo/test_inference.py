@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import EvalModelConfig
 from common.errors import UserError
 from utils_architecture import get_new_model, normalize_model
+from zoo.description import NetworkDescription
 from zoo.inference import Description, check_description, describe_weights
 from zoo.loading import Weights, parse_weights
 from zoo.runs import load_trained
@@ -89,8 +89,8 @@ def test_same_weights_of_different_networks(tmp_path):
     assert found.candidates == ("resnet50", "resnet50_gelu") and not found.alike
     torch.save(network, tmp_path / "w.pt")
     with pytest.raises(UserError, match="resnet50 and resnet50_gelu.*--model.arch"):
-        load_trained(tmp_path / "w.pt", EvalModelConfig(), flag=FLAG)
-    trained = load_trained(tmp_path / "w.pt", EvalModelConfig(arch="resnet50_gelu"), flag=FLAG)
+        load_trained(tmp_path / "w.pt", NetworkDescription(), flag=FLAG)
+    trained = load_trained(tmp_path / "w.pt", NetworkDescription(arch="resnet50_gelu"), flag=FLAG)
     assert "GELU" in str(trained.model) and trained.description["num_classes"] == 4
 
 
@@ -177,13 +177,13 @@ def test_other_models_of_timm_are_named(tmp_path, arch):
     """Nothing is inferred but classes and normaliser; NesT cannot be built without numbers."""
     source, path = normalize_model(get_new_model(arch, num_classes=4)), tmp_path / "w.pt"
     torch.save(source.state_dict(), path)
-    trained = load_trained(path, EvalModelConfig(arch=arch), flag=FLAG)
+    trained = load_trained(path, NetworkDescription(arch=arch), flag=FLAG)
     assert (trained.description["arch"], trained.description["num_classes"]) == (arch, 4)
     assert trained.description["add_normalization"]
     with pytest.raises(UserError, match="--model.arch=timm_<name>"):
-        load_trained(path, EvalModelConfig(), flag=FLAG)
+        load_trained(path, NetworkDescription(), flag=FLAG)
     with pytest.raises(UserError, match="it is timm_.* and 4 classes; model.num_classes asks for 5"):
-        load_trained(path, EvalModelConfig(arch=arch, num_classes=5), flag=FLAG)
+        load_trained(path, NetworkDescription(arch=arch, num_classes=5), flag=FLAG)
 
 
 def test_known_network_under_its_timm_name():
@@ -198,6 +198,6 @@ def test_vit_of_another_resolution(tmp_path):
     torch.manual_seed(0)
     source = get_new_model("vit_micro", num_classes=4, img_size=48).eval()
     torch.save(source.state_dict(), tmp_path / "w.pt")
-    model = load_trained(tmp_path / "w.pt", EvalModelConfig(), flag=FLAG).model
+    model = load_trained(tmp_path / "w.pt", NetworkDescription(), flag=FLAG).model
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model(x), source(x), rtol=0, atol=1e-6)

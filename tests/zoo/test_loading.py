@@ -24,9 +24,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from common.config import EvalModelConfig
 from common.errors import UserError
 from utils_architecture import ARCHITECTURES, get_new_model, normalize_model
+from zoo.description import NetworkDescription
 from zoo.inference import describe_weights
 from zoo.loading import NORMALIZERS, PREFIXES, load_weights, parse_weights, read_weights
 from zoo.runs import load_trained
@@ -102,7 +102,7 @@ def test_logits_stay(tmp_path, arch, not_original):
     )
     path, x = tmp_path / "w.pt", torch.rand(2, 3, 32, 32)
     torch.save({"ema": prefixed(source.state_dict(), "module._orig_mod.base_model.")}, path)
-    trained = load_trained(path, EvalModelConfig(), flag=FLAG)
+    trained = load_trained(path, NetworkDescription(), flag=FLAG)
     assert torch.equal(trained.model(x), source.eval()(x))
 
 
@@ -494,31 +494,31 @@ def test_description_comes_from_the_run(images, tmp_path):
     from tests.training.helpers import base_flags, run
 
     outcome = run(base_flags(images, tmp_path) | {"model.not_original": 1, "model.add_normalization": 1})
-    trained = load_trained(outcome.folder, EvalModelConfig(), flag="eval.model_in")
+    trained = load_trained(outcome.folder, NetworkDescription(), flag="eval.model_in")
     assert trained.description["arch"] == "convnext_micro" and trained.description["not_original"] is True
     assert trained.description["num_classes"] == 4 and not trained.model.training
     assert torch.equal(trained.model.state_dict()["normalize.mean"], outcome.weights["normalize.mean"])
     with pytest.raises(UserError, match="eval.model_in.*model.not_original"):
-        load_trained(outcome.folder, EvalModelConfig(not_original=False), flag="eval.model_in")
+        load_trained(outcome.folder, NetworkDescription(not_original=False), flag="eval.model_in")
     with pytest.raises(UserError, match="weights_<epoch>"):
-        load_trained(tmp_path, EvalModelConfig(), flag="eval.model_in")
+        load_trained(tmp_path, NetworkDescription(), flag="eval.model_in")
 
 
 def test_run_that_says_something_else(tmp_path):
     torch.save(micro().state_dict(), tmp_path / "weights_1.pt")
     (tmp_path / "params.json").write_text(json.dumps({"model": {"arch": "vit_micro", "num_classes": 1000}}))
     with pytest.raises(UserError) as error:
-        load_trained(tmp_path, EvalModelConfig(), flag="eval.model_in")
+        load_trained(tmp_path, NetworkDescription(), flag="eval.model_in")
     for words in ("it is convnext_micro with ConvStem and 4 classes", "model.arch asks for vit_micro", "params.json"):
         assert words in str(error.value)
-    trained = load_trained(tmp_path, EvalModelConfig(arch="convnext_micro", num_classes=4), flag="eval.model_in")
+    trained = load_trained(tmp_path, NetworkDescription(arch="convnext_micro", num_classes=4), flag="eval.model_in")
     assert trained.description["arch"] == "convnext_micro"  # flags come first
 
 
 def test_bare_file_describes_itself(tmp_path):
     path = tmp_path / "w.pt"
     torch.save(normalize_model(micro()).state_dict(), path)
-    trained = load_trained(path, EvalModelConfig(), flag="eval.model_in")
+    trained = load_trained(path, NetworkDescription(), flag="eval.model_in")
     assert trained.description == {
         "arch": "convnext_micro",
         "not_original": True,
@@ -528,8 +528,10 @@ def test_bare_file_describes_itself(tmp_path):
         "use_blurpool": False,
     }
     torch.save(micro().state_dict(), path)
-    assert load_trained(path, EvalModelConfig(), flag="").description["add_normalization"] is False
-    assert load_trained(path, EvalModelConfig(add_normalization=True), flag="").description["add_normalization"] is True
+    assert load_trained(path, NetworkDescription(), flag="").description["add_normalization"] is False
+    assert (
+        load_trained(path, NetworkDescription(add_normalization=True), flag="").description["add_normalization"] is True
+    )
 
 
 # -------------------------------------------------------------------------------------------------- RobustBench

@@ -15,12 +15,12 @@ import torch
 import runner_aa_eval
 import train
 import zoo.names
-from common.config import EvalModelConfig
 from common.errors import UserError
 from tests.evaluation.helpers import shorten_evaluations
 from tests.training.helpers import base_flags, run
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
+from zoo.description import NetworkDescription
 from zoo.names import _share_name, locate, split_kind
 from zoo.published import PUBLISHED, Accuracies, Published
 from zoo.robust import load_robust_model
@@ -108,7 +108,7 @@ def test_published_weights_are_those_of_the_model(published, files, tmp_path):
         clean.path, files["micro/convnext_clean_init.pt"]
     )
     assert robust.published is model and robust.path.is_relative_to(folder / NAME)
-    assert robust.describe(EvalModelConfig(num_classes=4)).arch == "convnext_micro"
+    assert robust.describe(NetworkDescription(num_classes=4)).arch == "convnext_micro"
     assert server.requests.count("/s/token/download") == 1  # once for both
 
 

@@ -1,0 +1,329 @@
+"""Command lines: the fields of frozen dataclasses become fastargs sections and `--section.name` flags.
+
+A field holds default, meaning and check (`flag`); `load_config` turns a command line and YAML files into one frozen object, or
+raises a `UserError` that names the flag, what was expected and what came. The rest of the project receives these plain
+dataclasses and never sees fastargs. Order of precedence: command line, then later config files, then earlier ones, then the
+default; environment variables are not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fastargs
+import fastargs.validation
+import yaml
+
+from common.errors import Problems, UserError, blame
+from common.provenance import PROVENANCE_KEY
+
+ConfigT = TypeVar("ConfigT")
+REQUIRED: Any = dataclasses.MISSING
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    harmless: bool = False,
+) -> Any:
+    """Declare one flag as a dataclass field.
+
+    Args:
+        default: value when it is not given; `dataclasses.MISSING` makes the flag required.
+        help: meaning, with units.
+        choices: the allowed strings.
+        at_least, at_most, above: bounds of a number, the last one exclusive.
+        harmless: the flag cannot change the trained weights; it does not count for the run's name.
+    """
+    checks = {"choices": choices, "at_least": at_least, "at_most": at_most, "above": above}
+    return field(default=default, metadata={"help": help, "harmless": harmless, **checks})
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _number(text: Any) -> float:
+    if isinstance(text, bool):
+        raise ValueError
+    value = float(Fraction(text.replace(" ", ""))) if isinstance(text, str) and "/" in text else float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _integer(text: Any) -> int:
+    if isinstance(text, (bool, float)):
+        raise ValueError
+    return int(text)
+
+
+def _switch(text: Any) -> bool:
+    return {"0": False, "1": True, "false": False, "true": True}[str(text).lower()]
+
+
+def _string(text: Any) -> str:
+    if isinstance(text, (bool, dict, list)):
+        raise ValueError
+    return str(text)
+
+
+_SCALARS = {
+    int: (_integer, "an integer"),
+    float: (_number, "a number or a fraction such as 4/255"),
+    bool: (_switch, "0 or 1"),
+    str: (_string, "text"),
+}
+
+
+class _FlagChecker(fastargs.validation.Checker):
+    """A flag's check in fastargs' form: converts text or YAML values to the field's type and holds its bounds."""
+
+    def __init__(self, annotation: Any, meta: typing.Mapping[str, Any]) -> None:
+        options = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+        self.optional = isinstance(
+            annotation, types.UnionType
+        )  # a file may leave it empty: unset has a meaning of its own
+        if self.optional:
+            annotation = options[0]
+        self.many = typing.get_origin(annotation) is tuple
+        self.convert, self.kind = _SCALARS[typing.get_args(annotation)[0] if self.many else annotation]
+        self.meta = meta
+
+    def check(self, value: Any) -> Any:
+        if not self.many:
+            return self._check_one(value)
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        return tuple(self._check_one(item.strip() if isinstance(item, str) else item) for item in items)
+
+    def _check_one(self, value: Any) -> Any:
+        meta = self.meta
+        result = self.convert(value)
+        if meta["choices"] is not None and result not in meta["choices"]:
+            raise ValueError
+        if meta["at_least"] is not None and result < meta["at_least"]:
+            raise ValueError
+        if meta["at_most"] is not None and result > meta["at_most"]:
+            raise ValueError
+        if meta["above"] is not None and result <= meta["above"]:
+            raise ValueError
+        return result
+
+    def help(self) -> str:
+        meta = self.meta
+        words = [f"one of {', '.join(meta['choices'])}" if meta["choices"] else self.kind]
+        words += [f"{word} {meta[key]:g}" for key, word in _BOUND_WORDS.items() if meta[key] is not None]
+        return ("a comma-separated list, each " if self.many else "") + ", ".join(words)
+
+
+_BOUND_WORDS = {"above": "above", "at_least": "at least", "at_most": "at most"}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_config(
+    config_class: type[ConfigT], argv: Sequence[str], *, switches: argparse.ArgumentParser | None = None
+) -> ConfigT:
+    """Read a command line (without the program's name) and the config files it names.
+
+    `switches`: options that the caller has read; `--help` lists them too.
+
+    Raises:
+        UserError: unknown flag or key, missing required flag, wrong type or range, unreadable file.
+        SystemExit: status 0 after `--help`.
+    """
+    arguments, unknown = _parser(config_class, [] if switches is None else [switches]).parse_known_args(list(argv))
+    values = vars(arguments)
+    files = values.pop("config_file")
+    problems = Problems()
+    config = _fastargs_config(config_class)
+    for path in files:
+        with problems.caught(), blame("--config-file"):
+            config.collect(_read_config_file(Path(path), config))
+    problems.report()  # else what the file gives would be called missing
+    for option in unknown[:1]:  # what follows may be its value
+        options = ["--config-file", *(f"--{name}" for name in values)]
+        problems.found.append(f"command line: unknown flag {option!r}{_did_you_mean(option.split('=')[0], options)}.")
+    config.collect({name: value for name, value in values.items() if value is not None})
+    _check(config, problems)
+    problems.report()
+    sections = {}
+    for name, cls in sections_of(config_class):
+        sections[name] = cls(**{f.name: config[(name, f.name)] for f in dataclasses.fields(cls)})
+    return config_class(**sections)
+
+
+def config_to_dict(config: Any) -> dict[str, dict[str, Any]]:
+    """Sections → flags → plain values, as written to params.json and accepted as a config file."""
+    return {name: dict(section) for name, section in dataclasses.asdict(config).items()}
+
+
+def sections_of(config_class: type) -> list[tuple[str, type]]:
+    """Names and dataclasses of a configuration's sections."""
+    return list(typing.get_type_hints(config_class).items())
+
+
+def _fastargs_config(config_class: type) -> fastargs.Config:
+    config = fastargs.Config()
+    for name, cls in sections_of(config_class):
+        hints = typing.get_type_hints(cls)
+        params = {
+            f.name: fastargs.Param(
+                _FlagChecker(hints[f.name], f.metadata),
+                f.metadata["help"],
+                default=None if f.default is REQUIRED else f.default,
+                required=f.default is REQUIRED,
+            )
+            for f in dataclasses.fields(cls)
+        }
+        fastargs.Section(name, cls.__doc__, config_descriptor=config).params(**params)
+    return config
+
+
+def _check(config: fastargs.Config, problems: Problems) -> None:
+    missing = [p for p, param in config.entries.items() if param.required and config.content.get(p) is None]
+    if missing:
+        names = ", ".join(sorted(map(".".join, missing)))
+        problems.found.append(f"{names}: required, but neither given as a flag nor in a config file.")
+    for path in sorted(config.validate(mode="errordict").keys() - set(missing)):
+        checker, value = config.entries[path].checker, config.content[path]
+        problems.found.append(
+            f"{'.'.join(path)}: expected {checker.help()}, got {value!r}{_nearest_choice(checker, value)}."
+        )
+
+
+def converted(section: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of some fields of a section, such as a YAML file holds them, checked and converted.
+
+    Raises:
+        UserError: an unknown key, a wrong type or range.
+    """
+    hints = typing.get_type_hints(section)
+    checks = {f.name: _FlagChecker(hints[f.name], f.metadata) for f in dataclasses.fields(section)}
+    values = {}
+    for key, value in given.items():
+        if key not in checks:
+            raise UserError(f"unknown key {key!r}{_did_you_mean(str(key), list(checks))}.")
+        try:
+            values[key] = checks[key].check(value)
+        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"{key}: expected {checks[key].help()}, got {value!r}.") from error
+    return values
+
+
+def _nearest_choice(checker: _FlagChecker, value: Any) -> str:
+    near = difflib.get_close_matches(str(value), checker.meta["choices"] or (), n=1, cutoff=0.3)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"command line: {message}.")
+
+
+def _parser(config_class: type, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        usage="%(prog)s [--config-file FILE] [--section.name=value …]",
+        description=config_class.__doc__,
+        allow_abbrev=False,
+        parents=parents,
+    )
+    parser.add_argument(
+        "--config-file",
+        "-C",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML or JSON file of flags; may be repeated",
+    )
+    for name, cls in sections_of(config_class):
+        group = parser.add_argument_group(name, cls.__doc__)
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            default = "required" if f.default is REQUIRED else f"default {_shown(f.default)}"
+            text = f"{f.metadata['help']} ({_FlagChecker(hints[f.name], f.metadata).help()}; {default})".replace(
+                "%", "%%"
+            )
+            group.add_argument(f"--{name}.{f.name}", metavar="V", help=text)
+    return parser
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(int(default))
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or "empty"
+    return (
+        {None: "unset", "": "empty"}.get(default, default) if isinstance(default, (str, type(None))) else str(default)
+    )
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; the nearest known one is {near[0]!r}" if near else ""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key given twice instead of taking the last, and what contains itself."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # else a list or mapping may become an item of itself
+        return super().construct_document(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML or JSON file's content; a UserError where it cannot be read or gives a key twice."""
+    try:
+        return yaml.load(path.read_text(), _UniqueKeys)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: expected YAML or JSON; it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2024-13-01
+        raise UserError(f"{path}: expected YAML or JSON; {' '.join(str(error).split())}.") from error
+
+
+def _read_config_file(path: Path, config: fastargs.Config) -> dict[str, Any]:
+    """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed."""
+    content = read_yaml(path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections with flags, got {type(content).__name__}.")
+    content.pop(PROVENANCE_KEY, None)
+    checkers = {".".join(name): param.checker for name, param in config.entries.items()}
+    values: dict[str, Any] = {}
+    for section, flags in content.items():
+        if flags is None and any(name.startswith(f"{section}.") for name in checkers):
+            continue  # a section whose flags are all commented out
+        values.update(
+            {f"{section}.{k}": v for k, v in flags.items()} if isinstance(flags, dict) else {str(section): flags}
+        )
+    for name, value in values.items():
+        if name not in checkers:
+            raise UserError(f"{path}: unknown key {name!r}{_did_you_mean(name, list(checkers))}.")
+        if (value is None and not checkers[name].optional) or isinstance(value, dict):
+            raise UserError(f"{path}: {name} has no value; expected one, or no such line.")
+    return values

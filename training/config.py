@@ -1,0 +1,327 @@
+"""The flags of `train.py`. The 55 of the published system keep their names, defaults and meaning (README, "Flags")."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from attacks.norms import DEFAULT_EPS, NORMS, check_radius
+from common.errors import UserError, blame
+from common.flags import REQUIRED, config_to_dict, flag, sections_of
+
+# fp64 is for comparing runs to the last digits, not for training.
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained."""
+
+    arch: str = flag("convnext_tiny", "architecture: a name of utils_architecture.ARCHITECTURES or timm_<timm name>")
+    pretrained: bool = flag(True, "1: start from timm's pretrained weights (downloaded)")
+    ckpt_path: str = flag(
+        "", "weights to start from: file, run folder, or a published model's clean ones (NAME; NAME:robust)"
+    )
+    add_normalization: bool = flag(True, "1: ImageNet mean/std normalisation inside the model")
+    not_original: bool = flag(False, "1: replace the PatchStem by a ConvStem")
+    updated: bool = flag(False, "1: convnext_iso with stem and width 432")
+    model_ema: bool = flag(False, "1: keep an exponential moving average of the weights, save and validate it too")
+    freeze_some: bool = flag(False, "1: train only a part of the parameters, chosen by model.early")
+    early: bool = flag(True, "with freeze_some: 1 trains only parameters named *stem*, 0 freezes only those")
+    num_classes: int = flag(1000, "number of classes of the head", at_least=2)
+    drop_path: float | None = flag(None, "stochastic depth rate; unset: timm's default", at_least=0, at_most=0.95)
+    ema_decay: float = flag(0.9999, "decay of the average at every optimiser step", at_least=0, at_most=1)
+    ema_warmup: bool = flag(False, "1: decay min(ema_decay, (1 + step) / (10 + step)), for short runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolutionConfig:
+    """Training image size by epoch."""
+
+    min_res: int = flag(160, "image size in pixels up to epoch start_ramp", at_least=8)
+    max_res: int = flag(160, "image size in pixels from epoch end_ramp", at_least=8)
+    start_ramp: int = flag(0, "epoch up to which min_res holds", at_least=0)
+    end_ramp: int = flag(0, "epoch from which max_res holds; between the two linear, in multiples of 32", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from and how they are augmented."""
+
+    train_dataset: str = flag(REQUIRED, "training images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…")
+    val_dataset: str = flag(REQUIRED, "validation images, likewise")
+    num_workers: int = flag(REQUIRED, "loader processes of each training process", at_least=0, harmless=True)
+    in_memory: bool = flag(REQUIRED, "1: keep all encoded images in memory, shared by the workers", harmless=True)
+    seed: int = flag(0, "seed of everything random", at_least=0)
+    augmentations: int = flag(
+        0, "0 basic (crop, flip), 1 heavy (RandAugment, erasing, mixup), 2 none", at_least=0, at_most=2
+    )
+    pipeline: str = flag(
+        "fast",
+        "fast: workers decode and crop, the device augments; timm: all by timm in the workers; same distribution",
+        choices=("timm", "fast"),
+    )
+    root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)", harmless=True)
+    train_split: str = flag("", "name of the training split for timm's readers; empty: train")
+    val_split: str = flag("", "name of the validation split for timm's readers; empty: validation")
+    min_scale: float = flag(0.08, "smallest share of the image's area in RandomResizedCrop", above=0, at_most=1)
+    flip: float = flag(0.5, "probability of a horizontal flip (published code, basic: 0)", at_least=0, at_most=1)
+    max_bad_images: int = flag(
+        100, "undecodable images met in one epoch before training stops", at_least=0, harmless=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRConfig:
+    """Learning rate."""
+
+    lr: float = flag(1e-3, "peak learning rate; not scaled with the batch size", above=0)
+    lr_schedule_type: str = flag("cosine", "shape by epoch", choices=("cosine", "step", "cyclic"))
+    lr_peak_epoch: int = flag(10, "epoch at which cosine and cyclic reach the peak", at_least=0)
+    step_ratio: float = flag(0.1, "step: factor every step_length epochs", above=0)
+    step_length: int = flag(30, "step: epochs between two factors", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written, where and how often."""
+
+    folder: str = flag("runs", "run folders are made in this folder", harmless=True)
+    log_level: int = flag(
+        1, "per step: 0 nothing, 1 epoch, step, shape and lr, 2 also the loss", at_least=0, at_most=2, harmless=True
+    )
+    save_freq: int = flag(
+        2, "epochs between two saved weights; the last epoch is always saved", at_least=1, harmless=True
+    )
+    addendum: str = flag("", "appended to the run's name")
+    keep: int = flag(
+        5, "saved epochs that are kept (raw and EMA each), oldest deleted first; 0: all", at_least=0, harmless=True
+    )
+    ckpt_minutes: float = flag(
+        15.0, "minutes between two saved training states; 0: none by time", at_least=0, harmless=True
+    )
+    ckpt_steps: int = flag(0, "steps between two saved training states; 0: none by steps", at_least=0, harmless=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Validation during and after training."""
+
+    batch_size: int = flag(64, "images a process", at_least=1, harmless=True)
+    resolution: int = flag(224, "image size in pixels", at_least=8, harmless=True)
+    lr_tta: bool = flag(False, "1: add the logits of the mirrored image", harmless=True)
+    precision: str = flag("fp16", "autocast of validation", choices=PRECISIONS, harmless=True)
+    freq: int = flag(1, "epochs between two validations; the last epoch is always validated", at_least=1, harmless=True)
+    adv_n_ex: int = flag(
+        512, "images of the quick adversarial validation, spread over the set; 0: none", at_least=0, harmless=True
+    )
+    adv_n_iter: int = flag(10, "APGD updates of the quick adversarial validation", at_least=1, harmless=True)
+    crop_pct: float = flag(0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1)
+    stop_on_overfitting: bool = flag(
+        False,
+        "1: stop when robustness to the training attack rises while that to a stronger one is lost",
+        harmless=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation."""
+
+    eval_only: bool = flag(False, "1: validate the weights and stop")
+    batch_size: int = flag(512, "images of one process in one forward pass", at_least=1)
+    optimizer: str = flag("adamw", "AdamW with betas (0.9, 0.95), or SGD", choices=("adamw", "sgd"))
+    momentum: float = flag(0.9, "momentum of SGD", at_least=0, at_most=1)
+    weight_decay: float = flag(0.05, "decoupled (AdamW) or coupled (SGD) weight decay", at_least=0)
+    epochs: int = flag(100, "passes over the training images", at_least=1)
+    label_smoothing: float = flag(0.1, "with mixup: 0 off, 1 on (0.1), between: the value", at_least=0, at_most=1)
+    distributed: bool = flag(False, "1: dist.world_size processes; implied under torchrun", harmless=True)
+    use_blurpool: bool = flag(False, "1: blur before strided convolutions of at least 16 channels")
+    precision: str = flag(
+        "fp16",
+        "arithmetic of attack and training: fp16 (loss scaling) and bf16 by autocast, tf32 on a GPU only",
+        choices=PRECISIONS,
+    )
+    grad_clip: float = flag(0.0, "largest L2 norm of the gradient; 0: no clipping", at_least=0)
+    grad_accum: int = flag(1, "forward passes summed into one optimiser step", at_least=1)
+    resume: str = flag(
+        "auto",
+        "auto: go on from the run folder's state, if any; none: start anew; or a run folder, or state file",
+        harmless=True,
+    )
+    resume_force: bool = flag(False, "1: go on although flags that alter the numbers have changed", harmless=True)
+    max_bad_steps: int = flag(
+        20,
+        "steps skipped in a row (loss or gradient not finite) before the run ends with status 3",
+        at_least=1,
+        harmless=True,
+    )
+    deterministic: bool = flag(False, "1: only deterministic algorithms, for exact resume on a GPU")
+    grad_checkpointing: bool = flag(
+        False, "1: keep less for the backward pass and compute it again: less memory, more time", harmless=True
+    )
+    compile: str = flag(
+        "auto",
+        "torch.compile for attack and training; auto: 1 on a GPU, 0 on a CPU; changes rounding only",
+        choices=("auto", "0", "1"),
+        harmless=True,
+    )
+    trim_last_block: bool = flag(
+        True,
+        "1: the last block computes only what the head reads (class token, mean over positions); changes rounding only",
+        harmless=True,
+    )
+    reuse_forward: str = flag(
+        "auto",
+        "APGD's last forward pass is that of training; auto: 1 on a CPU, 0 on a GPU; changes rounding only",
+        choices=("auto", "0", "1"),
+        harmless=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistConfig:
+    """Processes of training.distributed=1; under torchrun its own settings hold."""
+
+    world_size: int = flag(1, "number of processes; a resumed run keeps its global batch", at_least=1, harmless=True)
+    address: str = flag("localhost", "address of the first process", harmless=True)
+    port: int = flag(12355, "port of the first process; 0: a free one", at_least=0, at_most=65535, harmless=True)
+    timeout_minutes: float = flag(
+        10.0, "longest wait of a process for the others; then the run ends", above=0, harmless=True
+    )
+    end_margin_minutes: float = flag(
+        3.0, "minutes before the end of a Slurm job to save and stop", at_least=0, harmless=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvConfig:
+    """The attack trained against."""
+
+    attack: str = flag("none", "none: clean training", choices=("none", "apgd", "fgsm"))
+    norm: str = flag("Linf", "threat model", choices=NORMS)
+    eps: float | None = flag(None, "radius, fractions allowed; unset: 4/255 (Linf), 2 (L2), 75 (L1)", above=0)
+    n_iter: int = flag(2, "updates of APGD", at_least=1)
+    verbose: bool = flag(
+        False, "1: log loss and accuracy of every attack step (synchronises with the GPU)", harmless=True
+    )
+    noise_level: float = flag(1.0, "FGSM: random start in units of eps", at_least=0)
+    skip_projection: bool = flag(False, "FGSM: 1 leaves the result outside ball and box")
+    alpha: float = flag(1.0, "FGSM: step in units of eps", above=0)
+    eps_warmup_epochs: float = flag(0.0, "epochs over which eps grows linearly from 0", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiscConfig:
+    """The rest."""
+
+    notes: str = flag("", "free text, kept with the run", harmless=True)
+    use_channel_last: bool = flag(True, "1: channels_last memory format")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything `train.py` needs."""
+
+    model: ModelConfig
+    resolution: ResolutionConfig
+    data: DataConfig
+    lr: LRConfig
+    logging: LoggingConfig
+    validation: ValidationConfig
+    training: TrainingConfig
+    dist: DistConfig
+    adv: AdvConfig
+    misc: MiscConfig
+
+    def __post_init__(self) -> None:
+        if self.adv.eps is None:
+            object.__setattr__(self, "adv", dataclasses.replace(self.adv, eps=DEFAULT_EPS[self.adv.norm]))
+        with blame("adv.eps"):
+            check_radius(self.adv.norm, self.adv.eps, size=self.resolution.min_res)
+        if self.adv.attack == "fgsm" and self.adv.norm != "Linf":
+            raise UserError(
+                f"adv.norm: adv.attack=fgsm is defined for Linf only, got {self.adv.norm!r}; use adv.attack=apgd."
+            )
+        if self.data.augmentations == 1 and self.training.batch_size % 2:
+            raise UserError(
+                "training.batch_size: data.augmentations=1 mixes pairs of images and needs an even batch, "
+                f"got {self.training.batch_size}."
+            )
+        if self.resolution.end_ramp < self.resolution.start_ramp:
+            raise UserError(
+                f"resolution.end_ramp: expected at least resolution.start_ramp={self.resolution.start_ramp}, "
+                f"got {self.resolution.end_ramp}."
+            )
+        if self.resolution.max_res < self.resolution.min_res:
+            raise UserError(
+                f"resolution.max_res: expected at least resolution.min_res={self.resolution.min_res}, "
+                f"got {self.resolution.max_res}."
+            )
+        if self.training.resume == "":
+            raise UserError("training.resume: expected auto, none or a path, got nothing (an unset shell variable?).")
+        if self.training.eval_only and self.training.resume not in ("auto", "none"):
+            raise UserError(
+                "training.resume: training.eval_only=1 trains nothing that could be resumed; give the weights to validate as "
+                "model.ckpt_path (a run folder will do)."
+            )
+        if self.dist.world_size > 1 and not self.training.distributed:
+            raise UserError(
+                f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; "
+                "give --training.distributed=1."
+            )
+
+    @property
+    def label_smoothing(self) -> float:
+        """Smoothing inside mixup: the published switch 1 stands for 0.1."""
+        return 0.1 if self.training.label_smoothing == 1 else self.training.label_smoothing
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder: the flags that matter most, a digest of all that alter the result, and the addendum.
+
+        It holds no time, so that the same command line finds the same folder again.
+        """
+        stem = "_cvst" if self.model.not_original else ""
+        parts = [self.model.arch.replace("/", "-") + stem]
+        if self.adv.attack != "none":
+            steps = self.adv.n_iter if self.adv.attack == "apgd" else ""
+            parts.append(f"{self.adv.attack}{steps}_{self.adv.norm}_{self.adv.eps:.4g}")
+        else:
+            parts.append("clean")
+        parts.append(("basic", "heavy", "plain")[self.data.augmentations])
+        parts.append(f"{self.training.epochs}ep_{self.resolution.max_res}px_seed{self.data.seed}")
+        parts.append(_digest(self))
+        if self.logging.addendum:
+            parts.append("".join(c if c.isalnum() or c in "-_.=" else "-" for c in self.logging.addendum))
+        return "_".join(parts)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run leaves everything."""
+        return Path(self.logging.folder) / self.run_name
+
+
+def harmless_flags() -> frozenset[str]:
+    """Dotted names of the training flags that cannot change the trained weights."""
+    return frozenset(
+        f"{section}.{f.name}"
+        for section, cls in sections_of(TrainConfig)
+        for f in dataclasses.fields(cls)
+        if f.metadata["harmless"]
+    )
+
+
+def _digest(config: TrainConfig) -> str:
+    """Six hexadecimal digits over all flags that can change the trained weights."""
+    harmless = harmless_flags() | {"logging.addendum"}
+    values = {
+        f"{section}.{name}": value
+        for section, flags in config_to_dict(config).items()
+        for name, value in flags.items()
+        if f"{section}.{name}" not in harmless
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
