@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from attacks.losses import cross_entropy
+from attacks.registry import build_attack
 from benchmarks.harness import Row, main, options, row
 from benchmarks.published_step import PublishedTraining
 from common.errors import UserError
@@ -32,7 +33,6 @@ from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
 from training.config import TrainConfig
 from training.last_block import trim_last_block
-from training.loss import attack_batch
 from training.state import TrainState
 from training.step import autocast, to_device, train_step, update
 from training.trainer import deterministic
@@ -139,13 +139,12 @@ def parts(
     x_there, y_there = images(), batch.y.to(device)
 
     known = torch.zeros(len(y_there), config.model.num_classes, device=device)
+    run = build_attack(config.adv)
     evaluate_last = (lambda x: known) if state.reuses_forward else None  # that pass is in training's part
 
     def attack() -> None:
         with autocast(device, precision):
-            attack_batch(
-                state.attacked, x_there, y_there, adv=config.adv, eps=config.adv.eps, evaluate_last=evaluate_last
-            )
+            run(state.attacked, x_there, y_there, eps=config.adv.eps, evaluate_last=evaluate_last)
 
     def train() -> None:
         with autocast(device, precision):
@@ -217,7 +216,16 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
     def ours(flags: TrainConfig, *, reuse: bool) -> Callable[[], object]:
         def step() -> None:
             state.reuses_forward = reuse
-            train_step(state, [batch], config=flags, processes=processes, mixup=None, lr=1e-5, eps=flags.adv.eps)
+            train_step(
+                state,
+                [batch],
+                config=flags,
+                processes=processes,
+                attack=build_attack(flags.adv),
+                mixup=None,
+                lr=1e-5,
+                eps=flags.adv.eps,
+            )
 
         return step
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from attacks.losses import cross_entropy
+from attacks.registry import build_attack
 from common.processes import Processes
 from data.loader import Batch
 from training.config import TrainConfig
-from training.loss import attack_batch, places_again
+from training.loss import places_again
 from training.probe import change_in_training
 from training.state import TrainState
 from training.step import autocast, to_device
@@ -75,7 +76,7 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
 def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> bool:
     """Whether `training.reuse_forward` asks for it and the network is the same function in training as under attack."""
     asked, device, precision = config.training.reuse_forward, processes.device, config.training.precision
-    if config.adv.attack != "apgd" or asked == "0" or (asked == "auto" and device.type == "cuda"):
+    if not build_attack(config.adv).evaluates_last or asked == "0" or (asked == "auto" and device.type == "cuda"):
         return False
     x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     x[2] *= 0.3
@@ -140,7 +141,7 @@ def _rehearse_attack(state: TrainState, config: TrainConfig, processes: Processe
         if config.adv.attack != "none":
             logits = torch.zeros(len(y), config.model.num_classes, device=x.device)
             last = (lambda images: logits) if state.reuses_forward else None  # it is rehearsed as a pass of training
-            attack_batch(state.attacked, x, y, adv=config.adv, eps=config.adv.eps, evaluate_last=last)
+            build_attack(config.adv)(state.attacked, x, y, eps=config.adv.eps, evaluate_last=last)
         elif processes.world_size > 1:
             with torch.no_grad():
                 state.attacked(x)

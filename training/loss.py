@@ -8,10 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attacks.apgd import apgd
-from attacks.fgsm import fgsm
 from attacks.losses import cross_entropy
-from training.config import AdvConfig
+from attacks.registry import Attack
 from training.state import TrainState
 
 # Share of a micro-batch that may go through the network again. With APGD-2, 0 to 2 % of CIFAR-10's images have their highest loss
@@ -19,44 +17,12 @@ from training.state import TrainState
 AGAIN = 1 / 16
 
 
-def attack_batch(
-    model: Callable[[Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    *,
-    adv: AdvConfig,
-    eps: float,
-    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
-    evaluate_last: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """The images to train on: `x` itself for clean training, else the attack's within `eps` of it.
-
-    Shapes as in `attacks`; `on_step` and `evaluate_last` of `attacks.apgd`, the others do without.
-    """
-    if adv.attack == "apgd":
-        return apgd(
-            model, x, y, norm=adv.norm, eps=eps, n_iter=adv.n_iter, on_step=on_step, evaluate_last=evaluate_last
-        ).x_best
-    if adv.attack == "fgsm":
-        return fgsm(
-            model,
-            x,
-            y,
-            norm=adv.norm,
-            eps=eps,
-            alpha=adv.alpha,
-            noise_level=adv.noise_level,
-            skip_projection=adv.skip_projection,
-        )
-    return x
-
-
 def training_loss(
     state: TrainState,
     x: Tensor,
     y: Tensor,
     *,
-    adv: AdvConfig,
+    attack: Attack,
     eps: float,
     on_attack_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
@@ -64,9 +30,9 @@ def training_loss(
 
     Nothing is read back from the device unless `state.reuses_forward`: then one number is, for which the host waits.
     """
-    if state.reuses_forward and adv.attack == "apgd":
-        return _loss_with_the_attacks_forward(state, x, y, adv=adv, eps=eps, on_attack_step=on_attack_step)
-    x = attack_batch(state.attacked, x, y, adv=adv, eps=eps, on_step=on_attack_step)
+    if state.reuses_forward and attack.evaluates_last:
+        return _loss_with_the_attacks_forward(state, x, y, attack=attack, eps=eps, on_attack_step=on_attack_step)
+    x = attack(state.attacked, x, y, eps=eps, on_step=on_attack_step)
     return cross_entropy(state.parallel(x), y).mean()
 
 
@@ -76,7 +42,7 @@ def places_again(batch_size: int) -> int:
 
 
 def _loss_with_the_attacks_forward(
-    state: TrainState, x: Tensor, y: Tensor, *, adv: AdvConfig, eps: float, on_attack_step: Callable | None
+    state: TrainState, x: Tensor, y: Tensor, *, attack: Attack, eps: float, on_attack_step: Callable | None
 ) -> Tensor:
     """The same, where the attack's evaluation of its last iterate is the forward pass of training.
 
@@ -89,7 +55,7 @@ def _loss_with_the_attacks_forward(
         kept["x"], kept["logits"] = x_last, state.parallel(x_last)
         return kept["logits"]
 
-    x_best = attack_batch(state.attacked, x, y, adv=adv, eps=eps, on_step=on_attack_step, evaluate_last=evaluate_last)
+    x_best = attack(state.attacked, x, y, eps=eps, on_step=on_attack_step, evaluate_last=evaluate_last)
     losses = cross_entropy(kept.pop("logits"), y)
     others = (x_best != kept.pop("x")).flatten(1).any(dim=1)
     count = int(torch.where(losses.isfinite().all(), others.sum(), len(y)))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attacks.registry import Attack
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.augment import augment
@@ -46,6 +47,7 @@ def train_step(
     *,
     config: TrainConfig,
     processes: Processes,
+    attack: Attack,
     mixup: Mixup | None,
     lr: float,
     eps: float,
@@ -67,6 +69,7 @@ def train_step(
         state: changed in place.
         batches: `training.grad_accum` batches of equal size.
         config, processes: of the run.
+        attack: of `config.adv`.
         mixup: mixes images and makes soft labels; None for hard labels.
         lr: learning rate of this step.
         eps: radius of the attack.
@@ -92,7 +95,7 @@ def train_step(
         last = i + 1 == len(batches)
         with nullcontext() if last or processes.world_size == 1 else state.parallel.no_sync():
             with autocast(device, precision):
-                loss = training_loss(state, x, y, adv=config.adv, eps=eps, on_attack_step=on_attack_step)
+                loss = training_loss(state, x, y, attack=attack, eps=eps, on_attack_step=on_attack_step)
             loss = loss / len(batches)
             # A loss that is not finite makes every gradient so: averaged, it tells all processes to skip the step.
             poison = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attacks.registry import build_attack
 from common.errors import UserError
 from common.files import take_folder, writable
 from common.flags import config_to_dict
@@ -97,6 +98,7 @@ class Trainer:
         self.states: StateFiles | None = None  # on the first process, like the folder
         self._bad_losses: deque[tuple[int, float]] = deque(maxlen=5)  # steps skipped since the last good one
         self._stored_step = start.state["step"] if start.own and start.state else 0  # of the newest state on disk
+        self.attack = build_attack(config.adv)
         self.mixup = None
         if config.data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
@@ -300,6 +302,7 @@ class Trainer:
                     batches,
                     config=config,
                     processes=self.processes,
+                    attack=self.attack,
                     mixup=self.mixup,
                     lr=lr,
                     eps=eps,

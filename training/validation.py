@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import apgd
+from attacks.registry import build_attack
 from common.errors import UserError
 from common.precision import float32_matmul
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.loader import Batch
 from training.config import TrainConfig
-from training.loss import attack_batch
 from training.step import autocast, to_device
 
 
@@ -50,8 +50,10 @@ def training_attack_accuracy(
     """
     torch.manual_seed(derive_seed("validation", config.data.seed, processes.rank))
 
+    attack = build_attack(config.adv)
+
     def measure(x: Tensor, y: Tensor) -> Tensor:
-        x_adv = attack_batch(model, x, y, adv=config.adv, eps=config.adv.eps)
+        x_adv = attack(model, x, y, eps=config.adv.eps)
         with torch.no_grad():
             return (model(x_adv).argmax(1) == y).sum().unsqueeze(0)
 

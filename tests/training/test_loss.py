@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import training.build
+from attacks.registry import build_attack
 from common.processes import Processes
 from tests.training.test_step import ALONE, CLASSES, PlainNet, SmallNet, batch, config_for
 from training.build import build_state
 from training.compiled import prepare_networks
-from training.loss import attack_batch, places_again, training_loss
+from training.loss import places_again, training_loss
 from training.probe import change_in_training
 from utils_architecture import get_new_model
 
@@ -49,7 +50,7 @@ def state_for(monkeypatch, network: nn.Module, **flags):
 
 
 def gradients(state, config, x, y) -> tuple[float, list[torch.Tensor]]:
-    loss = training_loss(state, x, y, adv=config.adv, eps=config.adv.eps)
+    loss = training_loss(state, x, y, attack=build_attack(config.adv), eps=config.adv.eps)
     loss.backward()
     found = [p.grad for p in state.model.parameters()]
     state.optimizer.zero_grad(set_to_none=True)
@@ -126,7 +127,7 @@ def test_a_pass_that_is_thrown_away_leaves_no_graph_beside_the_next(monkeypatch)
     gc.disable()  # nothing may depend on it
     try:
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda kept: kept.tensor):
-            loss = training_loss(state, x, y, adv=config.adv, eps=config.adv.eps)
+            loss = training_loss(state, x, y, attack=build_attack(config.adv), eps=config.adv.eps)
     finally:
         gc.enable()
     assert len(alive) == 2 and alive[1] == 0 and len(saved) > 5
@@ -137,12 +138,12 @@ def test_a_pass_that_is_thrown_away_leaves_no_graph_beside_the_next(monkeypatch)
 def test_attacks_without_a_last_evaluation_are_trained_as_ever(monkeypatch, attack):
     state, config = state_for(monkeypatch, PlainNet(), **{"training.reuse_forward": "1"})
     assert state.reuses_forward
-    adv = replace(config.adv, attack=attack)
+    attack = build_attack(replace(config.adv, attack=attack))
     x, y = batch().x.double(), batch().y
     torch.manual_seed(0)
-    loss = training_loss(state, x, y, adv=adv, eps=0.1)
+    loss = training_loss(state, x, y, attack=attack, eps=0.1)
     torch.manual_seed(0)
-    images = attack_batch(state.attacked, x, y, adv=adv, eps=0.1)
+    images = attack(state.attacked, x, y, eps=0.1)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(state.model(images), y))
 
 

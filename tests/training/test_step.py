@@ -16,6 +16,7 @@ import training.build
 import training.compiled
 import training.step
 from attacks.apgd import apgd
+from attacks.registry import build_attack
 from common.errors import UserError
 from common.flags import load_config
 from common.processes import Processes
@@ -82,6 +83,7 @@ def steps(state, config, count=3, *, mixup=None) -> list[float]:
             [batch(seed=seed)],
             config=config,
             processes=ALONE,
+            attack=build_attack(config.adv),
             mixup=mixup,
             lr=1e-3,
             eps=config.adv.eps,
@@ -100,7 +102,16 @@ def test_a_step_reads_nothing_back(arch, precision):
     state = build_state(config, processes)
     mixup = Mixup(num_classes=CLASSES, label_smoothing=0.1)
     with NoReads():
-        train_step(state, [batch()], config=config, processes=processes, mixup=mixup, lr=1e-3, eps=config.adv.eps)
+        train_step(
+            state,
+            [batch()],
+            config=config,
+            processes=processes,
+            attack=build_attack(config.adv),
+            mixup=mixup,
+            lr=1e-3,
+            eps=config.adv.eps,
+        )
 
 
 def test_a_step_that_reuses_the_attacks_forward_reads_one_number():
@@ -118,7 +129,16 @@ def test_a_step_that_reuses_the_attacks_forward_reads_one_number():
     prepare_networks(state, config, ALONE, size=32)
     assert state.reuses_forward
     with Reads():
-        train_step(state, [batch(), batch(seed=1)], config=config, processes=ALONE, mixup=None, lr=1e-3, eps=0.5)
+        train_step(
+            state,
+            [batch(), batch(seed=1)],
+            config=config,
+            processes=ALONE,
+            attack=build_attack(config.adv),
+            mixup=None,
+            lr=1e-3,
+            eps=0.5,
+        )
     assert Reads.count == 2  # one a micro-batch
 
 
@@ -132,7 +152,16 @@ def test_a_step_does_not_synchronise_on_a_gpu(precision, compile):
     mixup = Mixup(num_classes=CLASSES, label_smoothing=0.1)
 
     def step(moved: Batch) -> None:
-        train_step(state, [moved], config=config, processes=processes, mixup=mixup, lr=1e-3, eps=config.adv.eps)
+        train_step(
+            state,
+            [moved],
+            config=config,
+            processes=processes,
+            attack=build_attack(config.adv),
+            mixup=mixup,
+            lr=1e-3,
+            eps=config.adv.eps,
+        )
 
     rng = generator("draws")
     draws = concatenated([draw(rng, 32, flip=0.5, heavy=True) for _ in range(8)])
@@ -257,7 +286,16 @@ def train_in_all_ways(folder: str, processes: Processes) -> None:
         training.step.training_loss = loss
         for seed, eps in enumerate((0.4, 0.4, 0.6, 0.6, 0.4)):
             batches = [batch(seed=10 * seed + 2 * i + processes.rank) for i in range(2)]
-            train_step(state, batches, config=config, processes=processes, mixup=None, lr=1e-3, eps=eps)
+            train_step(
+                state,
+                batches,
+                config=config,
+                processes=processes,
+                attack=build_attack(config.adv),
+                mixup=None,
+                lr=1e-3,
+                eps=eps,
+            )
         torch.save(state.model.state_dict(), f"{folder}/{name}_{processes.rank}.pt")
         if name == "plain, reused":
             Path(folder, f"passes_{processes.rank}.json").write_text(json.dumps(of_batches))

@@ -18,6 +18,7 @@ import train
 import training.loss
 import training.trainer
 from attacks.apgd import apgd
+from attacks.registry import Attack
 from common.errors import UserError
 from common.flags import load_config
 from common.processes import Processes, check_processes
@@ -154,10 +155,8 @@ def test_validation_freq(images, tmp_path):
 
 def test_heavy_augmentation_gives_soft_labels_and_pixels_in_the_box(images, tmp_path, monkeypatch):
     seen = []
-    original = training.loss.attack_batch
-    monkeypatch.setattr(
-        training.loss, "attack_batch", lambda m, x, y, **k: (seen.append((x, y)), original(m, x, y, **k))[1]
-    )
+    original = Attack.__call__
+    monkeypatch.setattr(Attack, "__call__", lambda s, m, x, y, **k: (seen.append((x, y)), original(s, m, x, y, **k))[1])
     run(base_flags(images, tmp_path) | {"data.augmentations": 1, "training.epochs": 3})
     assert len(seen) == 9
     for x, y in seen:
@@ -256,14 +255,14 @@ def test_find_weights_takes_the_newest_average(images, tmp_path):
     "precision,dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
 )
 def test_precision_covers_the_attack_and_scales_fp16_only(images, tmp_path, monkeypatch, precision, dtype):
-    seen, original = [], training.loss.attack_batch
+    seen, original = [], Attack.__call__
 
-    def look(model, x, y, **kwargs):
+    def look(attack, model, x, y, **kwargs):
         seen.append(model(x).dtype)
-        return original(model, x, y, **kwargs)
+        return original(attack, model, x, y, **kwargs)
 
     scaled = []
-    monkeypatch.setattr(training.loss, "attack_batch", look)
+    monkeypatch.setattr(Attack, "__call__", look)
     step = training.trainer.train_step
     monkeypatch.setattr(
         training.trainer,
