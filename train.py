@@ -95,8 +95,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
 def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
     """Build the run and let it go; leaves by SystemExit where it does not come to its end."""
     from common.processes import restarted_after_failure
-    from training.log import mark_status
-    from training.trainer import Diverged, Stopped, Trainer, deterministic
+    from training.guard import Diverged
+    from training.run_folder import mark_status
+    from training.trainer import Stopped, Trainer, deterministic
 
     try:
         with deterministic(config.training.deterministic):

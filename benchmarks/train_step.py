@@ -29,12 +29,13 @@ from common.flags import load_config
 from common.precision import float32_matmul
 from common.processes import Processes
 from data.loader import Batch
+from data.prefetch import finish_augmentation
 from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
 from training.config import TrainConfig
 from training.last_block import trim_last_block
 from training.state import TrainState
-from training.step import autocast, to_device, train_step, update
+from training.step import autocast, image_dtype, train_step, update
 from training.trainer import deterministic
 from utils_architecture import ARCHITECTURES
 
@@ -134,7 +135,7 @@ def parts(
     device, precision = processes.device, config.training.precision
 
     def images() -> Tensor:
-        return to_device(batch, device=device, precision=precision, channels_last=True)
+        return finish_augmentation(batch, device=device, dtype=image_dtype(precision), channels_last=True)
 
     x_there, y_there = images(), batch.y.to(device)
 

@@ -203,7 +203,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Each sample once, on one of the ranks: rank r has the positions r, r + world_size, … of `indices`.
+    """Each sample once, on one of the ranks: rank r has the positions r, r + world_size, … of the images.
 
     Images that cannot be decoded are left out and named, so that a batch may be smaller than `batch_size`, even empty.
     """
@@ -218,45 +218,60 @@ class EvalLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        indices: Sequence[int] | None = None,
+        keep_workers: bool = False,
         pin_memory: bool = False,
         on_warning: Callable[[str], None] = print_warning,
         upright: bool = True,
     ) -> None:
-        """Arguments as in `TrainLoader`, `eval_transform` and `decode`; `indices`: the images to show, by default all.
-
-        Raises:
-            ValueError: `indices` of a stream.
-        """
+        """Arguments as in `TrainLoader`, `eval_transform` and `decode`; `keep_workers`: until `close` (not those of streams)."""
         workers = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._source, self._size, self._batch_size, self._rank, self._world_size = (
+            source,
+            size,
+            batch_size,
+            rank,
+            world_size,
+        )
 
         def evaluation(size: int) -> Pipeline:
             return PillowPipeline(eval_transform(size, crop_pct), upright=upright)
 
         if isinstance(source, StreamSource):
-            if indices is not None:
-                raise ValueError(f"{source.spec} is a stream, it has no indices")
             # Every rank reads the whole stream: timm's own sharding would repeat or drop samples at the end.
             reader = {"training": False, "seed": 0, "batch_size": batch_size, "rank": 0, "world_size": 1}
             samples = _Stream(source, evaluation(size), ("eval",), reader, (rank, world_size), workers=num_workers)
             loader = _data_loader(samples, batch_size=batch_size, **workers)
             # Every rank sees the same: one of them tells it.
-            self._batches = partial(_whole_stream, loader, source, samples.came, on_warning if rank == 0 else None)
+            self._whole = partial(_whole_stream, loader, source, samples.came, on_warning if rank == 0 else None)
         else:
-            shown = range(len(source)) if indices is None else indices
-            keys = [(0, int(index), size) for index in shown[rank::world_size]]
-            parts = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
             images = _Images(source, evaluation, seed=0, tries=1)
-            self._batches = partial(_batches_of, _data_loader(images, batch_sampler=parts, **workers))
+            self._sampler = _EpochKeys()
+            kept = {"persistent_workers": keep_workers and num_workers > 0}
+            self._images: DataLoader | None = _data_loader(images, batch_sampler=self._sampler, **kept, **workers)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches.
+    def batches(self, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+        """The batches of the images `indices`, by default of all.
 
         Raises:
+            ValueError: `indices` of a stream.
             UserError: a stream cannot be read.
             RuntimeError: a worker process died.
         """
-        return self._batches()
+        if isinstance(self._source, StreamSource):
+            if indices is not None:
+                raise ValueError(f"{self._source.spec} is a stream, it has no indices")
+            return self._whole()
+        shown = range(len(self._source)) if indices is None else indices
+        keys = [(0, int(index), self._size) for index in shown[self._rank :: self._world_size]]
+        self._sampler.keys = iter([keys[i : i + self._batch_size] for i in range(0, len(keys), self._batch_size)])
+        return _batches_of(self._images)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def close(self) -> None:
+        """End the worker processes, once no iterator is left."""
+        self._images = None
 
 
 class _EpochKeys:

@@ -1,4 +1,4 @@
-"""Batches on their way to the GPU while it computes."""
+"""Batches on their way to the GPU while it computes, and what is left to do with them there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import torch
+from torch import Tensor
 
+from data.augment import augment
 from data.loader import Batch
+from data.pipeline import to_unit
 
 
 def prefetch(
@@ -44,3 +47,11 @@ def prefetch(
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all epochs: freed memory is used again by the stream that it was taken for only."""
     return torch.cuda.Stream(device)
+
+
+def finish_augmentation(batch: Batch, *, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] on the device, in the memory format asked for, after the random changes that `draws` holds."""
+    x = batch.x.to(device, non_blocking=True)
+    if batch.draws is not None:
+        x = augment(x, batch.draws)
+    return to_unit(x, dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -80,10 +80,9 @@ class ImageList:
             crop_pct=crop_pct,
             batch_size=math.ceil(len(positions) / max(workers, 1)),  # a worker decodes whole batches: one for each
             num_workers=workers,
-            indices=[self.indices[p] for p in positions],
             upright=self._upright,
         )
-        x, y, index, failures, _ = zip(*loader)
+        x, y, index, failures, _ = zip(*loader.batches([self.indices[p] for p in positions]))
         place = {self.indices[p]: p for p in positions}
         shown = torch.tensor([place[i] for i in torch.cat(index).tolist()], dtype=torch.int64)
         for p in set(positions) - set(shown.tolist()):

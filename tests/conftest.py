@@ -19,7 +19,7 @@ from tests.training.helpers import write_images
 def _curves(request, monkeypatch):
     """A small run's picture takes longer than its training: only tests marked `curves` draw it."""
     if request.node.get_closest_marker("curves") is None:
-        monkeypatch.setattr("training.log.draw_curves", lambda log, picture: None)
+        monkeypatch.setattr("training.run_folder.draw_curves", lambda log, picture: None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ import threading
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,64 @@ class StateFiles:
             new.unlink(missing_ok=True)
         self._last_is_whole = True
         _sync_folder(self.folder)
+
+
+class Checkpointer:
+    """Saves training states when they are due.
+
+    Args:
+        minutes, steps: between two states; 0: none by time, or by steps.
+        files: None on the processes that write none.
+        step: optimiser step at which the run starts.
+        stored: step of the newest state on disk, 0 without one.
+        warn: takes one sentence for the user.
+
+    Attributes:
+        stored_step: of the newest state on disk.
+    """
+
+    def __init__(
+        self,
+        files: StateFiles | None,
+        *,
+        minutes: float,
+        steps: int,
+        step: int,
+        stored: int,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._files, self._minutes, self._steps, self._warn = files, minutes, steps, warn
+        self._saved_at, self._saved_step = time.monotonic(), step
+        self.stored_step = stored
+
+    def is_due(self, step: int) -> bool:
+        """Whether a state is to be saved at optimiser step `step`."""
+        by_time = self._minutes and time.monotonic() - self._saved_at >= 60 * self._minutes
+        by_steps = self._steps and step - self._saved_step >= self._steps
+        return bool(by_time or by_steps)
+
+    def save(self, step: int, state: Callable[[], Mapping[str, Any]]) -> None:
+        """Hand the state over to the writer, which goes on beside training."""
+        self._saved_at, self._saved_step = time.monotonic(), step
+        if self._files is not None:
+            self._files.save(state())
+
+    def has_stored(self, *, wait: bool = False) -> bool:
+        """Whether a state came to the disk since the last call; warns of those that did not. `wait`: for the one being written."""
+        if self._files is None:
+            return False
+        if wait:
+            self._files.wait()
+        before = self.stored_step
+        for outcome in self._files.outcomes():
+            if outcome.error is None:
+                self.stored_step = outcome.step
+            else:
+                self._warn(
+                    f"the training state of step {outcome.step} cannot be written ({outcome.error}); training goes on, and the "
+                    f"state of step {self.stored_step} stays."
+                )
+        return self.stored_step != before
 
 
 def read_state(path: Path) -> dict[str, Any]:

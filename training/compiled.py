@@ -19,11 +19,12 @@ from attacks.losses import cross_entropy
 from attacks.registry import build_attack
 from common.processes import Processes
 from data.loader import Batch
+from data.prefetch import finish_augmentation
 from training.config import TrainConfig
 from training.loss import places_again
 from training.probe import change_in_training
 from training.state import TrainState
-from training.step import autocast, to_device
+from training.step import autocast, image_dtype
 
 # Of a network: two an image size (the attack with and without gradient; training with all images and with few). Beyond PyTorch's
 # own limit of 8 it would run uncompiled.
@@ -81,7 +82,9 @@ def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes
     x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     x[2] *= 0.3
     batch = Batch(x=x, y=x, index=x, failures=[])
-    x = to_device(batch, device=device, precision=precision, channels_last=config.misc.use_channel_last)
+    x = finish_augmentation(
+        batch, device=device, dtype=image_dtype(precision), channels_last=config.misc.use_channel_last
+    )
     with autocast(device, precision):
         change = change_in_training(state.model, x)
     change = next((found for found in processes.gather(change) if found is not None), None)
@@ -172,4 +175,6 @@ def _black(config: TrainConfig, processes: Processes, *, size: int) -> tuple[Ten
     y = torch.zeros(config.training.batch_size, dtype=torch.int64, device=processes.device)
     batch = Batch(x=torch.zeros(len(y), 3, size, size), y=y, index=y, failures=[])
     precision, channels_last = config.training.precision, config.misc.use_channel_last
-    return to_device(batch, device=processes.device, precision=precision, channels_last=channels_last), y
+    return finish_augmentation(
+        batch, device=processes.device, dtype=image_dtype(precision), channels_last=channels_last
+    ), y

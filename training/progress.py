@@ -1,11 +1,9 @@
-"""Where a run is, apart from its weights, and what its steps have said so far."""
+"""Where a run is, apart from its weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 
 @dataclass
@@ -38,44 +36,3 @@ class Progress:
         self.epochs_done += 1
         self.loss_sum, self.loss_count, self.bad_images, self.skipped = 0.0, 0, 0, 0
         self.seconds = self.waiting = 0.0
-
-
-class StepLog:
-    """Records of steps whose results are still on the device.
-
-    Attributes:
-        until: number of steps to collect before the processes look at them.
-    """
-
-    def __init__(self, *, epoch: int, shape: list[int]) -> None:
-        self.epoch, self.shape, self.until = epoch, shape, 1
-        self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
-
-    def add(self, result: torch.Tensor, *, step: int, lr: float, attack: AttackLog | None) -> None:
-        """`result`: what `train_step` returned for optimiser step `step`, counted from 1."""
-        record = {"epoch": self.epoch, "step": step, "shape": self.shape, "lr": lr}
-        if attack is not None:
-            record["attack"] = attack.lines()
-        self._pending.append((record, result))
-
-    @property
-    def is_due(self) -> bool:
-        return len(self._pending) >= self.until
-
-    def take(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        """Records and results since the last call."""
-        pending, self._pending = self._pending, []
-        return pending
-
-
-class AttackLog:
-    """Mean best loss and share of samples still correct after each evaluation of one attack (`adv.verbose`)."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-
-    def __call__(self, update: int, loss: torch.Tensor, acc: torch.Tensor) -> None:
-        self._rows.append((update, loss.mean(), acc.float().mean()))
-
-    def lines(self) -> list[dict[str, float]]:
-        return [{"update": u, "loss": loss.item(), "acc": acc.item()} for u, loss, acc in self._rows]

@@ -13,7 +13,9 @@ from common.flags import config_to_dict
 from common.processes import Processes
 from training.checkpoint import LAST, PREVIOUS, DamagedState, newest_state, read_state
 from training.config import TrainConfig, harmless_flags
-from training.log import mark_status, read_status
+from training.progress import Progress
+from training.run_folder import mark_status, read_status
+from training.state import TrainState
 
 FORMAT = 1  # of a training state; changes when an older one cannot be read any more
 # What a training state holds; see `Trainer`.
@@ -44,10 +46,23 @@ class Start:
     notes: list[str] = field(default_factory=list)
     lock: BinaryIO | None = None
 
+    def hand_over(self) -> dict[str, Any] | None:
+        """The training state, once: it is as large as model, EMA and optimiser together, and nothing shall keep it here."""
+        state, self.state = self.state, None
+        return state
+
+    def hold(self, folder: Path) -> None:
+        """Keep other runs out of the run folder, which is made where there is none; without effect where that is so already."""
+        if self.lock is None:
+            with writable("logging.folder", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self.lock = take_folder(folder, flag="logging.folder")
+
     def release(self) -> None:
         """Let other runs into the folder."""
         if self.lock is not None:
             self.lock.close()
+            self.lock = None
 
 
 def begin(config: TrainConfig, processes: Processes) -> Start:
@@ -214,3 +229,68 @@ def accumulation(state: Mapping[str, Any], config: TrainConfig, world_size: int)
             f"{run['global_batch'] // training.batch_size}."
         )
     return accum
+
+
+def check_run(
+    run: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    config: TrainConfig,
+    start: Start,
+    any_workers: bool,
+    on_cpu: bool,
+) -> list[str]:
+    """Check the data and processes of a training state, its `run`, against this start's, `now`.
+
+    Args:
+        any_workers: whether the loader's order is the same for any number of readers.
+        on_cpu: whether the number of threads counts.
+
+    Returns:
+        Sentences for the user.
+
+    Raises:
+        UserError: they differ, without `training.resume_force`; or the state has all epochs behind it.
+    """
+    notes, differences = [], []
+    if run["images"] != now["images"]:
+        differences.append(f"data.train_dataset had {run['images']} images and has {now['images']}")
+    if not any_workers and run["readers"] != now["readers"]:
+        (processes, workers), (before, workers_before) = now["readers"], run["readers"]
+        differences.append(
+            f"a stream is read by {processes} processes with {workers} loader workers each, it was by {before} with "
+            f"{workers_before}, which makes another order"
+        )
+    epochs = config.training.epochs
+    if epochs < run["epochs_done"] or (epochs == run["epochs_done"] and not start.own):
+        raise UserError(
+            f"training.epochs: {start.source} has {run['epochs_done']} epochs behind it, expected more than that, got {epochs}."
+        )
+    if differences and not config.training.resume_force:
+        raise UserError(
+            f"training.resume: {'; '.join(differences)}. Put back what was there, give --training.resume_force=1 to go on "
+            "all the same, or --training.resume=none to start anew."
+        )
+    if run["threads"] != now["threads"] and on_cpu:
+        notes.append(
+            f"a process has {now['threads']} threads, it had {run['threads']}: the last digits may differ from an undisturbed "
+            "run's (OMP_NUM_THREADS)"
+        )
+    return notes + differences
+
+
+def restore(saved: Mapping[str, Any], state: TrainState, *, steps_per_epoch: int, source: Path) -> Progress:
+    """Take a training state over into `state`; returns where the run is.
+
+    Raises:
+        UserError: it does not fit the network or optimiser.
+    """
+    try:
+        state.load_state_dict(saved["train"])
+        progress = Progress(**saved["progress"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"training.resume: {source} does not fit the model: {error}") from error
+    before = saved["run"]["steps_per_epoch"]
+    if before != steps_per_epoch:  # by force: resumes at the same share of the run
+        state.step = round(state.step / before * steps_per_epoch)
+    return progress

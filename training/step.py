@@ -12,9 +12,8 @@ from torch import Tensor
 from attacks.registry import Attack
 from common.processes import Processes
 from common.seeding import derive_seed
-from data.augment import augment
 from data.loader import Batch
-from data.pipeline import to_unit
+from data.prefetch import finish_augmentation
 from data.transforms import Mixup
 from training.config import TrainConfig
 from training.loss import training_loss
@@ -28,17 +27,9 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
-def to_device(batch: Batch, *, device: torch.device, precision: str, channels_last: bool) -> Tensor:
-    """A batch's images (B, 3, H, W) on the device, in [0, 1], with what is left of their augmentation.
-
-    They are float32 (float64 for precision fp64), in the memory format of the model.
-    """
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = batch.x.to(device, non_blocking=True)
-    if batch.draws is not None:
-        x = augment(x, batch.draws)
-    return to_unit(x, dtype).contiguous(memory_format=memory_format)
+def image_dtype(precision: str) -> torch.dtype:
+    """Of the images that a network in this precision is given; autocast lowers it inside."""
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 def train_step(
@@ -79,6 +70,7 @@ def train_step(
         On the device, float64 (2,): mean loss of this process, which may be non-finite, and 1 where the step was skipped, else 0.
     """
     precision, device = config.training.precision, processes.device
+    dtype = image_dtype(precision)
     statistics = [(buffer, buffer.clone()) for buffer in state.statistics]
     state.model.train()
     for group in state.optimizer.param_groups:
@@ -88,7 +80,7 @@ def train_step(
         block = i * processes.world_size + processes.rank
         # Drop path and random starts draw from here: a function of the step, not of what ran before.
         torch.manual_seed(derive_seed("step", config.data.seed, state.step, block))
-        x = to_device(batch, device=device, precision=precision, channels_last=config.misc.use_channel_last)
+        x = finish_augmentation(batch, device=device, dtype=dtype, channels_last=config.misc.use_channel_last)
         y = batch.y.to(device, non_blocking=True)
         if mixup is not None:
             x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)

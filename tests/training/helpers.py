@@ -45,11 +45,11 @@ class Outcome:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        return [r for r in self.log if "top1" not in r]
+        return [r for r in self.log if r["kind"] == "step"]
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
-        return [r for r in self.log if "top1" in r]
+        return [r for r in self.log if r["kind"] == "epoch"]
 
 
 def base_flags(images: Path, folder: Path) -> dict[str, Any]:

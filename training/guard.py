@@ -1,0 +1,78 @@
+"""When a run is not worth going on with: steps without a finite loss, images that cannot be decoded, lost robustness."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from common.errors import UserError
+from training.config import TrainConfig
+from training.meter import Synced
+from training.overfitting import OverfittingWatch
+from training.progress import Progress
+
+
+class Diverged(Exception):
+    """Training went wrong for good; the entry exits with status 3."""
+
+
+class Guard:
+    """Counts what goes wrong and ends the run where it is too much.
+
+    Args:
+        config, progress: of the run.
+        warn: takes one sentence for the user.
+    """
+
+    def __init__(self, config: TrainConfig, progress: Progress, *, warn: Callable[[str], None]) -> None:
+        self.config, self.progress, self.warn = config, progress, warn
+        self._bad_losses: deque[tuple[int, float]] = deque(maxlen=5)  # steps skipped since the last good one
+        self._watch = OverfittingWatch(chance=1 / config.model.num_classes)
+
+    def count(self, synced: Synced) -> None:
+        """Take in the steps of a sync."""
+        progress = self.progress
+        for record in synced.steps:
+            if "skipped" not in record:
+                progress.bad_in_a_row = 0
+                self._bad_losses.clear()
+                continue
+            # A float16 gradient that overflows makes the scaler lower its scale: no news.
+            if not math.isfinite(record["loss"]) and not progress.bad_in_a_row:
+                self.warn(f"the loss is {record['loss']} at step {record['step']}; the step is skipped.")
+            progress.skipped += 1
+            progress.bad_in_a_row += 1
+            self._bad_losses.append((record["step"], record["loss"]))
+
+    def check(self) -> None:
+        """End the run where too much went wrong.
+
+        Raises:
+            Diverged: too many steps in a row were skipped.
+            UserError: too many images of the epoch cannot be decoded.
+        """
+        progress = self.progress
+        if progress.bad_in_a_row >= self.config.training.max_bad_steps:
+            numbers = ", ".join(f"{loss:.4g} at step {step}" for step, loss in self._bad_losses)
+            raise Diverged(
+                f"{progress.bad_in_a_row} steps in a row were skipped, as loss or gradient were not finite (loss {numbers}); "
+                "lr.lr, adv.eps and training.precision are where to look; states and weights saved before are untouched"
+            )
+        if progress.bad_images > (limit := self.config.data.max_bad_images):
+            raise UserError(
+                f"data.max_bad_images: {progress.bad_images} images of data.train_dataset could not be decoded in one epoch, "
+                f"{limit} are allowed; they are named above. Repair the data set or raise the limit."
+            )
+
+    def overfitting(self, metrics: dict[str, Any], *, epoch: int, images: int) -> str | None:
+        """A sentence where the network has lost its robustness to the stronger attack, and learned to mask that of training.
+
+        `metrics` of an epoch's validation, with the accuracies under both attacks on `images` images.
+        """
+        self._watch.load_state_dict(self.progress.watch or {"best": None})
+        weak, strong = metrics["train_attack_top1"], metrics["adv_top1"]
+        found = self._watch.update(epoch=epoch, strong=strong, weak=weak, n=images)
+        self.progress.watch = self._watch.state_dict()
+        return found

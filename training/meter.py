@@ -1,0 +1,167 @@
+"""What the steps of an epoch say: losses, times, images that cannot be decoded. During an epoch processes talk here alone."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.processes import Processes
+from data.loader import Batch
+from data.prefetch import prefetch
+from training.progress import Progress
+
+# Between two syncs processes only meet in the gradients: reading losses makes the host wait for the device.
+SYNC_SECONDS = 1.0
+MAX_PENDING = 50
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What all processes together know of the steps since the last sync.
+
+    Attributes:
+        steps: a record of each: epoch, step, shape, lr, mean loss, and where they hold `skipped`, `attack`.
+        loss: mean over the steps and processes.
+        stop: whether a process was asked to stop.
+    """
+
+    steps: list[dict[str, Any]]
+    loss: float
+    stop: bool
+
+
+class Meter:
+    """Measures the steps of this process, and adds up over all processes about once a second.
+
+    Args:
+        processes: of the run.
+        progress: gets the present epoch's sums.
+        warn: takes one sentence for the user.
+    """
+
+    def __init__(self, processes: Processes, progress: Progress, *, warn: Callable[[str], None]) -> None:
+        self.processes, self.progress, self.warn = processes, progress, warn
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._waited, self._since, self._due = 0.0, 0.0, 1
+        self._bad: set[str] = set()  # images of this epoch that cannot be decoded
+        self._bad_synced = 0
+
+    def start_epoch(self) -> None:
+        """Forget what is left of the epoch before."""
+        self._pending.clear()
+        self._gaps.clear()
+        self._bad.clear()
+        self._waited, self._since, self._due, self._bad_synced = 0.0, time.perf_counter(), 1, 0
+
+    @contextmanager
+    def watch(self, batches: Iterator[Batch], *, accum: int) -> Iterator[Iterator[list[Batch]]]:
+        """Lists of `accum` batches on the device; the time waited for them is measured.
+
+        The batches' generators are closed afterwards in any case: an error would keep them, and with them the loader's workers.
+        """
+        groups = self._groups(prefetch(self._timed(batches), self.processes.device, self._note_gap), accum)
+        with closing(groups):
+            yield groups
+
+    def add(self, result: Tensor, **record: Any) -> None:
+        """`result`: what `train_step` returned for the step of which `record` is known."""
+        self._pending.append((record, result))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a sync; the same on all processes."""
+        return len(self._pending) >= self._due
+
+    def sync(self, *, stop: bool) -> Synced:
+        """Add everything up over all processes, which come here together. `stop`: this process was asked to."""
+        progress, pending, self._pending = self.progress, self._pending, []
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        due = min(max(int(SYNC_SECONDS * len(pending) / max(seconds, 1e-9)), 1), MAX_PENDING)
+        mine = [stop, due if self.processes.is_first else 0, len(self._bad) - self._bad_synced, self._take_waited()]
+        self._bad_synced = len(self._bad)
+        results = torch.stack([result for _, result in pending]).flatten()
+        mine = torch.tensor(mine, dtype=results.dtype, device=results.device)
+        *values, stops, due, bad, waited = self.processes.sum(torch.cat([results, mine])).tolist()
+        self._due = int(due)
+        progress.seconds += seconds
+        progress.waiting += waited / self.processes.world_size
+        progress.bad_images += int(bad)
+        losses = [loss / self.processes.world_size for loss in values[::2]]
+        steps = []
+        for (record, _), loss, skipped in zip(pending, losses, values[1::2], strict=True):
+            steps.append(record | {"loss": loss} | ({"skipped": True} if skipped else {}))
+            if not skipped:
+                progress.loss_sum += loss
+                progress.loss_count += 1
+        return Synced(steps=steps, loss=sum(losses) / len(losses), stop=bool(stops))
+
+    def summary(self, *, images: int) -> dict[str, Any]:
+        """The epoch's numbers, once its last step is synced; `images`: of all its steps."""
+        progress = self.progress
+        seconds = max(progress.seconds, 1e-9)
+        return {
+            "train_loss": progress.loss_sum / max(progress.loss_count, 1),
+            "seconds": round(progress.seconds, 3),
+            "images_per_second": round(images / seconds, 2),
+            "data_wait": round(progress.waiting / seconds, 4),
+            "bad_images": progress.bad_images,
+            "skipped_steps": progress.skipped,
+        }
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        on_cpu = self.processes.device.type == "cpu"
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            # A GPU has work queued while the host waits: there the gaps count.
+            if on_cpu:
+                self._waited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+    def _groups(self, batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+        group: list[Batch] = []
+        for batch in batches:
+            for name, reason in batch.failures:
+                if name not in self._bad:
+                    self.warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
+                self._bad.add(name)
+            group.append(batch)
+            if len(group) == size:
+                yield group
+                group = []
+
+    def _note_gap(self, before: torch.cuda.Event, after: torch.cuda.Event) -> None:
+        """The GPU waits for a batch from `before` to `after`; see `data.prefetch.prefetch`."""
+        self._gaps.append((before, after))
+
+    def _take_waited(self) -> float:
+        """Seconds waited for batches since the last call, as far as the GPU has come."""
+        while self._gaps and self._gaps[0][1].query():
+            before, after = self._gaps.popleft()
+            self._waited += before.elapsed_time(after) / 1000
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+
+class AttackLog:
+    """Mean best loss and share of samples still correct after each evaluation of one attack (`adv.verbose`)."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, Tensor, Tensor]] = []
+
+    def __call__(self, update: int, loss: Tensor, acc: Tensor) -> None:
+        self._rows.append((update, loss.mean(), acc.float().mean()))
+
+    def lines(self) -> list[dict[str, float]]:
+        return [{"update": u, "loss": loss.item(), "acc": acc.item()} for u, loss, acc in self._rows]

@@ -1,0 +1,298 @@
+"""The run folder: params.json, log, weights, status.json, TensorBoard events, curves. Only the first process writes.
+
+Once a run has started, no failure to write ends it: a full disk, a quota or a folder that became read-only is a warning. What the
+log or the events could not take is lost; weights and training states are whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from common.files import set_aside, writable, write_atomically
+from common.flags import config_to_dict
+from common.provenance import PROVENANCE_KEY
+from training.config import TrainConfig
+from training.curves import draw_curves
+
+STATUS = "status.json"
+WEIGHTS_NAMES = {"raw": "weights", "ema": "weights_ema"}  # kind of network → beginning of its files' names
+
+
+class NoRunFolder:
+    """Of the processes that write nothing."""
+
+    path = set_aside = None
+
+    def log_start(self, record: Mapping[str, Any]) -> None: ...
+    def log_steps(self, records: list[dict[str, Any]]) -> None: ...
+    def log_epoch(self, record: Mapping[str, Any]) -> None: ...
+    def save_best(self, networks: Mapping[str, nn.Module]) -> None: ...
+    def set_status(self, status: str, *, step: int, epoch: int, reason: str = "") -> None: ...
+    def close(self) -> None: ...
+    def save_weights(self, networks: Mapping[str, nn.Module], epoch: int) -> bool:
+        return True
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+
+class RunFolder(NoRunFolder):
+    """Everything a run leaves behind, in `config.run_folder`.
+
+    `log` holds one JSON object a line. Its `kind` is "start" (of the run, or of a process that resumes it), "step" (by
+    `logging.log_level`) or "epoch" (of a validation). Non-finite numbers are strings, as JSON has none.
+
+    Args:
+        config: all flags.
+        provenance: of this start; with `resume` it holds the `step` too.
+        warn: takes one sentence for the user.
+        resume: None starts from scratch: a folder of an earlier run of the same name is renamed, never overwritten. Else what
+            `position()` returned when the training state was saved, with the state's `step`: the run resumes in its folder,
+            whose log is cut to that position.
+
+    Attributes:
+        path: the folder.
+        set_aside: the new name of the earlier run's folder, None where there was none.
+
+    Raises:
+        UserError: the folder or a file in it cannot be created or opened.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        provenance: Mapping[str, Any],
+        *,
+        warn: Callable[[str], None],
+        resume: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self._keep, self._level, self._warn = (
+            config.run_folder,
+            config.logging.keep,
+            config.logging.log_level,
+            warn,
+        )
+        self._told: set[str] = set()  # files whose failure was told
+        self._saved: dict[str, list[int]] = {name: [] for name in WEIGHTS_NAMES.values()}
+        with writable("logging.folder", self.path):
+            self.set_aside = set_aside(self.path) if resume is None else None
+            self.path.mkdir(parents=True, exist_ok=True)
+            if resume is not None:
+                for unfinished in self.path.glob(".*.part"):  # of a process that was killed while it wrote
+                    unfinished.unlink()
+                self._cut_log(resume["log_bytes"])
+                for name, epochs in resume["saved"].items():
+                    self._saved[name] = [epoch for epoch in epochs if (self.path / f"{name}_{epoch}.pt").exists()]
+                provenance = self._with_earlier_starts(provenance)
+            self._write_params(config, provenance)
+            self._log = open(self.path / "log", "ab", buffering=0)
+            self._events = SummaryWriter(str(self.path), purge_step=resume["step"] if resume is not None else None)
+        if config.misc.notes and resume is None:
+            self._add_events(lambda: self._events.add_text("notes", config.misc.notes, 0))
+
+    def log_start(self, record: Mapping[str, Any]) -> None:
+        """Of the run, or of a process that resumes it."""
+        self._append({"kind": "start", **record})
+
+    def log_steps(self, records: list[dict[str, Any]]) -> None:
+        """As much of the steps' records as `logging.log_level` asks for; skipped steps always."""
+        for record in records:
+            skipped = "skipped" in record
+            if not (self._level or skipped or "attack" in record):
+                continue
+            shown = {"epoch", "step", "attack", "skipped"} if self._level == 0 else record.keys() - {"loss"}
+            shown |= {"loss"} if self._level > 1 or skipped else set()
+            self._write({"kind": "step"} | {key: value for key, value in record.items() if key in shown})
+
+    def log_epoch(self, record: Mapping[str, Any]) -> None:
+        """The numbers of an epoch and its validation."""
+        self._write({"kind": "epoch", **record})
+
+    def position(self) -> dict[str, Any]:
+        """Where the run stands, for the training state: bytes of the log, which are on the disk, and epochs of the weights."""
+        with suppress(OSError):
+            os.fsync(self._log.fileno())
+        self._add_events(self._events.flush)
+        return {
+            "log_bytes": os.fstat(self._log.fileno()).st_size,
+            "saved": {name: list(epochs) for name, epochs in self._saved.items()},
+        }
+
+    def save_weights(self, networks: Mapping[str, nn.Module], epoch: int) -> bool:
+        """Write weights_<epoch>.pt and weights_ema_<epoch>.pt; delete the oldest beyond `logging.keep`.
+
+        Where the new file cannot be written, none is deleted. Returns whether all were written.
+        """
+        complete = True
+        for kind, network in networks.items():
+            name = WEIGHTS_NAMES[kind]
+            if self._save(network, self.path / f"{name}_{epoch}.pt"):
+                self._saved[name] = [e for e in self._saved[name] if e != epoch] + [epoch]
+                self._delete_old(name)
+            else:
+                complete = False
+        return complete
+
+    def save_best(self, networks: Mapping[str, nn.Module]) -> None:
+        """Write weights_best.pt and weights_ema_best.pt over those before."""
+        for kind, network in networks.items():
+            self._save(network, self.path / f"{WEIGHTS_NAMES[kind]}_best.pt")
+
+    def set_status(self, status: str, *, step: int, epoch: int, reason: str = "") -> None:
+        """Write status.json: how the run stands, with optimiser steps and finished epochs of the newest state on the disk."""
+        try:
+            _write_status(self.path, {"status": status, "step": step, "epoch": epoch, "reason": reason})
+        except OSError as error:
+            self._warn_unwritten(self.path / STATUS, error, f'the status is "{status}"')
+
+    def close(self) -> None:
+        """Close the files and draw the curves."""
+        self._log.close()
+        self._add_events(self._events.close)
+        try:
+            draw_curves(self.path / "log", self.path / "curves.png")
+        except Exception as error:  # whatever the drawing library meets: a picture is not worth the end of a run
+            self._warn_unwritten(self.path / "curves.png", error, "there are no new curves")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._append(record)
+        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "epoch")}
+
+        def add() -> None:
+            for key, value in numbers.items():
+                self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+        self._add_events(add)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        line = (json.dumps(_plain(dict(record)), allow_nan=False) + "\n").encode()
+        size = os.fstat(self._log.fileno()).st_size
+        try:
+            if self._log.write(line) < len(line):
+                raise OSError(None, "the disk is full")
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._log.fileno(), size)  # no half lines
+            self._warn_once(self.path / "log", error)
+
+    def _add_events(self, add: Callable[[], None]) -> None:
+        try:
+            add()
+        except Exception as error:  # of the writer's thread, of any kind
+            self._warn_once(self.path / "events", error)
+
+    def _write_params(self, config: TrainConfig, provenance: Mapping[str, Any]) -> None:
+        params = config_to_dict(config) | {PROVENANCE_KEY: dict(provenance)}
+        try:
+            write_atomically(self.path / "params.json", lambda file: file.write(json.dumps(params, indent=2).encode()))
+        except OSError as error:
+            if not (self.path / "params.json").exists():
+                raise
+            self._warn_unwritten(self.path / "params.json", error, "it does not name this start")
+
+    def _with_earlier_starts(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """Provenance of the first start, with this one added to its `resumed`."""
+        path = self.path / "params.json"
+        try:
+            first = json.loads(path.read_text())[PROVENANCE_KEY]
+            return first | {"resumed": [*first.get("resumed", []), dict(provenance)]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._warn(
+                f"{path}: cannot be read ({_reason(error)}); where the run was started first is not known any more."
+            )
+            return dict(provenance) | {"resumed": [dict(provenance)]}
+
+    def _cut_log(self, size: int) -> None:
+        """Keep the whole lines of the log's first `size` bytes."""
+        path = self.path / "log"
+        content = path.read_bytes()[:size] if path.exists() else b""
+        kept = content[: content.rfind(b"\n") + 1]
+        if len(kept) < size:
+            self._warn(
+                f"{path}: {len(kept)} of the {size} bytes that it had when the state was saved are there; the rest is lost."
+            )
+        with open(path, "ab") as file:
+            file.truncate(len(kept))
+
+    def _save(self, network: nn.Module, path: Path) -> bool:
+        """Write the weights; False, with a warning, where that fails."""
+        state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+        try:
+            write_atomically(path, lambda file: torch.save(state, file))
+        except (OSError, RuntimeError) as error:  # torch.save hides some failures of the file in a RuntimeError
+            self._warn_unwritten(path, error, "the weights saved before are untouched")
+            return False
+        return True
+
+    def _delete_old(self, name: str) -> None:
+        saved = self._saved[name]
+        while self._keep and len(saved) > self._keep:
+            path = self.path / f"{name}_{saved[0]}.pt"
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(f"{path}: cannot be deleted ({_reason(error)}).")
+                return
+            saved.pop(0)
+
+    def _warn_once(self, path: Path, error: Exception) -> None:
+        if path.name not in self._told:
+            self._told.add(path.name)
+            self._warn_unwritten(path, error, "training goes on, and some of its records are lost")
+
+    def _warn_unwritten(self, path: Path, error: Exception, consequence: str) -> None:
+        self._warn(f"{path}: cannot be written ({_reason(error)}); {consequence}.")
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What status.json of a run folder says; None where there is none, or it cannot be read."""
+    try:
+        status = json.loads((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        return None
+    return status if isinstance(status, dict) else None
+
+
+def mark_status(folder: Path, status: str, reason: str = "") -> None:
+    """Change the status of a run that has one, before or without opening its folder; its step and epoch stay.
+
+    Best effort: a disk that takes nothing has its say when the folder is opened.
+    """
+    before = read_status(folder)
+    if before is not None:
+        with suppress(OSError):
+            _write_status(folder, before | {"status": status, "reason": reason})
+
+
+def _write_status(folder: Path, content: Mapping[str, Any]) -> None:
+    content = {**content, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_atomically(folder / STATUS, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def _plain(value: Any) -> Any:
+    """The value with non-finite numbers, however deep in lists and dicts, as strings."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _reason(error: Exception) -> str:
+    """One line: the system's words where a failing file is at the bottom of it, else the error's first line."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    lines = str(getattr(cause, "strerror", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
