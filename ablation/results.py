@@ -198,7 +198,7 @@ def _last_epoch(log: Path) -> dict[str, Any]:
         for line in log.read_text(errors="replace").splitlines():
             with suppress(ValueError, RecursionError):
                 found = json.loads(line)
-                if isinstance(found, dict) and "top1" in found:
+                if isinstance(found, dict) and found.get("kind") == "epoch":
                     record = found
     return record
 

@@ -420,13 +420,13 @@ class TestEvaluation:
                 assert torch.equal(x, transform(picture(i)))
 
     def test_indices_batches_and_crop(self) -> None:
-        loader = EvalLoader(Pictures(9), size=16, crop_pct=1.0, batch_size=2, indices=[8, 1, 5], world_size=1)
-        batches = list(loader)
+        loader = EvalLoader(Pictures(9), size=16, crop_pct=1.0, batch_size=2, world_size=1)
+        batches = list(loader.batches([8, 1, 5]))
         assert [batch.index.tolist() for batch in batches] == [[8, 1], [5]]
         assert torch.equal(batches[0].x[1], eval_transform(16, 1.0)(picture(1)))
-        assert same(together(batches), together(loader))  # again from the start
-        second = EvalLoader(Pictures(9), size=8, batch_size=2, indices=torch.tensor([8, 1, 5]), rank=1, world_size=2)
-        assert together(second).index.tolist() == [1]
+        assert same(together(batches), together(loader.batches([8, 1, 5])))  # again from the start
+        second = EvalLoader(Pictures(9), size=8, batch_size=2, rank=1, world_size=2)
+        assert together(second.batches(torch.tensor([8, 1, 5]))).index.tolist() == [1]
 
 
 def write_shards(folder: Path, shards: int = 4, each: int = 6) -> Path:
@@ -532,7 +532,7 @@ class TestStreams:
         with pytest.raises(UserError, match=r"data.num_workers: .*4 shards.*6 loading processes \(3 × 2 processes\)"):
             basic(source, num_workers=3, world_size=2)
         with pytest.raises(ValueError, match="no indices"):
-            EvalLoader(source, size=8, batch_size=2, indices=[1])
+            EvalLoader(source, size=8, batch_size=2).batches([1])
         info = json.loads((tmp_path / "Shards" / "_info.json").read_text())
         (tmp_path / "Shards" / "_info.json").write_text(json.dumps({**info, "num_classes": 5}))
         few = open_source(f"wds/{tmp_path}/Shards", split="val", flag="x")

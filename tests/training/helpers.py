@@ -39,7 +39,7 @@ class Outcome:
     status: int
     folder: Path
     weights: dict[str, torch.Tensor] | None = None
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)  # without the lines of its starts
     params: dict[str, Any] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
 
@@ -97,7 +97,7 @@ def read_outcome(folder: Path) -> Outcome:
         status=0,
         folder=folder,
         weights=torch.load(saved[-1], weights_only=True) if saved else None,
-        log=[json.loads(line) for line in (folder / "log").read_text().splitlines()],
+        log=[record for record in map(json.loads, (folder / "log").read_text().splitlines()) if record["kind"] != "start"],
         params=json.loads((folder / "params.json").read_text()),
         files=files,
     )

@@ -277,10 +277,10 @@ def test_in_memory_survives_the_loss_of_the_files(tmp_path, during_steps, capsys
 
 
 def test_validation_batch_size_and_resolution(images, tmp_path, monkeypatch):
-    shapes, original = [], training.validation.to_device
+    shapes, original = [], training.validation.finish_augmentation
     monkeypatch.setattr(
         training.validation,
-        "to_device",
+        "finish_augmentation",
         lambda batch, **kw: (shapes.append(tuple(batch.x.shape)), original(batch, **kw))[1],
     )
     flags = base_flags(images, tmp_path) | {"training.eval_only": 1}

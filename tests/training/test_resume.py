@@ -17,6 +17,7 @@ import torch
 
 import train
 import training.trainer
+import training.validation
 from common.files import take_folder
 from common.flags import load_config
 from tests.helpers.processes import wait_until
@@ -141,7 +142,7 @@ def test_a_crash_costs_the_steps_since_the_last_state(many, undisturbed, tmp_pat
 
 
 def test_stop_while_validating(many, undisturbed, tmp_path, monkeypatch):
-    original, calls = training.trainer.adversarial_accuracy, []
+    original, calls = training.validation.apgd, []
 
     def measure(*args, **kwargs):
         calls.append(1)
@@ -149,7 +150,7 @@ def test_stop_while_validating(many, undisturbed, tmp_path, monkeypatch):
             signalled()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(training.trainer, "adversarial_accuracy", measure)
+    monkeypatch.setattr(training.validation, "apgd", measure)
     flags = base_flags(many, tmp_path) | RANDOM
     folder = stopped(flags)
     assert len(calls) == 2 and read_status(folder) | {"step": 5, "epoch": 0} == read_status(folder)
@@ -595,9 +596,12 @@ def test_log_is_json_after_a_kill(many, tmp_path):
 def test_overfitting_is_noticed(many, tmp_path, monkeypatch, capsys):
     """Measured accuracies are replaced: robust ones fall in the third epoch, those under the training attack rise."""
     strong, weak = iter([0.5, 0.6, 0.02, 0.01, 0.02, 0.01]), iter([0.6, 0.7, 0.9, 0.9, 0.9, 0.9])
-    monkeypatch.setattr(training.trainer, "adversarial_accuracy", lambda *a, **k: next(strong))
-    monkeypatch.setattr(training.trainer, "training_attack_accuracy", lambda *a, **k: next(weak))
-    monkeypatch.setattr(training.trainer, "spread_indices", lambda length, count: [*range(length)] * 40)
+    monkeypatch.setattr(training.validation, "spread_indices", lambda length, count: [*range(length)] * 40)
+    monkeypatch.setattr(
+        training.validation.Validator,
+        "run",
+        lambda *_: {"top1": 0.5, "adv_top1": next(strong), "train_attack_top1": next(weak)},
+    )
     flags = base_flags(many, tmp_path) | RANDOM | {"training.epochs": 6, "model.model_ema": 0, "logging.save_freq": 1}
     with pytest.raises(SystemExit) as end:
         run(flags | {"validation.stop_on_overfitting": 1})
