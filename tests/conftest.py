@@ -31,7 +31,7 @@ def _commit_found_once():
 
 
 # Modules that test what happens to files when the machine or the disk fails.
-SYNCED = {"test_checkpoint.py", "test_log.py"}
+SYNCED = {"test_checkpoint.py", "test_run_folder.py"}
 
 
 @pytest.fixture(autouse=True, scope="module")

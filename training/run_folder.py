@@ -97,9 +97,8 @@ class RunFolder(NoRunFolder):
                 provenance = self._with_earlier_starts(provenance)
             self._write_params(config, provenance)
             self._log = open(self.path / "log", "ab", buffering=0)
-            self._events = SummaryWriter(str(self.path), purge_step=resume["step"] if resume is not None else None)
-        if config.misc.notes and resume is None:
-            self._add_events(lambda: self._events.add_text("notes", config.misc.notes, 0))
+        self._events: SummaryWriter | None = None
+        self._write_events(lambda: self._open_events(config, resume))
 
     def log_start(self, record: Mapping[str, Any]) -> None:
         """Of the run, or of a process that resumes it."""
@@ -123,7 +122,7 @@ class RunFolder(NoRunFolder):
         """Where the run stands, for the training state: bytes of the log, which are on the disk, and epochs of the weights."""
         with suppress(OSError):
             os.fsync(self._log.fileno())
-        self._add_events(self._events.flush)
+        self._write_events(lambda: self._events.flush())
         return {
             "log_bytes": os.fstat(self._log.fileno()).st_size,
             "saved": {name: list(epochs) for name, epochs in self._saved.items()},
@@ -159,21 +158,32 @@ class RunFolder(NoRunFolder):
     def close(self) -> None:
         """Close the files and draw the curves."""
         self._log.close()
-        self._add_events(self._events.close)
+        self._write_events(lambda: self._events.close())
         try:
             draw_curves(self.path / "log", self.path / "curves.png")
         except Exception as error:  # whatever the drawing library meets: a picture is not worth the end of a run
             self._warn_unwritten(self.path / "curves.png", error, "there are no new curves")
 
+    def _open_events(self, config: TrainConfig, resume: Mapping[str, Any] | None) -> None:
+        self._events = SummaryWriter(str(self.path), purge_step=resume["step"] if resume is not None else None)
+        if resume is None:
+            if config.misc.notes:
+                self._events.add_text("notes", config.misc.notes, 0)
+            return
+        # Events of the state's own step, which may have been validated after the state was saved, are hidden with the later ones.
+        for line in (self.path / "log").read_text().splitlines():
+            record = json.loads(line)
+            if record.get("kind") in ("step", "epoch") and record["step"] >= resume["step"]:
+                self._add_numbers(record)
+
     def _write(self, record: dict[str, Any]) -> None:
         self._append(record)
-        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "epoch")}
+        self._write_events(lambda: self._add_numbers(record))
 
-        def add() -> None:
-            for key, value in numbers.items():
+    def _add_numbers(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and key not in ("step", "epoch"):
                 self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
-
-        self._add_events(add)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(_plain(dict(record)), allow_nan=False) + "\n").encode()
@@ -186,11 +196,12 @@ class RunFolder(NoRunFolder):
                 os.ftruncate(self._log.fileno(), size)  # no half lines
             self._warn_once(self.path / "log", error)
 
-    def _add_events(self, add: Callable[[], None]) -> None:
-        try:
-            add()
-        except Exception as error:  # of the writer's thread, of any kind
-            self._warn_once(self.path / "events", error)
+    def _write_events(self, write: Callable[[], None]) -> None:
+        if "events" not in self._told:
+            try:
+                write()
+            except Exception as error:  # of any kind: they come from the writer's thread, which has ended
+                self._warn_once(self.path / "events", error)
 
     def _write_params(self, config: TrainConfig, provenance: Mapping[str, Any]) -> None:
         params = config_to_dict(config) | {PROVENANCE_KEY: dict(provenance)}
@@ -249,7 +260,7 @@ class RunFolder(NoRunFolder):
     def _warn_once(self, path: Path, error: Exception) -> None:
         if path.name not in self._told:
             self._told.add(path.name)
-            self._warn_unwritten(path, error, "training goes on, and some of its records are lost")
+            self._warn_unwritten(path, error, "training goes on, and its records are lost")
 
     def _warn_unwritten(self, path: Path, error: Exception, consequence: str) -> None:
         self._warn(f"{path}: cannot be written ({_reason(error)}); {consequence}.")

@@ -97,7 +97,9 @@ def read_outcome(folder: Path) -> Outcome:
         status=0,
         folder=folder,
         weights=torch.load(saved[-1], weights_only=True) if saved else None,
-        log=[record for record in map(json.loads, (folder / "log").read_text().splitlines()) if record["kind"] != "start"],
+        log=[
+            record for record in map(json.loads, (folder / "log").read_text().splitlines()) if record["kind"] != "start"
+        ],
         params=json.loads((folder / "params.json").read_text()),
         files=files,
     )
