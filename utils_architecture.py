@@ -1,4 +1,4 @@
-"""The models: published architectures with PatchStem or ConvStem, input normaliser, blurpool, freezing.
+"""The models: published architectures with PatchStem or ConvStem, and the input normaliser.
 
 Paper: Singh, Croce, Hein, "Revisiting Adversarial Training for ImageNet: Architectures, Training and
 Generalization across Threat Models", NeurIPS 2023. Its ConvStems follow Xiao et al., "Early Convolutions Help
@@ -38,8 +38,6 @@ from timm.models import is_model_in_modules
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 
@@ -450,83 +448,3 @@ def normalize_model(
     `model.<name>`, as released checkpoints with normalisation have.
     """
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
-
-
-def add_blurpool(model: nn.Module) -> nn.Module:
-    """Blur the input of every strided convolution with at least 16 input channels, in place; returns `model`.
-
-    The blur is the fixed binomial 3x3 kernel (1, 2, 1) ⊗ (1, 2, 1) / 16 with zero padding (Zhang, "Making
-    Convolutional Networks Shift-Invariant Again", ICML 2019). It is a hook in front of the convolution: names in
-    the state dict stay as they are, so every checkpoint of the model still loads. A second call changes nothing.
-
-    Raises:
-        UserError: no convolution of the model is of that kind.
-    """
-    strided = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
-    ]
-    if not strided:
-        raise UserError(
-            "training.use_blurpool: expected a model with strided convolutions of at least 16 input channels, got "
-            "one without (a ViT with PatchStem has none); leave the flag out."
-        )
-    for conv in strided:
-        if not hasattr(conv, "blur_kernel"):
-            row = torch.tensor([0.25, 0.5, 0.25], device=conv.weight.device, dtype=conv.weight.dtype)
-            kernel = torch.outer(row, row).expand(conv.in_channels, 1, 3, 3).contiguous()
-            conv.register_buffer("blur_kernel", kernel, persistent=False)
-            conv.register_forward_pre_hook(_blur_input)
-    return model
-
-
-def _blur_input(conv: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    (x,) = inputs
-    return F.conv2d(x, conv.blur_kernel, padding=1, groups=conv.in_channels)
-
-
-def freeze_parameters(model: nn.Module, *, early: bool) -> list[str]:
-    """Freeze all parameters but the stem's (`early`), or only the stem's (not `early`); returns the frozen names.
-
-    The stem's parameters are those whose name contains `stem`. `requires_grad` is set on every parameter.
-
-    Raises:
-        UserError: no name contains `stem` (a ViT with PatchStem, a ResNet), or nothing would be left to train.
-    """
-    in_stem = {name: "stem" in name for name, _ in model.named_parameters()}
-    if not any(in_stem.values()):
-        raise UserError(
-            "model.freeze_some: expected a model with `stem` in the names of some parameters, got one without; "
-            "ViTs have it only with --model.not_original=1."
-        )
-    if not early and all(in_stem.values()):
-        raise UserError(
-            "model.freeze_some: with --model.early=0 every parameter is frozen and nothing would be trained."
-        )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(in_stem[name] == early)
-    return [name for name, belongs in in_stem.items() if belongs != early]
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Let every block keep only its input for the backward pass and compute the rest again there, in place.
-
-    Blocks are the outermost modules whose class is named `…Block`: those of ConvNeXt and ViT, and of most of timm's others.
-    Names in the state dict stay. timm's own switch does not work with `torch.autograd.grad`, which attacks use.
-
-    Raises:
-        UserError: the model has no such blocks, or batch normalisation, whose statistics a second forward pass would change.
-    """
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise UserError(
-            "training.grad_checkpointing: expected a model without batch normalisation, whose running statistics would be "
-            "updated twice a step; leave the flag out."
-        )
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if type(module).__name__.endswith("Block") and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    if not found:
-        raise UserError("training.grad_checkpointing: the model has no modules named …Block; leave the flag out.")

@@ -20,7 +20,7 @@ from training.last_block import trim_last_block
 from training.optim import build_optimizer
 from training.schedule import resolution_at_epoch
 from training.state import TrainState
-from utils_architecture import checkpoint_blocks, freeze_parameters
+from training.surgery import checkpoint_blocks, freeze_parameters
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
 from zoo.names import locate, split_kind

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from common.errors import UserError
-from utils_architecture import add_blurpool, get_new_model, normalize_model
+from utils_architecture import get_new_model, normalize_model
 from zoo.robustbench import robustbench_architecture
 
 # In front of a RobustBench id where an architecture is named.
@@ -45,3 +47,37 @@ def build_model(
     if use_blurpool:
         add_blurpool(model)
     return normalize_model(model) if add_normalization else model
+
+
+def add_blurpool(model: nn.Module) -> nn.Module:
+    """Blur the input of every strided convolution with at least 16 input channels, in place; returns `model`.
+
+    The blur is the fixed binomial 3x3 kernel (1, 2, 1) ⊗ (1, 2, 1) / 16 with zero padding (Zhang, "Making
+    Convolutional Networks Shift-Invariant Again", ICML 2019). It is a hook in front of the convolution: names in
+    the state dict stay as they are, so every checkpoint of the model still loads. A second call changes nothing.
+
+    Raises:
+        UserError: no convolution of the model is of that kind.
+    """
+    strided = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
+    ]
+    if not strided:
+        raise UserError(
+            "training.use_blurpool: expected a model with strided convolutions of at least 16 input channels, got "
+            "one without (a ViT with PatchStem has none); leave the flag out."
+        )
+    for conv in strided:
+        if not hasattr(conv, "blur_kernel"):
+            row = torch.tensor([0.25, 0.5, 0.25], device=conv.weight.device, dtype=conv.weight.dtype)
+            kernel = torch.outer(row, row).expand(conv.in_channels, 1, 3, 3).contiguous()
+            conv.register_buffer("blur_kernel", kernel, persistent=False)
+            conv.register_forward_pre_hook(_blur_input)
+    return model
+
+
+def _blur_input(conv: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    (x,) = inputs
+    return F.conv2d(x, conv.blur_kernel, padding=1, groups=conv.in_channels)

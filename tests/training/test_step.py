@@ -33,7 +33,8 @@ from training.config import TrainConfig
 from training.launch import launch
 from training.loss import training_loss
 from training.step import train_step
-from utils_architecture import checkpoint_blocks, get_new_model
+from training.surgery import checkpoint_blocks
+from utils_architecture import get_new_model
 
 CLASSES = 4
 ALONE = Processes.alone("cpu")
