@@ -261,6 +261,12 @@ class TrainConfig:
                 f"resolution.max_res: expected at least resolution.min_res={self.resolution.min_res}, "
                 f"got {self.resolution.max_res}."
             )
+        if self.lr.lr_schedule_type != "step" and self.lr.lr_peak_epoch >= self.training.epochs:
+            raise UserError(
+                f"lr.lr_peak_epoch: the learning rate would rise to the end of training; expected less than "
+                f"training.epochs={self.training.epochs}, got {self.lr.lr_peak_epoch}. Give --lr.lr_peak_epoch="
+                f"{self.training.epochs // 5}."
+            )
         if self.training.resume == "":
             raise UserError("training.resume: expected auto, none or a path, got nothing (an unset shell variable?).")
         if self.training.eval_only and self.training.resume not in ("auto", "none"):
@@ -278,6 +284,43 @@ class TrainConfig:
     def label_smoothing(self) -> float:
         """Smoothing inside mixup: the published switch 1 stands for 0.1."""
         return 0.1 if self.training.label_smoothing == 1 else self.training.label_smoothing
+
+    def idle_flags(self) -> dict[str, str]:
+        """Flags that have another value than their default and no effect in this run → what gives them one."""
+        m, lr, adv, training, validation = self.model, self.lr, self.adv, self.training, self.validation
+        attacked = validation.adv_n_ex > 0
+        used_with = [
+            ("adv.alpha adv.noise_level adv.skip_projection", adv.attack == "fgsm", "adv.attack=fgsm"),
+            ("adv.n_iter adv.verbose training.reuse_forward", adv.attack == "apgd", "adv.attack=apgd"),
+            ("adv.eps_warmup_epochs", adv.attack != "none", "an attack (adv.attack)"),
+            ("adv.norm adv.eps", adv.attack != "none" or attacked, "adv.attack or validation.adv_n_ex"),
+            ("validation.adv_n_iter", attacked, "validation.adv_n_ex above 0"),
+            (
+                "validation.stop_on_overfitting",
+                attacked and adv.attack != "none",
+                "an attack and validation.adv_n_ex above 0",
+            ),
+            ("training.momentum", training.optimizer == "sgd", "training.optimizer=sgd"),
+            ("training.label_smoothing", self.data.augmentations == 1, "mixup (data.augmentations=1)"),
+            ("model.ema_decay model.ema_warmup", m.model_ema, "model.model_ema=1"),
+            ("model.early", m.freeze_some, "model.freeze_some=1"),
+            ("lr.lr_peak_epoch", lr.lr_schedule_type != "step", "lr.lr_schedule_type=cosine or cyclic"),
+            ("lr.step_ratio lr.step_length", lr.lr_schedule_type == "step", "lr.lr_schedule_type=step"),
+            ("data.min_scale data.flip", self.data.augmentations != 2, "data.augmentations=0 or 1"),
+            (
+                "resolution.start_ramp resolution.end_ramp",
+                self.resolution.min_res != self.resolution.max_res,
+                "resolution.min_res below resolution.max_res",
+            ),
+        ]
+        idle = {name: needed for names, used, needed in used_with if not used for name in names.split()}
+        sections = {name: section for name, section in vars(self).items() if dataclasses.is_dataclass(section)}
+        defaults = {
+            f"{name}.{f.name}": f.default for name, section in sections.items() for f in dataclasses.fields(section)
+        }
+        values = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
+        defaults["adv.eps"] = DEFAULT_EPS[adv.norm]
+        return {name: needed for name, needed in idle.items() if values[name] != defaults[name]}
 
     @property
     def run_name(self) -> str:
@@ -316,7 +359,7 @@ def harmless_flags() -> frozenset[str]:
 
 
 def _digest(config: TrainConfig) -> str:
-    """Six hexadecimal digits over all flags that can change the trained weights."""
+    """Six hexadecimal digits over all flags that can change the trained weights, and have an effect."""
     harmless = harmless_flags() | {"logging.addendum"}
     values = {
         f"{section}.{name}": value

@@ -67,6 +67,7 @@ class Trainer:
         if config.data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
         self.origin, self.progress, notes = "", Progress(), list(start.notes)
+        notes += [f"{flag} has no effect without {needed}" for flag, needed in config.idle_flags().items()]
         if self.resumes:
             # A run that began at another's state resumes from its own when the same command is given again.
             self.origin = saved["run"]["origin"] if start.own else config.training.resume
@@ -82,9 +83,13 @@ class Trainer:
         self.stop = StopRequest(
             processes, file=config.run_folder / STOP if processes.is_first else None, end_time=end_of_job(config)
         )
+        self.validator = Validator(config, processes, val_source, stop=self.stop, warn=warn)
+        if not config.training.eval_only and not self.keeps_best:
+            notes.append(
+                "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"
+            )
         self.meter = Meter(processes, self.progress, warn=warn)
         self.guard = Guard(config, self.progress, warn=warn if processes.is_first else lambda text: None)
-        self.validator = Validator(config, processes, val_source, stop=self.stop, warn=warn)
         first = min(self.progress.epochs_done, config.training.epochs - 1)
         size = resolution_at_epoch(first, resolution=config.resolution)
         prepare_networks(self.state, config, processes, size=size)
@@ -103,6 +108,11 @@ class Trainer:
     def images_per_step(self) -> int:
         """Global batch: images of all processes in one optimiser step."""
         return self.config.training.batch_size * self.accum * self.processes.world_size
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether there are best weights: clean accuracy does not tell which ones of an adversarial run are."""
+        return self.validator.watches_attack or self.config.adv.attack == "none"
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -216,7 +226,7 @@ class Trainer:
         self.run_folder.log_epoch(record)
         shown = {k: v for k, v in record.items() if k.endswith(("loss", "top1", "per_second"))}
         self.say(f"epoch {epoch}/{self.config.training.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
-        if metrics:
+        if metrics and self.keeps_best:
             self._save_best(record)
         if lost and self.config.validation.stop_on_overfitting:
             raise Diverged(lost)
