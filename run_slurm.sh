@@ -166,7 +166,7 @@ check_flags() {
         split_line "$index"
         task=("$@" ${words[@]+"${words[@]}"})
         check_resume "${task[@]}"
-        if ! folder=$("$PY" train.py --where "${task[@]}"); then
+        if ! folder=$(RANK=0 WORLD_SIZE=$((NODES * processes)) "$PY" train.py --where "${task[@]}"); then
             refuse "these flags are wrong, see above: ${task[*]}"
         fi
         if [ -n "${line_of[$folder]:-}" ]; then
@@ -336,6 +336,11 @@ find_rendezvous() {
     whole_number PORT "$PORT" 1024 65535
     processes=${GPUS:-${SLURM_GPUS_ON_NODE:-gpu}}
     if [ "$processes" = 0 ]; then processes=1; fi
+    # torchrun counts the GPUs of "gpu" itself.
+    on_node=$processes
+    if [ "$processes" = gpu ]; then
+        on_node=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU) || on_node=1
+    fi
     address=$first
     if [ "$nodes" = 1 ]; then
         address=localhost
@@ -411,7 +416,7 @@ work() {
     fi
     check_resume "$@"
     find_rendezvous
-    folder=$("$PY" train.py --where "$@")
+    folder=$(RANK=0 WORLD_SIZE=$((nodes * on_node)) "$PY" train.py --where "$@")
     rm -f "$folder/stop" # left by an earlier start
     read_status
     say "job $job, restarted ${SLURM_RESTART_COUNT:-0} times, $nodes node(s) from $first on: $folder, from step $step"

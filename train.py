@@ -38,6 +38,7 @@ from common.errors import UserError
 from common.flags import load_config
 from common.forkserver import SIGNALS, start_fork_server
 from training.config import TrainConfig
+from training.identity import find_folder
 from training.stop import STOPPED, leave_on_signals
 
 # PyTorch is imported where it is used: `--help` and `--where` do without, and several processes import it at the same time.
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = load_config(TrainConfig, flags, switches=switches)
         if "where" in asked:
-            print(config.run_folder)
+            print(find_folder(config)[0])
             return 0
         if "check" in asked:
             check(config)
@@ -82,12 +83,13 @@ def train(config: TrainConfig, processes: Processes) -> None:
     """One process of the run."""
     from training.resume import begin
 
+    config = config.on(processes.device.type)
     start = begin(config, processes)
     try:
         if not start.finished:
             train_from(start, config, processes)
         elif processes.is_first:
-            print(f"{config.run_folder} is finished; --training.resume=none trains it from scratch.")
+            print(f"{start.folder} is finished; --training.resume=none trains it from scratch.")
     finally:
         start.release()
 
@@ -96,7 +98,7 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
     """Build the run and let it go; leaves by SystemExit where it does not come to its end."""
     from common.processes import restarted_after_failure
     from training.guard import Diverged
-    from training.run_folder import mark_status
+    from training.status import mark_status
     from training.trainer import Stopped, Trainer, deterministic
 
     try:
@@ -105,7 +107,7 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
                 trainer = Trainer(config, processes, start)
             except Exception as error:
                 if start.lock is not None and start.own:
-                    mark_status(config.run_folder, "failed", str(error))
+                    mark_status(start.folder, "failed", str(error))
                 raise
             trainer.run()
     except Stopped as reason:

@@ -37,6 +37,7 @@ from common.errors import UserError
 from common.flags import load_config, read_yaml
 from evaluation.config import EvalConfig
 from training.config import TrainConfig
+from training.identity import find_folder
 
 KEYS = {"extends", "config", "train", "axes", "arms", "seeds", "evaluate", "variants", "compare", "claims"}
 WEIGHTS = ("raw", "ema")
@@ -157,7 +158,7 @@ class Cell:
 
     @property
     def run_folder(self) -> Path:
-        return self.config.run_folder
+        return find_folder(self.config)[0]
 
     def entries(self) -> list[Entry]:
         return [entry for entry in self.grid.entries.values() if entry.arm == self.arm.name]

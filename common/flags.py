@@ -15,7 +15,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ import yaml
 from common.errors import Problems, UserError, blame
 from common.provenance import PROVENANCE_KEY
 
-ConfigT = TypeVar("ConfigT")
+ConfigT = TypeVar("ConfigT", bound="Config")
 REQUIRED: Any = dataclasses.MISSING
 
 
@@ -52,6 +52,16 @@ def flag(
     """
     checks = {"choices": choices, "at_least": at_least, "at_most": at_most, "above": above}
     return field(default=default, metadata={"help": help, "harmless": harmless, **checks})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole command line. The other fields are its sections.
+
+    `given`: dotted names of the flags that the command line or a file gave.
+    """
+
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -165,17 +175,17 @@ def load_config(
     sections = {}
     for name, cls in sections_of(config_class):
         sections[name] = cls(**{f.name: config[(name, f.name)] for f in dataclasses.fields(cls)})
-    return config_class(**sections)
+    return config_class(**sections, given=frozenset(".".join(name) for name in config.content))
 
 
 def config_to_dict(config: Any) -> dict[str, dict[str, Any]]:
     """Sections → flags → plain values, as written to params.json and accepted as a config file."""
-    return {name: dict(section) for name, section in dataclasses.asdict(config).items()}
+    return {name: dataclasses.asdict(getattr(config, name)) for name, _ in sections_of(type(config))}
 
 
 def sections_of(config_class: type) -> list[tuple[str, type]]:
     """Names and dataclasses of a configuration's sections."""
-    return list(typing.get_type_hints(config_class).items())
+    return [(name, cls) for name, cls in typing.get_type_hints(config_class).items() if dataclasses.is_dataclass(cls)]
 
 
 def _fastargs_config(config_class: type) -> fastargs.Config:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from attacks.norms import DEFAULT_EPS, NORMS, check_radius
 from common.errors import UserError, blame
-from common.flags import REQUIRED, converted, flag, read_yaml
+from common.flags import REQUIRED, Config, converted, flag, read_yaml
 from zoo.description import NetworkDescription
 
 IMAGE_IDS = ("auto", "robustbench", "all")
@@ -79,7 +79,7 @@ class ModelEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Config):
     """Everything `runner_aa_eval.py` needs."""
 
     model: EvalModelConfig

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attacks.norms import DEFAULT_EPS, NORMS, check_radius
 from common.errors import UserError, blame
-from common.flags import REQUIRED, config_to_dict, flag, sections_of
+from common.flags import REQUIRED, Config, config_to_dict, flag, sections_of
 
 # fp64 is for comparing runs to the last digits, not for training.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp64")
+FP16_BY_DEFAULT = ("training", "validation")  # sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,11 @@ class ResolutionConfig:
 class DataConfig:
     """Where images come from and how they are augmented."""
 
-    train_dataset: str = flag(REQUIRED, "training images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…")
-    val_dataset: str = flag(REQUIRED, "validation images, likewise")
+    # A run is not where its images lie: a resumed one checks how many they are, and of which classes.
+    train_dataset: str = flag(
+        REQUIRED, "training images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…", harmless=True
+    )
+    val_dataset: str = flag(REQUIRED, "validation images, likewise", harmless=True)
     num_workers: int = flag(REQUIRED, "loader processes of each training process", at_least=0, harmless=True)
     in_memory: bool = flag(REQUIRED, "1: keep all encoded images in memory, shared by the workers", harmless=True)
     seed: int = flag(0, "seed of everything random", at_least=0)
@@ -66,7 +72,7 @@ class DataConfig:
     )
     root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)", harmless=True)
     train_split: str = flag("", "name of the training split for timm's readers; empty: train")
-    val_split: str = flag("", "name of the validation split for timm's readers; empty: validation")
+    val_split: str = flag("", "name of the validation split for timm's readers; empty: validation", harmless=True)
     min_scale: float = flag(0.08, "smallest share of the image's area in RandomResizedCrop", above=0, at_most=1)
     flip: float = flag(0.5, "probability of a horizontal flip (published code, basic: 0)", at_least=0, at_most=1)
     max_bad_images: int = flag(
@@ -196,6 +202,11 @@ class DistConfig:
         3.0, "minutes before the end of a Slurm job to save and stop", at_least=0, harmless=True
     )
 
+    @property
+    def processes(self) -> int:
+        """Number of the run's processes; under torchrun as many as it started."""
+        return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else self.world_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdvConfig:
@@ -223,7 +234,7 @@ class MiscConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Config):
     """Everything `train.py` needs."""
 
     model: ModelConfig
@@ -261,7 +272,11 @@ class TrainConfig:
                 f"resolution.max_res: expected at least resolution.min_res={self.resolution.min_res}, "
                 f"got {self.resolution.max_res}."
             )
-        if self.lr.lr_schedule_type != "step" and self.lr.lr_peak_epoch >= self.training.epochs:
+        if (
+            self.lr.lr_schedule_type != "step"
+            and self.lr.lr_peak_epoch >= self.training.epochs
+            and not self.training.eval_only
+        ):
             raise UserError(
                 f"lr.lr_peak_epoch: the learning rate would rise to the end of training; expected less than "
                 f"training.epochs={self.training.epochs}, got {self.lr.lr_peak_epoch}. Give --lr.lr_peak_epoch="
@@ -285,8 +300,20 @@ class TrainConfig:
         """Smoothing inside mixup: the published switch 1 stands for 0.1."""
         return 0.1 if self.training.label_smoothing == 1 else self.training.label_smoothing
 
+    def on(self, device_type: str) -> TrainConfig:
+        """The flags as they hold on such a device: a CPU takes fp32 where no precision was given.
+
+        float16 is the published default, for GPUs. CPUs are five times slower in it.
+        """
+        if device_type != "cpu":
+            return self
+        sections = {name: getattr(self, name) for name in FP16_BY_DEFAULT if f"{name}.precision" not in self.given}
+        return dataclasses.replace(
+            self, **{name: dataclasses.replace(section, precision="fp32") for name, section in sections.items()}
+        )
+
     def idle_flags(self) -> dict[str, str]:
-        """Flags that have another value than their default and no effect in this run → what gives them one."""
+        """Flags that have no effect in this run → what gives them one."""
         m, lr, adv, training, validation = self.model, self.lr, self.adv, self.training, self.validation
         attacked = validation.adv_n_ex > 0
         used_with = [
@@ -313,20 +340,19 @@ class TrainConfig:
                 "resolution.min_res below resolution.max_res",
             ),
         ]
-        idle = {name: needed for names, used, needed in used_with if not used for name in names.split()}
-        sections = {name: section for name, section in vars(self).items() if dataclasses.is_dataclass(section)}
-        defaults = {
-            f"{name}.{f.name}": f.default for name, section in sections.items() for f in dataclasses.fields(section)
-        }
-        values = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
-        defaults["adv.eps"] = DEFAULT_EPS[adv.norm]
-        return {name: needed for name, needed in idle.items() if values[name] != defaults[name]}
+        return {name: needed for names, used, needed in used_with if not used for name in names.split()}
+
+    @property
+    def global_batch(self) -> int:
+        """Images of one optimiser step, of all processes."""
+        return self.training.batch_size * self.training.grad_accum * self.dist.processes
 
     @property
     def run_name(self) -> str:
         """Name of the run's folder: the flags that matter most, a digest of all that alter the result, and the addendum.
 
-        It holds no time, so that the same command line finds the same folder again.
+        It holds no time, so that the same command line finds the same folder again. Flags count that alter the result and differ
+        from their defaults, so that a new flag renames no run.
         """
         stem = "_cvst" if self.model.not_original else ""
         parts = [self.model.arch.replace("/", "-") + stem]
@@ -337,10 +363,26 @@ class TrainConfig:
             parts.append("clean")
         parts.append(("basic", "heavy", "plain")[self.data.augmentations])
         parts.append(f"{self.training.epochs}ep_{self.resolution.max_res}px_seed{self.data.seed}")
-        parts.append(_digest(self))
+        parts.append(f"batch{self.global_batch}")
+        settings = json.dumps(self.settings(), sort_keys=True)
+        parts.append(hashlib.sha256(settings.encode()).hexdigest()[:6])
         if self.logging.addendum:
             parts.append("".join(c if c.isalnum() or c in "-_.=" else "-" for c in self.logging.addendum))
         return "_".join(parts)
+
+    def settings(self) -> dict[str, Any]:
+        """What makes the run the one it is: dotted names and values of the flags that alter its result and differ from their
+        defaults. How a global batch is shared by processes and micro-batches does not count, nor do idle flags.
+        """
+        values = {
+            f"{section}.{name}": v for section, flags in config_to_dict(self).items() for name, v in flags.items()
+        }
+        values["model.ckpt_path"] = self.model.ckpt_path.rstrip("/")
+        uncounted = harmless_flags() | self.idle_flags().keys() | {"logging.addendum", "training.grad_accum"}
+        if self.training.precision == "fp32" and "training.precision" not in self.given:
+            uncounted |= {"training.precision"}  # a CPU's default
+        defaults = default_values() | {"adv.eps": DEFAULT_EPS[self.adv.norm]}
+        return {name: v for name, v in values.items() if name not in uncounted and v != defaults[name]}
 
     @property
     def run_folder(self) -> Path:
@@ -350,21 +392,13 @@ class TrainConfig:
 
 def harmless_flags() -> frozenset[str]:
     """Dotted names of the training flags that cannot change the trained weights."""
-    return frozenset(
-        f"{section}.{f.name}"
-        for section, cls in sections_of(TrainConfig)
-        for f in dataclasses.fields(cls)
-        if f.metadata["harmless"]
-    )
+    return frozenset(name for name, f in _fields() if f.metadata["harmless"])
 
 
-def _digest(config: TrainConfig) -> str:
-    """Six hexadecimal digits over all flags that can change the trained weights, and have an effect."""
-    harmless = harmless_flags() | {"logging.addendum"}
-    values = {
-        f"{section}.{name}": value
-        for section, flags in config_to_dict(config).items()
-        for name, value in flags.items()
-        if f"{section}.{name}" not in harmless
-    }
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+def default_values() -> dict[str, Any]:
+    """Dotted names and defaults of all training flags."""
+    return {name: f.default for name, f in _fields()}
+
+
+def _fields() -> list[tuple[str, dataclasses.Field]]:
+    return [(f"{section}.{f.name}", f) for section, cls in sections_of(TrainConfig) for f in dataclasses.fields(cls)]

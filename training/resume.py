@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,21 +12,21 @@ from typing import Any, BinaryIO
 
 from common.errors import UserError
 from common.files import take_folder, writable
-from common.flags import config_to_dict
 from common.processes import Processes
+from common.provenance import PROVENANCE_KEY
+from training.build import open_sources
 from training.checkpoint import LAST, PREVIOUS, DamagedState, newest_state, read_state
-from training.config import TrainConfig, harmless_flags
+from training.config import TrainConfig
+from training.identity import changed_flags, find_folder, other_images
 from training.progress import Progress
-from training.run_folder import mark_status, read_status
 from training.state import TrainState
+from training.status import is_finished, mark_status
 
 FORMAT = 1  # of a training state; changes when an older one cannot be read any more
 # What a training state holds; see `Trainer`.
 KEYS = {"format", "step", "train", "config", "run", "progress", "log"}
 STOP = "stop"  # file in the run folder that asks for a stop
 PATIENCE = 15.0  # seconds that a run which is ending has to leave its folder
-# Flags that only the very beginning of a run uses, and its name.
-BEGINNING = {"model.ckpt_path", "model.pretrained", "logging.addendum"}
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Start:
     """Where a run begins.
 
     Attributes:
+        folder: the run's folder, on the first process.
         state: the training state to go on from; None: anew.
         source: the file it comes from.
         own: it is this run's own, whose folder goes on.
@@ -39,6 +43,7 @@ class Start:
         lock: keeps other runs out of the run folder, where there is one; on the first process.
     """
 
+    folder: Path | None = None
     state: dict[str, Any] | None = None
     source: Path | None = None
     own: bool = False
@@ -51,12 +56,12 @@ class Start:
         state, self.state = self.state, None
         return state
 
-    def hold(self, folder: Path) -> None:
+    def hold(self) -> None:
         """Keep other runs out of the run folder, which is made where there is none; without effect where that is so already."""
         if self.lock is None:
-            with writable("logging.folder", folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                self.lock = take_folder(folder, flag="logging.folder")
+            with writable("logging.folder", self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = take_folder(self.folder, flag="logging.folder")
 
     def release(self) -> None:
         """Let other runs into the folder."""
@@ -91,11 +96,18 @@ def begin(config: TrainConfig, processes: Processes) -> Start:
     )
     if processes.is_first:
         return start
-    return Start(shared["state"], shared["source"] and Path(shared["source"]), shared["own"], shared["finished"])
+    return Start(None, shared["state"], shared["source"] and Path(shared["source"]), shared["own"], shared["finished"])
 
 
 def _take(config: TrainConfig) -> Start:
-    folder = config.run_folder
+    folder, note = find_folder(config)
+    start = _take_folder(config, folder)
+    start.folder = folder
+    start.notes[:0] = [note] if note and not start.finished else []
+    return start
+
+
+def _take_folder(config: TrainConfig, folder: Path) -> Start:
     if not folder.is_dir():
         return find_start(config, folder)
     with writable("logging.folder", folder):
@@ -138,7 +150,7 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
     else:
         state, source, notes = _read(path), path, []
     _check_keys(state, source)
-    changed = changed_flags(state["config"], config)
+    changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
     if changed and not config.training.resume_force:
         raise UserError(
             f"training.resume: flags that alter the numbers are not those of {source}: {'; '.join(changed)}. Give them as they "
@@ -146,26 +158,40 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
         )
     notes += [f"going on with changed flags: {'; '.join(changed)}"] if changed else []
     own = folder.exists() and source.parent.resolve() == folder.resolve()
-    return Start(state, source, own, own and _is_finished(folder), notes)
+    return Start(state, source, own, own and is_finished(folder), notes)
 
 
 def _own_start(config: TrainConfig, folder: Path) -> Start:
-    if _is_finished(folder):
+    if is_finished(folder):
+        _check_finished(folder, config)
         return Start(own=True, finished=True)
     found = newest_state(folder) if folder.is_dir() else None
     if found is None:
         return Start()
     state, source, notes = found
     _check_keys(state, source)
-    changed = changed_flags(state["config"], config)
+    changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
     if changed and not config.training.resume_force:
         return Start(notes=[*notes, f"{source} is of other flags ({'; '.join(changed)}), so this run starts anew"])
     return Start(state, source, True, False, notes)
 
 
-def _is_finished(folder: Path) -> bool:
-    status = read_status(folder)
-    return status is not None and status.get("status") == "finished"
+def _check_finished(folder: Path, config: TrainConfig) -> None:
+    """Refuse a run that was finished on other images than those of `data.train_dataset`; they are opened if that has changed."""
+    try:
+        params = json.loads((folder / "params.json").read_text())
+        before, provenance = params["data"]["train_dataset"], params[PROVENANCE_KEY]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # damaged
+    if os.path.normpath(before) == os.path.normpath(config.data.train_dataset):
+        return
+    source, _ = open_sources(dataclasses.replace(config, data=dataclasses.replace(config.data, in_memory=False)))
+    differences = other_images(provenance, {"images": len(source), "classes": source.class_names})
+    if differences:
+        raise UserError(
+            f"logging.folder: {folder} holds this run, finished, and {'; '.join(differences)}. Give --logging.addendum=… for a "
+            "second run, or --training.resume=none to train this one from scratch."
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -194,22 +220,6 @@ def _check_keys(state: Any, source: Path) -> None:
         )
 
 
-def changed_flags(saved: Mapping[str, Mapping[str, Any]], config: TrainConfig) -> list[str]:
-    """ "flag: old → new" for each flag that alters the numbers from here on; a flag the state does not know had its default."""
-    now, ignored = config_to_dict(config), harmless_flags() | BEGINNING
-    defaults = {
-        section: {name: f.default for name, f in getattr(config, section).__dataclass_fields__.items()}
-        for section in now
-    }
-    changed = []
-    for section, flags in now.items():
-        for name, value in flags.items():
-            before = saved.get(section, {}).get(name, defaults[section][name])
-            if f"{section}.{name}" not in ignored and before != value:
-                changed.append(f"{section}.{name}: {before} → {value}")
-    return changed
-
-
 def accumulation(state: Mapping[str, Any], config: TrainConfig, world_size: int) -> int:
     """`training.grad_accum` that keeps the global batch of a training state on `world_size` processes.
 
@@ -217,8 +227,9 @@ def accumulation(state: Mapping[str, Any], config: TrainConfig, world_size: int)
         UserError: it does not divide.
     """
     training, run, flags = config.training, state["run"], state["config"]["training"]
-    if any(getattr(training, name) != flags[name] for name in ("batch_size", "grad_accum")):
-        return training.grad_accum  # changed by force
+    changed = any(getattr(training, name) != flags[name] for name in ("batch_size", "grad_accum"))
+    if changed or training.batch_size * training.grad_accum * world_size == run["global_batch"]:
+        return training.grad_accum  # changed by force, or another share of the same
     together = training.batch_size * world_size
     accum, rest = divmod(run["global_batch"], together)
     if rest:
@@ -252,9 +263,7 @@ def check_run(
     Raises:
         UserError: they differ, without `training.resume_force`; or the state has all epochs behind it.
     """
-    notes, differences = [], []
-    if run["images"] != now["images"]:
-        differences.append(f"data.train_dataset had {run['images']} images and has {now['images']}")
+    notes, differences = [], other_images(run, now)
     if not any_workers and run["readers"] != now["readers"]:
         (processes, workers), (before, workers_before) = now["readers"], run["readers"]
         differences.append(

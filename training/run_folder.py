@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from common.flags import config_to_dict
 from common.provenance import PROVENANCE_KEY
 from training.config import TrainConfig
 from training.curves import draw_curves
+from training.status import STATUS, write_status
 
-STATUS = "status.json"
 WEIGHTS_NAMES = {"raw": "weights", "ema": "weights_ema"}  # kind of network → beginning of its files' names
 
 
@@ -48,12 +47,13 @@ class NoRunFolder:
 
 
 class RunFolder(NoRunFolder):
-    """Everything a run leaves behind, in `config.run_folder`.
+    """Everything a run leaves behind.
 
     `log` holds one JSON object a line. Its `kind` is "start" (of the run, or of a process that resumes it), "step" (by
     `logging.log_level`) or "epoch" (of a validation). Non-finite numbers are strings, as JSON has none.
 
     Args:
+        path: the folder.
         config: all flags.
         provenance: of this start; with `resume` it holds the `step` too.
         warn: takes one sentence for the user.
@@ -71,18 +71,15 @@ class RunFolder(NoRunFolder):
 
     def __init__(
         self,
+        path: Path,
         config: TrainConfig,
         provenance: Mapping[str, Any],
         *,
         warn: Callable[[str], None],
         resume: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self._keep, self._level, self._warn = (
-            config.run_folder,
-            config.logging.keep,
-            config.logging.log_level,
-            warn,
-        )
+        self.path, self._warn = path, warn
+        self._keep, self._level = config.logging.keep, config.logging.log_level
         self._told: set[str] = set()  # files whose failure was told
         self._saved: dict[str, list[int]] = {name: [] for name in WEIGHTS_NAMES.values()}
         with writable("logging.folder", self.path):
@@ -151,7 +148,7 @@ class RunFolder(NoRunFolder):
     def set_status(self, status: str, *, step: int, epoch: int, reason: str = "") -> None:
         """Write status.json: how the run stands, with optimiser steps and finished epochs of the newest state on the disk."""
         try:
-            _write_status(self.path, {"status": status, "step": step, "epoch": epoch, "reason": reason})
+            write_status(self.path, {"status": status, "step": step, "epoch": epoch, "reason": reason})
         except OSError as error:
             self._warn_unwritten(self.path / STATUS, error, f'the status is "{status}"')
 
@@ -264,31 +261,6 @@ class RunFolder(NoRunFolder):
 
     def _warn_unwritten(self, path: Path, error: Exception, consequence: str) -> None:
         self._warn(f"{path}: cannot be written ({_reason(error)}); {consequence}.")
-
-
-def read_status(folder: Path) -> dict[str, Any] | None:
-    """What status.json of a run folder says; None where there is none, or it cannot be read."""
-    try:
-        status = json.loads((folder / STATUS).read_text())
-    except (OSError, ValueError):
-        return None
-    return status if isinstance(status, dict) else None
-
-
-def mark_status(folder: Path, status: str, reason: str = "") -> None:
-    """Change the status of a run that has one, before or without opening its folder; its step and epoch stay.
-
-    Best effort: a disk that takes nothing has its say when the folder is opened.
-    """
-    before = read_status(folder)
-    if before is not None:
-        with suppress(OSError):
-            _write_status(folder, before | {"status": status, "reason": reason})
-
-
-def _write_status(folder: Path, content: Mapping[str, Any]) -> None:
-    content = {**content, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    write_atomically(folder / STATUS, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 def _plain(value: Any) -> Any:

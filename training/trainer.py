@@ -67,7 +67,10 @@ class Trainer:
         if config.data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
         self.origin, self.progress, notes = "", Progress(), list(start.notes)
-        notes += [f"{flag} has no effect without {needed}" for flag, needed in config.idle_flags().items()]
+        idle = config.idle_flags()
+        notes += [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & config.given)]
+        if processes.device.type == "cpu" and "training.precision" not in config.given:
+            notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
         if self.resumes:
             # A run that began at another's state resumes from its own when the same command is given again.
             self.origin = saved["run"]["origin"] if start.own else config.training.resume
@@ -81,7 +84,7 @@ class Trainer:
             )
             self.progress = restore(saved, self.state, steps_per_epoch=self.loader.steps_per_epoch, source=start.source)
         self.stop = StopRequest(
-            processes, file=config.run_folder / STOP if processes.is_first else None, end_time=end_of_job(config)
+            processes, file=start.folder / STOP if processes.is_first else None, end_time=end_of_job(config)
         )
         self.validator = Validator(config, processes, val_source, stop=self.stop, warn=warn)
         if not config.training.eval_only and not self.keeps_best:
@@ -333,15 +336,15 @@ class Trainer:
 
     def _open_folder(self, saved: dict[str, Any] | None, notes: list[str]) -> RunFolder:
         """The run's folder, locked; `saved`: the training state to resume from."""
-        facts, path = self._provenance(), self.config.run_folder
+        facts = self._provenance()
         if saved is not None:
             facts |= {"step": saved["step"], "from": str(self.start.source), "notes": notes}
-        self.start.hold(path)
+        self.start.hold()
         position = saved["log"] | {"step": saved["step"]} if saved is not None and self.start.own else None
-        folder = RunFolder(self.config, facts, warn=warn, resume=position)
+        folder = RunFolder(self.start.folder, self.config, facts, warn=warn, resume=position)
         if folder.set_aside:
             self.start.release()
-            self.start.hold(path)
+            self.start.hold()
         folder.log_start(
             {name: facts[name] for name in ("step", "from", "notes", "started", "processes") if name in facts}
         )
@@ -353,6 +356,7 @@ class Trainer:
         """What a later start is checked against, beside the flags."""
         return {
             "images": self.images,
+            "classes": self.class_names,
             "epochs_done": self.progress.epochs_done,
             "origin": self.origin,
             "steps_per_epoch": self.loader.steps_per_epoch,
@@ -366,6 +370,7 @@ class Trainer:
     def _provenance(self) -> dict[str, Any]:
         rendezvous = f"{self.config.dist.address}:{self.config.dist.port}" if self.processes.world_size > 1 else None
         return provenance() | {
+            "images": self.images,
             "classes": self.class_names,
             "processes": self.processes.world_size,
             "rendezvous": rendezvous,
@@ -399,7 +404,7 @@ class Trainer:
             aside = f"; the earlier run of this name is now {self.run_folder.set_aside}"
         attack = "clean" if c.adv.attack == "none" else f"{c.adv.attack} {c.adv.norm} eps {c.adv.eps:.4g}"
         return (
-            f"{c.run_name}: {c.model.arch}{' with ConvStem' if c.model.not_original else ''}, {attack}, "
+            f"{self.run_folder.path.name}: {c.model.arch}{' with ConvStem' if c.model.not_original else ''}, {attack}, "
             f"{self.loader.steps_per_epoch} steps an epoch of {self.images_per_step} images on {self.processes.world_size} × "
             f"{self.processes.device.type}{aside}"
         )

@@ -175,15 +175,39 @@ def test_round_trip_through_json_and_yaml(tmp_path):
         assert load_config(TrainConfig, ["--config-file", str(tmp_path / name)]) == config
 
 
-def test_run_name_is_a_function_of_what_matters():
+def test_run_name_is_a_function_of_what_the_run_computes(monkeypatch):
     name = load("--adv.attack=apgd", "--model.not_original=1", "--data.augmentations=1").run_name
-    assert name.startswith("convnext_tiny_cvst_apgd2_Linf_0.01569_heavy_100ep_160px_seed0_")
-    assert load().run_name == load("--data.num_workers=9", "--logging.log_level=2", "--misc.notes=hi").run_name
-    others = [
-        load(f).run_name for f in ("--lr.lr=2", "--training.weight_decay=0.1", "--model.ckpt_path=x", "--data.flip=0")
+    assert name.startswith("convnext_tiny_cvst_apgd2_Linf_0.01569_heavy_100ep_160px_seed0_batch512_")
+    same = [
+        *("--data.num_workers=9", "--logging.log_level=2", "--misc.notes=hi"),
+        *("--data.train_dataset=/scratch/7/images/", "--data.val_dataset=other", "--validation.freq=3"),
+        *("--lr.lr=0.001", "--adv.norm=Linf", "--adv.eps=4/255", "--training.grad_accum=1"),
+        *("--adv.alpha=0.5", "--training.momentum=0.5", "--model.ema_decay=0.5", "--lr.step_length=5"),  # idle ones
     ]
-    assert len({load().run_name, *others}) == 5
+    assert {load(f).run_name for f in same} == {load().run_name}
+    other = [
+        *("--lr.lr=2", "--training.weight_decay=0.1", "--model.ckpt_path=x", "--data.flip=0", "--adv.attack=fgsm"),
+        *("--training.grad_accum=2", "--training.batch_size=256", "--training.precision=fp32", "--data.seed=1"),
+    ]
+    assert len({load(f).run_name for f in [*other, "--misc.notes="]}) == len(other) + 1
+    assert load("--model.ckpt_path=runs/a/").run_name == load("--model.ckpt_path=runs/a").run_name
     assert "/" not in load("--logging.addendum=../../x").run_name
+    two = ("--training.distributed=1", "--dist.world_size=2")
+    assert load(*two).global_batch == 1024 and load(*two, "--training.batch_size=256").global_batch == 512
+    assert load(*two).run_name == load("--training.grad_accum=2").run_name != load().run_name
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert load().run_name == load(*two).run_name
+
+
+def test_precision_that_was_not_given_is_fp32_on_a_cpu():
+    def precisions(config):
+        return config.training.precision, config.validation.precision
+
+    assert precisions(load()) == precisions(load().on("cuda")) == ("fp16", "fp16")
+    assert precisions(load().on("cpu")) == ("fp32", "fp32")
+    assert precisions(load("--training.precision=fp16").on("cpu")) == ("fp16", "fp32")
+    assert load().run_name == load().on("cpu").run_name == load("--training.precision=fp16").run_name
 
 
 def test_harmless_flags_are_flags():

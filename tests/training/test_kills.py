@@ -19,7 +19,7 @@ from tests.helpers.processes import free_port, wait_until
 from tests.training.helpers import base_flags, read_outcome, run, write_images
 from training.checkpoint import LAST, PREVIOUS
 from training.config import TrainConfig
-from training.run_folder import STATUS, read_status
+from training.status import STATUS, read_status
 
 KILLS = 20
 TIMINGS = ("seconds", "per_second", "data_wait")  # ends of the names of values that may differ

@@ -20,7 +20,7 @@ import pytest
 
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, write_images
 from tests.training.test_resume import PROJECT, folder_of, start, timeless
-from training.run_folder import read_status
+from training.status import read_status
 
 LINK = "cable"  # the interface of both nodes
 PORT = 29400

@@ -24,7 +24,7 @@ from tests.helpers.processes import wait_until
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, run, write_images
 from training.checkpoint import LAST, PREVIOUS, read_state
 from training.config import TrainConfig
-from training.run_folder import read_status
+from training.status import read_status
 from training.stop import STOPPED
 
 PROJECT = Path(training.__file__).resolve().parent.parent

@@ -23,7 +23,8 @@ from common.flags import load_config
 from common.provenance import PROVENANCE_KEY
 from tests.training.helpers import base_flags
 from training.config import TrainConfig
-from training.run_folder import RunFolder, read_status
+from training.run_folder import RunFolder
+from training.status import read_status
 from zoo.runs import find_weights
 
 

@@ -28,7 +28,7 @@ from data.loader import EvalLoader, spread_indices
 from tests.training.helpers import base_flags, largest_difference, read_outcome, run, write_images
 from training.config import TrainConfig
 from training.launch import launch
-from training.run_folder import read_status
+from training.status import read_status
 from training.stop import STOPPED
 from utils_architecture import get_new_model
 from zoo.runs import find_weights

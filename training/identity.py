@@ -1,0 +1,90 @@
+"""Which run a command line means: the folder it works in, and whether a training state belongs to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.flags import config_to_dict
+from common.provenance import PROVENANCE_KEY
+from training.config import TrainConfig, default_values, harmless_flags
+from training.status import is_finished, read_status
+
+# Flags that only the very beginning of a run uses, and its name.
+BEGINNING = {"model.ckpt_path", "model.pretrained", "logging.addendum"}
+
+
+def find_folder(config: TrainConfig) -> tuple[Path, str]:
+    """The run's folder, and a sentence for the user where it has another name than `config.run_folder`.
+
+    That is a folder of the same flags that an earlier version of the project named, or of an unfinished run with another number of
+    processes, which can share its global batch.
+    """
+    named = config.run_folder
+    if named.exists() or config.training.resume == "none" or config.training.eval_only:
+        return named, ""
+    paths = [path for path in named.parent.glob("*/params.json") if not re.search(r"\.\d+$", path.parent.name)]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        folder = path.parent
+        try:
+            params = json.loads(path.read_text())
+            batch = params[PROVENANCE_KEY]["global_batch"]
+            if changed_flags(params, config, global_batch=batch, beginning=True):
+                continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or no run's
+            continue
+        if batch == config.global_batch:
+            return folder, f"{folder} holds this run; an earlier version of the project named it so"
+        shared = batch % (config.training.batch_size * config.dist.processes) == 0
+        if shared and not is_finished(folder) and (read_status(folder) or {}).get("step", 0) > 0:
+            return folder, (
+                f"{folder} holds this run, begun on another number of processes; it keeps its {batch} images a step, and "
+                f"--training.resume=none starts one of {config.global_batch}"
+            )
+    return named, ""
+
+
+def changed_flags(
+    saved: Mapping[str, Mapping[str, Any]], config: TrainConfig, *, global_batch: int, beginning: bool = False
+) -> list[str]:
+    """ "flag: old → new" for each flag that alters the numbers.
+
+    Args:
+        saved: flags of a run, by section; one that it does not know had its default.
+        config: flags of this start.
+        global_batch: of the run; micro-batches that make the same one are no change.
+        beginning: flags that only the beginning of a run uses count too.
+    """
+    ignored = harmless_flags() | config.idle_flags().keys() | (set() if beginning else BEGINNING)
+    if global_batch == config.global_batch:
+        ignored |= {"training.grad_accum"}
+    defaults, changed = default_values(), []
+    for section, flags in config_to_dict(config).items():
+        for name, value in flags.items():
+            flag = f"{section}.{name}"
+            before = saved.get(section, {}).get(name, defaults[flag])
+            if flag == "model.ckpt_path":
+                before, value = before.rstrip("/"), value.rstrip("/")
+            if flag not in ignored and before != value:
+                changed.append(f"{flag}: {before} → {value}")
+    return changed
+
+
+def other_images(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences between the training images of a run and those of this start.
+
+    Both hold `images`, their number, and `classes`, their names; None, or no such key, where that is not known.
+    """
+    differences = []
+    before, images = run.get("images"), now["images"]
+    if before is not None and before != images:
+        differences.append(f"data.train_dataset had {before} images and has {images}")
+    old, new = run.get("classes"), now["classes"]
+    if old is not None and new is not None and list(old) != list(new):
+        other = next((pair for pair in zip(old, new) if pair[0] != pair[1]), None)
+        what = f"{other[0]!r} is now {other[1]!r}" if other else f"they were {len(old)} and are {len(new)}"
+        differences.append(f"data.train_dataset has other classes: {what}")
+    return differences

@@ -1,0 +1,46 @@
+"""status.json of a run folder: how the run stands, for launchers, grids and the next start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from common.files import write_atomically
+
+STATUS = "status.json"
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What status.json of a run folder says; None where there is none, or it cannot be read."""
+    try:
+        status = json.loads((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        return None
+    return status if isinstance(status, dict) else None
+
+
+def mark_status(folder: Path, status: str, reason: str = "") -> None:
+    """Change the status of a run that has one, before or without opening its folder; its step and epoch stay.
+
+    Best effort: a disk that takes nothing has its say when the folder is opened.
+    """
+    before = read_status(folder)
+    if before is not None:
+        with suppress(OSError):
+            write_status(folder, before | {"status": status, "reason": reason})
+
+
+def write_status(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write status.json, with the time."""
+    content = {**content, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_atomically(folder / STATUS, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run has come to its end."""
+    status = read_status(folder)
+    return status is not None and status.get("status") == "finished"
