@@ -34,7 +34,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UserError
+from common.errors import Problems, UserError
 from common.flags import load_config
 from common.forkserver import SIGNALS, start_fork_server
 from training.config import TrainConfig
@@ -126,17 +126,20 @@ def check(config: TrainConfig) -> None:
 
     from common.files import writable
     from common.processes import Processes, check_processes, check_rendezvous, under_torchrun
-    from training.build import build_state, build_train_loader, check_image_sizes, open_sources
+    from training.build import build_parts
     from utils_architecture import check_pretrained
     from zoo.names import split_kind
     from zoo.published import find_published
 
-    world_size = check_processes(config.dist.world_size)
-    if config.dist.world_size > 1 and not under_torchrun():
-        check_rendezvous(config.dist.address, config.dist.port)
+    problems, world_size = Problems(), 1
+    with problems.caught():
+        world_size = check_processes(config.dist.world_size)
+        if config.dist.world_size > 1 and not under_torchrun():
+            check_rendezvous(config.dist.address, config.dist.port)
     if config.model.pretrained and not config.model.ckpt_path:
-        check_pretrained(config.model.arch)
-    with writable("logging.folder", folder := Path(config.logging.folder)):
+        with problems.caught():
+            check_pretrained(config.model.arch)
+    with problems.caught(), writable("logging.folder", folder := Path(config.logging.folder)):
         folder.mkdir(parents=True, exist_ok=True)
     # Nothing is loaded into memory and nothing downloaded for a check.
     start = config.model.ckpt_path
@@ -146,9 +149,9 @@ def check(config: TrainConfig) -> None:
         data=dataclasses.replace(config.data, in_memory=False),
         model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if known else start),
     )
-    train_source, _ = open_sources(quick)
-    build_train_loader(quick, train_source, Processes(rank=0, world_size=world_size, device=torch.device("cpu")))
-    check_image_sizes(build_state(quick, Processes.alone("cpu")).model, quick)
+    with problems.caught():
+        build_parts(quick, Processes(rank=0, world_size=world_size, device=torch.device("cpu")))
+    problems.report()
 
 
 if __name__ == "__main__":

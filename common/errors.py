@@ -10,9 +10,14 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Bad input: a flag, file or folder the program cannot work with.
 
-    The message is one paragraph that names the flag or file, what was expected and what came; or one line for each of several
-    problems. The entry scripts print it without a traceback and exit with status 2.
+    Each argument is one problem, a paragraph that names the flag or file, what was expected and what came. The entry scripts print
+    them without a traceback and exit with status 2.
     """
+
+    def __str__(self) -> str:
+        if len(self.args) == 1:
+            return str(self.args[0])
+        return "\n".join([f"{len(self.args)} problems:", *(f"  {problem}" for problem in self.args)])
 
 
 class Problems:
@@ -27,23 +32,21 @@ class Problems:
         try:
             yield
         except UserError as error:
-            self.found.append(str(error))
+            self.found.extend(error.args)
 
     def report(self) -> None:
         """Raise one `UserError` for all that was found, if any was."""
-        if len(self.found) > 1:
-            raise UserError("\n".join([f"{len(self.found)} problems:", *(f"  {text}" for text in self.found)]))
         if self.found:
-            raise UserError(self.found[0])
+            raise UserError(*self.found)
 
 
 @contextmanager
 def blame(flag: str) -> Iterator[None]:
-    """Put the flag, or the file's line, that an input came from before the message of its `UserError`."""
+    """Put the flag, or the file's line, that an input came from before each problem of a `UserError`."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{flag}: {error}") from error
+        raise UserError(*(f"{flag}: {problem}" for problem in error.args)) from error
 
 
 def describe(error: BaseException) -> str:

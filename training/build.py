@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import Problems, UserError
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.datasets import open_source
@@ -28,33 +29,82 @@ from zoo.names import locate, split_kind
 AnySource = Source | StreamSource
 
 
-def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = False) -> tuple[AnySource, AnySource]:
-    """Training and validation images; their classes are checked against each other and against the head.
+@dataclass(frozen=True)
+class Parts:
+    """What a run is built from."""
 
-    `once`: as in `open_source`, for `data.in_memory`.
+    train_source: AnySource
+    val_source: AnySource
+    loader: TrainLoader
+    state: TrainState
+
+
+def build_parts(
+    config: TrainConfig,
+    processes: Processes,
+    *,
+    accum: int | None = None,
+    initial: bool = True,
+    once: Once = alone,
+) -> Parts:
+    """Everything a run is built from.
+
+    Args:
+        accum: replaces `training.grad_accum`.
+        initial: as in `build_state`.
+        once: as in `open_source`, for `data.in_memory`.
+
+    Raises:
+        UserError: flags, images or weights do not fit; it has all problems.
     """
-    data = config.data
+    problems = Problems()
+    train = val = loader = state = None
+    with problems.caught():
+        train, val = open_sources(config, once=once, progress=processes.is_first)
+    if train is not None and val is not None:
+        with problems.caught():
+            check_sources(config, train, val)
+        with problems.caught():
+            loader = build_train_loader(config, train, processes, accum=accum)
+    with problems.caught():
+        state = build_state(config, processes, initial=initial)
+        check_image_sizes(state.model, config)
+    problems.report()
+    return Parts(train, val, loader, state)
+
+
+def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = False) -> tuple[AnySource, AnySource]:
+    """Training and validation images, whose classes are the same; `once`: as in `open_source`, for `data.in_memory`."""
+    data, problems = config.data, Problems()
     opened = partial(open_source, root=data.root, in_memory=data.in_memory, once=once, progress=progress)
-    train = opened(data.train_dataset, split="train", flag="data.train_dataset", split_name=data.train_split)
-    val = opened(
-        data.val_dataset,
-        split="val",
-        flag="data.val_dataset",
-        split_name=data.val_split,
-        class_names=train.class_names,
-    )
+    train = val = None
+    with problems.caught():
+        train = opened(data.train_dataset, split="train", flag="data.train_dataset", split_name=data.train_split)
+    with problems.caught():
+        names = train and train.class_names
+        val = opened(
+            data.val_dataset, split="val", flag="data.val_dataset", split_name=data.val_split, class_names=names
+        )
+    problems.report()
+    return train, val
+
+
+def check_sources(config: TrainConfig, train: AnySource, val: AnySource) -> None:
+    """Check images and flags against each other."""
+    problems = Problems()
     if isinstance(val, StreamSource) and config.validation.adv_n_ex:
-        raise UserError(
-            f"validation.adv_n_ex: the quick adversarial validation picks images by index, and {data.val_dataset} can only be "
-            "read in order; give --validation.adv_n_ex=0, or validation images of another kind."
+        problems.found.append(
+            f"validation.adv_n_ex: the quick adversarial validation picks images by index, and {config.data.val_dataset} can "
+            "only be read in order; give --validation.adv_n_ex=0, or validation images of another kind."
         )
     for flag, source in (("data.train_dataset", train), ("data.val_dataset", val)):
-        if source.num_classes is not None and source.num_classes != config.model.num_classes:
-            raise UserError(
+        if source.num_classes not in (None, config.model.num_classes):
+            problems.found.append(
                 f"model.num_classes: the head has {config.model.num_classes} classes, {flag} has {source.num_classes}; "
                 f"give --model.num_classes={source.num_classes}."
             )
-    return train, val
+            break
+    problems.report()
 
 
 def build_train_loader(

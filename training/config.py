@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.norms import DEFAULT_EPS, NORMS, check_radius
-from common.errors import UserError, blame
+from common.errors import Problems, blame
 from common.flags import REQUIRED, Config, config_to_dict, flag, sections_of
 
 # fp64 is for comparing runs to the last digits, not for training.
@@ -59,8 +59,13 @@ class DataConfig:
         REQUIRED, "training images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…", harmless=True
     )
     val_dataset: str = flag(REQUIRED, "validation images, likewise", harmless=True)
-    num_workers: int = flag(REQUIRED, "loader processes of each training process", at_least=0, harmless=True)
-    in_memory: bool = flag(REQUIRED, "1: keep all encoded images in memory, shared by the workers", harmless=True)
+    num_workers: int | None = flag(
+        None,
+        "loader processes of each training process; unset: its share of the cores, at most 12",
+        at_least=0,
+        harmless=True,
+    )
+    in_memory: bool = flag(False, "1: keep all encoded images in memory, shared by the workers", harmless=True)
     seed: int = flag(0, "seed of everything random", at_least=0)
     augmentations: int = flag(
         0, "0 basic (crop, flip), 1 heavy (RandAugment, erasing, mixup), 2 none", at_least=0, at_most=2
@@ -207,6 +212,11 @@ class DistConfig:
         """Number of the run's processes; under torchrun as many as it started."""
         return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else self.world_size
 
+    @property
+    def processes_here(self) -> int:
+        """Those on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)) if "RANK" in os.environ else self.processes
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdvConfig:
@@ -249,26 +259,30 @@ class TrainConfig(Config):
     misc: MiscConfig
 
     def __post_init__(self) -> None:
+        if self.data.num_workers is None:
+            workers = min(12, max(1, len(os.sched_getaffinity(0)) // self.dist.processes_here))
+            object.__setattr__(self, "data", dataclasses.replace(self.data, num_workers=workers))
         if self.adv.eps is None:
             object.__setattr__(self, "adv", dataclasses.replace(self.adv, eps=DEFAULT_EPS[self.adv.norm]))
-        with blame("adv.eps"):
+        problems = Problems()
+        with problems.caught(), blame("adv.eps"):
             check_radius(self.adv.norm, self.adv.eps, size=self.resolution.min_res)
         if self.adv.attack == "fgsm" and self.adv.norm != "Linf":
-            raise UserError(
+            problems.found.append(
                 f"adv.norm: adv.attack=fgsm is defined for Linf only, got {self.adv.norm!r}; use adv.attack=apgd."
             )
         if self.data.augmentations == 1 and self.training.batch_size % 2:
-            raise UserError(
+            problems.found.append(
                 "training.batch_size: data.augmentations=1 mixes pairs of images and needs an even batch, "
                 f"got {self.training.batch_size}."
             )
         if self.resolution.end_ramp < self.resolution.start_ramp:
-            raise UserError(
+            problems.found.append(
                 f"resolution.end_ramp: expected at least resolution.start_ramp={self.resolution.start_ramp}, "
                 f"got {self.resolution.end_ramp}."
             )
         if self.resolution.max_res < self.resolution.min_res:
-            raise UserError(
+            problems.found.append(
                 f"resolution.max_res: expected at least resolution.min_res={self.resolution.min_res}, "
                 f"got {self.resolution.max_res}."
             )
@@ -277,23 +291,26 @@ class TrainConfig(Config):
             and self.lr.lr_peak_epoch >= self.training.epochs
             and not self.training.eval_only
         ):
-            raise UserError(
+            problems.found.append(
                 f"lr.lr_peak_epoch: the learning rate would rise to the end of training; expected less than "
                 f"training.epochs={self.training.epochs}, got {self.lr.lr_peak_epoch}. Give --lr.lr_peak_epoch="
                 f"{self.training.epochs // 5}."
             )
         if self.training.resume == "":
-            raise UserError("training.resume: expected auto, none or a path, got nothing (an unset shell variable?).")
+            problems.found.append(
+                "training.resume: expected auto, none or a path, got nothing (an unset shell variable?)."
+            )
         if self.training.eval_only and self.training.resume not in ("auto", "none"):
-            raise UserError(
+            problems.found.append(
                 "training.resume: training.eval_only=1 trains nothing that could be resumed; give the weights to validate as "
                 "model.ckpt_path (a run folder will do)."
             )
         if self.dist.world_size > 1 and not self.training.distributed:
-            raise UserError(
+            problems.found.append(
                 f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; "
                 "give --training.distributed=1."
             )
+        problems.report()
 
     @property
     def label_smoothing(self) -> float:

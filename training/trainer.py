@@ -21,7 +21,7 @@ from common.processes import Processes
 from common.provenance import provenance
 from data.loader import dead_worker
 from data.transforms import Mixup
-from training.build import build_state, build_train_loader, check_image_sizes, open_sources
+from training.build import build_parts
 from training.checkpoint import Checkpointer, StateFiles
 from training.compiled import prepare_networks, prepare_size
 from training.config import TrainConfig
@@ -57,12 +57,10 @@ class Trainer:
         # By default PyTorch rounds the inputs of "fp32" convolutions.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
         self.resumes, saved = start.state is not None, start.hand_over()
-        train_source, val_source = open_sources(config, once=processes.once_here, progress=processes.is_first)
-        self.class_names, self.images = train_source.class_names, len(train_source)
         self.accum = accumulation(saved, config, processes.world_size) if self.resumes else config.training.grad_accum
-        self.loader = build_train_loader(config, train_source, processes, accum=self.accum)
-        self.state = build_state(config, processes, initial=not self.resumes)
-        check_image_sizes(self.state.model, config)
+        parts = build_parts(config, processes, accum=self.accum, initial=not self.resumes, once=processes.once_here)
+        self.loader, self.state = parts.loader, parts.state
+        self.class_names, self.images = parts.train_source.class_names, len(parts.train_source)
         self.attack, self.mixup = build_attack(config.adv), None
         if config.data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
@@ -86,7 +84,7 @@ class Trainer:
         self.stop = StopRequest(
             processes, file=start.folder / STOP if processes.is_first else None, end_time=end_of_job(config)
         )
-        self.validator = Validator(config, processes, val_source, stop=self.stop, warn=warn)
+        self.validator = Validator(config, processes, parts.val_source, stop=self.stop, warn=warn)
         if not config.training.eval_only and not self.keeps_best:
             notes.append(
                 "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"

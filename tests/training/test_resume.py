@@ -279,7 +279,7 @@ def test_a_run_from_another_state_goes_on_from_its_own(many, undisturbed, tmp_pa
 def test_two_starts_of_a_new_run(many, tmp_path, monkeypatch, capsys):
     """Neither finds a folder; the one that comes second to making it is refused, and changes nothing there."""
     flags = base_flags(many, tmp_path) | RANDOM
-    folder, original, locks = folder_of(flags), training.trainer.build_state, []
+    folder, original, locks = folder_of(flags), training.trainer.build_parts, []
 
     def build(*args, **kwargs):
         folder.mkdir()
@@ -287,7 +287,7 @@ def test_two_starts_of_a_new_run(many, tmp_path, monkeypatch, capsys):
         locks.append(take_folder(folder, flag="logging.folder"))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(training.trainer, "build_state", build)
+    monkeypatch.setattr(training.trainer, "build_parts", build)
     assert run(flags).status == 2
     assert "another run is working" in capsys.readouterr().err and [*tmp_path.iterdir()] == [folder]
     assert (folder / "log").read_text() == "of the first"
