@@ -77,7 +77,7 @@ def train_model(name: str, *flags: str) -> Path:
     status = train.main(flags)
     if status != 0:
         raise SystemExit(status)
-    return find_weights(FOLDER / load_config(TrainConfig, flags).run_name, flag="logging.folder")
+    return find_weights(FOLDER / load_config(TrainConfig, flags).run_name)
 
 
 def compare(weights: Mapping[str, Path]) -> dict[str, Any]:

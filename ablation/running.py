@@ -259,7 +259,7 @@ def _claim(cell: Cell) -> BinaryIO | None:
     with writable("--out", cell.folder):
         cell.folder.mkdir(parents=True, exist_ok=True)
         try:
-            return take_folder(cell.folder, flag="--out")
+            return take_folder(cell.folder)
         except UserError:
             return None
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.files import writable
 from common.seeding import derive_seed
 from data.datasets import Source, StreamSource, open_source
@@ -63,9 +63,8 @@ def write_subset(source: str, out: Path, *, split: str, root: str, per_class: in
         raise UserError(f"--per-class, --skip: expected at least 1 and 0, got {per_class} and {skip}.")
     if out.exists():
         raise UserError(f"{out} exists already; expected a folder to be made.")
-    opened = open_source(
-        source, split="train" if split == "train" else "val", flag="source", root=root, split_name=split
-    )
+    with blame("source"):
+        opened = open_source(source, split="train" if split == "train" else "val", root=root, split_name=split)
     if isinstance(opened, StreamSource):
         raise UserError(
             f"source: {source} can only be read in order; expected a folder, .tar, torch/ or hfds/ data set."

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import Row, main, options, row
-from common.errors import UserError
+from common.errors import UserError, blame
 from data.augment import Draws, augment, concatenated, draw_crop, generator
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS, CropDecoder, decode
@@ -174,7 +174,8 @@ class Repeated(Source):
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
     torch.set_num_threads(1)
-    source = open_source(arguments.data, split="train", flag="--data")
+    with blame("--data"):
+        source = open_source(arguments.data, split="train")
     if not isinstance(source, Source):
         raise UserError(f"--data: expected a folder or tar of photos, got the stream {arguments.data}.")
     quick = arguments.quick

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = "cpu" if settings.gpus == "none" else "cuda"
 
-    trained = load_trained(entry.model_in, entry.model, flag="eval.model_in")
+    trained = load_trained(entry.model_in, entry.model)
     model = trained.model.to(device)
     images = image_lists(config)(trained.description["num_classes"], trained.class_names)
     lines = []

@@ -64,12 +64,11 @@ def writable(flag: str, folder: Path) -> Iterator[None]:
         raise UserError(f"{flag}: cannot write to {folder} ({error.strerror or error}).") from error
 
 
-def take_folder(folder: Path, *, flag: str, patience: float = 0.0) -> BinaryIO:
+def take_folder(folder: Path, *, patience: float = 0.0) -> BinaryIO:
     """Keep other runs from writing to an existing folder, until the file returned is closed or this process ends.
 
     Args:
         folder: gets a file `lock`.
-        flag: where the folder comes from, for the error.
         patience: seconds to wait for a run that is about to end.
 
     Raises:
@@ -90,7 +89,7 @@ def take_folder(folder: Path, *, flag: str, patience: float = 0.0) -> BinaryIO:
                 continue
             lock.close()
             raise UserError(
-                f"{flag}: another run is working in {folder}; wait for it to end, or give another {flag}."
+                f"another run is working in {folder}; wait for it to end, or give another folder."
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.errors import UserError
 from data.folders import open_path
 from data.memory import Once, alone, load_into_memory
 from data.shards import open_shards
@@ -38,7 +39,6 @@ def open_source(
     spec: str,
     *,
     split: str,
-    flag: str,
     root: str = "",
     split_name: str = "",
     class_names: list[str] | None = None,
@@ -55,7 +55,6 @@ def open_source(
             A folder that is called like one of these is `./digits`. Links are followed, in a .tar those to files in it;
             a link that leads back to a folder it lies in is left out.
         split: "train" or "val".
-        flag: the flag `spec` came from, for error messages.
         root: where hfds, hfids, tfds and torch keep their files.
         split_name: the split's name in those data sets and in wds; by default train or validation.
         class_names: those of the training set; labels become its numbers, matched by class name.
@@ -67,12 +66,12 @@ def open_source(
         UserError: there is no such thing, or it is not of that shape; a package is missing; a class is unknown to
             the training set; not enough memory.
     """
-    request = Request(spec, split, flag, root, split_name or _SPLIT_NAMES[split])
+    request = Request(spec, split, root, split_name or _SPLIT_NAMES[split])
     source = _opener(request)(request)
     if class_names is not None and source.class_names is not None and class_names != source.class_names:
         unknown = sorted(set(source.class_names) - set(class_names))
         if unknown:
-            raise request.error(
+            raise UserError(
                 f"{spec} has classes that the training set does not have: {some(unknown)}. Expected names among its "
                 f"{len(class_names)} classes: {some(class_names)}."
             )
@@ -80,7 +79,7 @@ def open_source(
     if not in_memory:
         return source
     if isinstance(source, StreamSource):
-        raise request.error(f"{spec} is a stream, which cannot be kept in memory. Use data.in_memory=0 or a folder.")
+        raise UserError(f"{spec} is a stream, which cannot be kept in memory. Use data.in_memory=0 or a folder.")
     return load_into_memory(source, request, once=once, progress=progress)
 
 
@@ -131,7 +130,7 @@ def _open_torchvision(request: Request) -> Source:
     try:
         dataset = create_dataset(request.spec, root=request.root or ".", split=request.split_name)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise request.error(
+        raise UserError(
             f"expected a data set that timm knows as {request.spec}, downloaded to data.root ({request.root or '.'}); "
             f"its split {request.split_name} cannot be opened ({error})."
         ) from error
@@ -161,15 +160,15 @@ def _open_huggingface(request: Request) -> Source:
     try:
         dataset = datasets.load_dataset(name, split=request.split_name, cache_dir=request.root or None)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise request.error(f"cannot open split {request.split_name} of {request.spec} ({error}).") from error
+        raise UserError(f"cannot open split {request.split_name} of {request.spec} ({error}).") from error
     columns = dataset.features
     image = _column(columns, "image", datasets.Image)
     label = _column(columns, "label", datasets.ClassLabel)
     if image is None or label is None:
-        raise request.error(f"expected an image and a label column in {request.spec}, found {some(list(columns))}.")
+        raise UserError(f"expected an image and a label column in {request.spec}, found {some(list(columns))}.")
     labels = np.asarray(dataset[label][:])
     if not len(labels) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise request.error(f"expected labels from 0 on in {request.spec}, found {some(np.unique(labels))}.")
+        raise UserError(f"expected labels from 0 on in {request.spec}, found {some(np.unique(labels))}.")
     names = list(columns[label].names) if isinstance(columns[label], datasets.ClassLabel) else None
     return _HuggingFace(request.spec, dataset.cast_column(image, datasets.Image(decode=False)), image, labels, names)
 
@@ -193,18 +192,18 @@ def _open_stream(request: Request) -> Source | StreamSource:
     try:
         reader = make_reader()
     except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise request.error(
+        raise UserError(
             f"cannot open split {request.split_name} of {request.spec} ({error}). A wds/ folder needs _info.json, or a "
             "split that names its files and the number of samples, such as 'part-{000..099}.tar|50000'."
         ) from error
     if kind == "wds":
         if not isinstance(reader.info, dict) or not isinstance(reader.info.get("num_classes"), int):
-            raise request.error(f'expected the number of classes as "num_classes" in {place}/_info.json, found none.')
+            raise UserError(f'expected the number of classes as "num_classes" in {place}/_info.json, found none.')
         shards = len(reader.split_info.filenames)
         return StreamSource(request.spec, make_reader, reader.num_samples, shards, None, reader.info["num_classes"])
     names = getattr((reader.builder.info.features or {}).get("label"), "names", None)
     if not names:
-        raise request.error(f"expected a feature 'label' with class names in {request.spec}, found none.")
+        raise UserError(f"expected a feature 'label' with class names in {request.spec}, found none.")
     shards = reader.builder.as_streaming_dataset(split=request.split_name).num_shards if kind == "hfids" else None
     return StreamSource(request.spec, make_reader, reader.num_samples, shards, list(names), len(names))
 
@@ -242,9 +241,9 @@ _OPENERS: dict[str, Callable[[Request], Source | StreamSource]] = {
 def _opener(request: Request) -> Callable[[Request], Source | StreamSource]:
     kind, _, name = request.spec.partition("/")
     if not request.spec.strip():
-        raise request.error("expected a folder or the name of a data set, got nothing (an unset shell variable?).")
+        raise UserError("expected a folder or the name of a data set, got nothing (an unset shell variable?).")
     if kind == "digits" or kind not in _OPENERS:
         return _OPENERS.get(request.spec, open_path)
     if not name:
-        raise request.error(f"expected a name after {kind}/, got {request.spec!r}; a folder of that name is ./{kind}.")
+        raise UserError(f"expected a name after {kind}/, got {request.spec!r}; a folder of that name is ./{kind}.")
     return _OPENERS[kind]

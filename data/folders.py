@@ -50,27 +50,27 @@ def open_path(request: Request) -> Source:
             return _open_tar(path, request)
         found = "a file" if path.is_file() else "nothing"
     except OSError as error:
-        raise request.error(f"cannot read {error.filename or path} ({error.strerror or error}).") from error
+        raise UserError(f"cannot read {error.filename or path} ({error.strerror or error}).") from error
     kinds = "a folder of class folders, a .tar of them, digits, or hfds/… hfids/… tfds/… torch/… wds/…"
-    raise request.error(f"expected {kinds}, found {found} at {path}.")
+    raise UserError(f"expected {kinds}, found {found} at {path}.")
 
 
 def _open_folder(path: Path, request: Request) -> Source:
     root = _split_folder(path, request)
     names = _folders(root)
     if not names:
-        raise request.error(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
+        raise UserError(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
     lost = sorted(
         e.name for e in os.scandir(root) if e.name[0] != "." and e.is_symlink() and not os.path.exists(e.path)
     )
     if lost:  # each may be a class
-        raise request.error(f"expected class folders in {root}, found links that lead nowhere: {some(lost)}.")
+        raise UserError(f"expected class folders in {root}, found links that lead nowhere: {some(lost)}.")
     samples = [(path, number) for number, name in enumerate(names) for path in _images_below(str(root), name)]
     empty = sorted(set(names) - {names[label] for _, label in samples})
     # A class without images is a mistake in the training set; a validation set may lack some.
     if empty and (request.split == "train" or not samples):
         endings = " ".join(IMG_EXTENSIONS)
-        raise request.error(f"expected images ({endings}) in the class folders of {root}, found none in {some(empty)}.")
+        raise UserError(f"expected images ({endings}) in the class folders of {root}, found none in {some(empty)}.")
     return _Folder(root, samples, names)
 
 
@@ -102,10 +102,10 @@ def _split_folder(path: Path, request: Request) -> Path:
         return splits[request.split][0]
     for name in _SPLIT_FOLDERS[request.split]:
         if (path / name).is_dir() and (hint := _unsorted_imagenet(path / name)):
-            raise request.error(f"expected a sub-folder for each class in {path / name}, found none, {hint}")
+            raise UserError(f"expected a sub-folder for each class in {path / name}, found none, {hint}")
     if any(splits.values()):
         expected = " or ".join(_SPLIT_FOLDERS[request.split])
-        raise request.error(f"expected {expected} with class folders in {path}, found {some(_folders(path))}.")
+        raise UserError(f"expected {expected} with class folders in {path}, found {some(_folders(path))}.")
     return path
 
 
@@ -201,7 +201,7 @@ def _open_tar(path: Path, request: Request) -> Source:
             if tar.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"at byte {tar.offset}, there is neither a header nor the mark of the end")
     except tarfile.TarError as error:
-        raise request.error(f"{path} is not a complete, uncompressed tar file ({error}).") from error
+        raise UserError(f"{path} is not a complete, uncompressed tar file ({error}).") from error
     images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]
     folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
     # A tar made from outside a data set's folder has that folder's name in front of everything.
@@ -214,49 +214,48 @@ def _open_tar(path: Path, request: Request) -> Source:
     split = next((name for name in _SPLIT_FOLDERS[request.split] if name in tops), None)
     if split is None and tops & splits:
         expected = " or ".join(_SPLIT_FOLDERS[request.split])
-        raise request.error(f"expected {expected} with class folders in {path}, found {some(sorted(tops))}.")
+        raise UserError(f"expected {expected} with class folders in {path}, found {some(sorted(tops))}.")
     kept = [i for i, parts in enumerate(folders) if (parts if split is None else parts[:1] == (split,) and parts[1:])]
     if not kept:
-        raise request.error(f"expected class folders with images in {path}, found {len(images)} loose images.")
+        raise UserError(f"expected class folders with images in {path}, found {len(images)} loose images.")
     depth = 0 if split is None else 1  # deeper folders belong to the class, as in a folder of class folders
     return _Tar(path, [images[i] for i in kept], [folders[i][depth] for i in kept])
 
 
-def open_listed(spec: str, keys: Sequence[str], class_names: list[str], *, flag: str) -> Source:
+def open_listed(spec: str, keys: Sequence[str], class_names: list[str]) -> Source:
     """The images `keys` (`<class>/<file>`) of a validation folder, in their order; labels are places among `class_names`.
 
     Args:
         spec: folder of class folders, or one that holds such a folder as `val/` or `validation/`.
         keys: paths below it.
         class_names: the class folders.
-        flag: the flag `spec` came from, for error messages.
 
     Raises:
         UserError: no such folder, or class folders or files of the list are missing from it.
     """
-    request = Request(spec, "val", flag, "", "")
+    request = Request(spec, "val", "", "")
     path = Path(spec).expanduser()
     try:
         if not path.is_dir():
-            raise request.error(
+            raise UserError(
                 f"expected a folder of class folders, found {'a file' if path.is_file() else 'nothing'} at {path}."
             )
         root = _split_folder(path, request)
         present = set(_folders(root))
         if not present:
-            raise request.error(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
+            raise UserError(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
         absent = sorted({key.split("/")[0] for key in keys} - present)
         if absent:
-            raise request.error(
+            raise UserError(
                 f"expected the folders of all {len(class_names)} classes in {root}, missing: {some(absent)}."
             )
         with ThreadPoolExecutor(_THREADS) as threads:
             exist = list(threads.map(lambda key: (root / key).is_file(), keys))
     except OSError as error:
-        raise request.error(f"cannot read {path} ({error.strerror or error}).") from error
+        raise UserError(f"cannot read {path} ({error.strerror or error}).") from error
     missing = [key for key, exists in zip(keys, exist) if not exists]
     if missing:
-        raise request.error(
+        raise UserError(
             f"expected the {len(keys)} listed images in {root}, {len(missing)} are missing: {some(missing)}."
         )
     numbers = {name: number for number, name in enumerate(class_names)}
@@ -267,7 +266,7 @@ def class_folders(spec: str) -> list[str]:
     """Names of the class folders of a validation folder; none where `spec` is no folder, or not of that shape."""
     path = Path(spec).expanduser()
     try:
-        return _folders(_split_folder(path, Request(spec, "val", "", "", ""))) if path.is_dir() else []
+        return _folders(_split_folder(path, Request(spec, "val", "", ""))) if path.is_dir() else []
     except (OSError, UserError):
         return []
 
@@ -299,7 +298,7 @@ def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[s
         else:
             lost.append(f"{link.name} → {link.linkname}")
     if lost:
-        raise request.error(
+        raise UserError(
             f"expected links to files in {request.spec} itself, found links to folders, or out of it: {some(sorted(lost))}. "
             "Pack it with tar --dereference, which puts the files in the links' places."
         )

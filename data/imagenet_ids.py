@@ -23,8 +23,8 @@ class ImageIds:
     class_names: list[str]
 
 
-def robustbench_ids(flag: str) -> ImageIds:
-    """The list of the installed robustbench; `flag` is named in errors.
+def robustbench_ids() -> ImageIds:
+    """The list of the installed robustbench.
 
     Raises:
         UserError: robustbench is not installed, or has no such list.
@@ -32,16 +32,14 @@ def robustbench_ids(flag: str) -> ImageIds:
     spec = importlib.util.find_spec("robustbench")  # does not run it: it imports packages that may be missing
     if spec is None or spec.origin is None:
         raise UserError(
-            f"{flag}: the list of 5,000 images is part of robustbench, which is not installed: pip install robustbench."
+            "the list of 5,000 images is part of robustbench, which is not installed: pip install robustbench."
         )
     folder = Path(spec.origin).parent / "helper_files"
     try:
         keys = (folder / "imagenet_test_image_ids.txt").read_text().split()
         numbers = json.loads((folder / "imagenet_class_to_id_map.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{flag}: the installed robustbench has no readable list of images in {folder} ({error})."
-        ) from error
+        raise UserError(f"the installed robustbench has no readable list of images in {folder} ({error}).") from error
     return ImageIds(keys=keys, class_names=sorted(numbers, key=numbers.__getitem__))
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
+from common.errors import UserError
 from data.decoding import DECODE_ERRORS
 from data.source import Request, Source, encoded
 
@@ -88,11 +89,11 @@ def load_into_memory(source: Source, request: Request, *, once: Once, progress: 
         filled.append(_fill(source, request, progress))
         return _path(filled[0])
 
-    path = once(request.flag, fill)
+    path = once(f"{request.spec} {request.split}", fill)
     try:
         file = filled[0] if filled else open(path, "rb")
     except OSError as error:
-        raise request.error(
+        raise UserError(
             f"the images that another process of this machine keeps in memory ({path}) cannot be opened ({error.strerror}); the "
             "processes have to run as one user, in one container. Use data.in_memory=0."
         ) from error
@@ -109,7 +110,7 @@ def _fill(source: Source, request: Request, progress: bool) -> BinaryIO:
         for i in chunk:
             data = _or_if_broken(partial(encoded, source), i, b"")
             if len(data) != offsets[i + 1] - offsets[i]:
-                raise request.error(f"{source.name(i)} changed while it was read into memory.")
+                raise UserError(f"{source.name(i)} changed while it was read into memory.")
             content[offsets[i] : offsets[i + 1]] = data
         return len(chunk)
 
@@ -131,7 +132,7 @@ def _fill(source: Source, request: Request, progress: bool) -> BinaryIO:
 
 
 def _bar(source: Source, request: Request, progress: bool) -> tqdm:
-    return tqdm(total=len(source), desc=request.flag, unit=" images", disable=not progress)
+    return tqdm(total=len(source), desc=request.split, unit=" images", disable=not progress)
 
 
 def _or_if_broken(get: Callable[[int], T], i: int, otherwise: T) -> T:
@@ -147,7 +148,7 @@ def _check_memory(size: int, request: Request) -> None:
         free = ", ".join(
             f"{amount / 2**30:.2f} GiB of {where}" for where, amount in available.items() if amount < np.inf
         )
-        raise request.error(
+        raise UserError(
             f"keeping {request.spec} in memory needs {size / 2**30:.2f} GiB, available are {free}. Use data.in_memory=0."
         )
 

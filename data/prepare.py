@@ -34,7 +34,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.files import take_folder, writable, write_atomically
 from common.forkserver import end_with_parent
 from data.datasets import open_source
@@ -451,7 +451,8 @@ def run(arguments: argparse.Namespace) -> int:
     split = _SPLITS[arguments.split]
     # timm's reader knows no class names: the labels in the shards have to be the training set's numbers.
     names = _class_names(folder, "train") if split != "train" else None
-    source = open_source(arguments.images, split=arguments.split, flag="IMAGES", root=arguments.root, class_names=names)
+    with blame("IMAGES"):
+        source = open_source(arguments.images, split=arguments.split, root=arguments.root, class_names=names)
     if not isinstance(source, Source):
         raise UserError(f"IMAGES: expected images that can be read in any order, got the stream {arguments.images}.")
     settings = Settings(arguments.short_side, arguments.quality, arguments.per_shard, arguments.seed)
@@ -471,7 +472,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"FOLDER: about {expected.size / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} GB are free."
         )
-    with writable("FOLDER", folder), take_folder(folder, flag="FOLDER"):
+    with blame("FOLDER"):
+        lock = take_folder(folder)
+    with writable("FOLDER", folder), lock:
         manifest = prepare(source, folder, split, settings, workers=arguments.workers, progress=True)
     for name, reason in manifest["left_out"][:20]:
         print(f"left out: {name} ({reason})", file=sys.stderr)

@@ -134,7 +134,7 @@ def open_shards(folder: Path, request: Request) -> ShardSource | None:
         return None
     wrong = [shard["name"] for shard in manifest["shards"] if file_size(folder / shard["name"]) != shard["bytes"]]
     if wrong:
-        raise request.error(
+        raise UserError(
             f"expected the {len(manifest['shards'])} shards of {folder} as its manifest says, missing or of another size are "
             f"{some(wrong)}. Run python -m data.prepare again, or copy them again."
         )
@@ -145,7 +145,7 @@ def open_shards(folder: Path, request: Request) -> ShardSource | None:
         with np.load(path) as file:  # no pickles
             return ShardSource(folder, manifest, dict(file))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise request.error(f"cannot read {path} ({error}).") from error
+        raise UserError(f"cannot read {path} ({error}).") from error
 
 
 def file_size(path: Path) -> int | None:

@@ -141,18 +141,14 @@ class Request:
 
     spec: str
     split: str
-    flag: str
     root: str
     split_name: str
-
-    def error(self, text: str) -> UserError:
-        return UserError(f"{self.flag}: {text}")
 
     def require(self, module: str, package: str) -> ModuleType:
         try:
             return importlib.import_module(module)
         except ImportError as error:
-            raise self.error(f"{self.spec} needs a package: pip install {package} ({error}).") from error
+            raise UserError(f"{self.spec} needs a package: pip install {package} ({error}).") from error
 
 
 def encoded(source: Source, i: int) -> bytes:

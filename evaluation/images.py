@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.seeding import derive_seed
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS
@@ -150,8 +150,10 @@ def _listed(data: EvalDataConfig, ids: str, class_names: list[str] | None) -> So
         return None
     if ids == "auto" and not looks_like_imagenet(class_folders(data.val_dataset)):
         return None
-    listed = robustbench_ids("eval.ids")
-    source = open_listed(data.val_dataset, listed.keys, listed.class_names, flag="data.val_dataset")
+    with blame("eval.ids"):
+        listed = robustbench_ids()
+    with blame("data.val_dataset"):
+        source = open_listed(data.val_dataset, listed.keys, listed.class_names)
     if class_names is not None and class_names != listed.class_names:
         unknown = sorted(set(listed.class_names) - set(class_names))
         if unknown:
@@ -164,14 +166,10 @@ def _listed(data: EvalDataConfig, ids: str, class_names: list[str] | None) -> So
 
 
 def _whole(data: EvalDataConfig, n_ex: int, class_names: list[str] | None) -> Source:
-    source = open_source(
-        data.val_dataset,
-        split="val",
-        flag="data.val_dataset",
-        root=data.root,
-        split_name=data.val_split,
-        class_names=class_names,
-    )
+    with blame("data.val_dataset"):
+        source = open_source(
+            data.val_dataset, split="val", root=data.root, split_name=data.val_split, class_names=class_names
+        )
     if isinstance(source, StreamSource):
         return Collected(source, n_ex or len(source))
     return source

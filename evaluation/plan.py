@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.provenance import installed_version
 from evaluation.autoattack import ATTACKS, package_name
 from evaluation.config import EvalConfig, EvalModelConfig, ModelEntry
@@ -90,7 +90,8 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
             "eval.precision: TensorFloat-32 needs a GPU, and this evaluation runs on the CPU; expected fp32."
         )
     entries = config.networks()
-    located = [locate(entry.model_in, flag="eval.model_in") for entry in entries]
+    with blame("eval.model_in"):
+        located = [locate(entry.model_in) for entry in entries]
     paths = [found.path for found in located]
     names = network_names(entries, located)
     root = Path(config.eval.out) if config.eval.out else default_folder(paths)
@@ -98,7 +99,8 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
     by_network: dict[str, ImageList] = {}
     evaluations: list[Evaluation] = []
     for entry, found, name in zip(entries, located, names):
-        trained = load_trained(found.path, found.describe(entry.model), flag="eval.model_in")
+        with blame("eval.model_in"):
+            trained = load_trained(found.path, found.describe(entry.model))
         by_network[name] = open_for(trained.description["num_classes"], trained.class_names)
         folder = root / folder_name(name)
         evaluations += _plan_network(config, name, trained, found.published, by_network[name], folder, on_gpu)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.files import set_aside, take_folder, write_atomically
 
 SHOWN_DIFFERENCES = 6
@@ -52,7 +52,8 @@ class StateFolder:
         """
         try:
             self._chunks.mkdir(parents=True, exist_ok=True)
-            self._lock = take_folder(self.folder, flag="eval.out")
+            with blame("eval.out"):
+                self._lock = take_folder(self.folder)
             for half_written in [*self.folder.glob(".*.part"), *self._chunks.glob(".*.part")]:
                 half_written.unlink()
             file = self.folder / "identity.json"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.files import write_atomically
 from common.precision import float32_matmul
 from evaluation.autoattack import FastCopy, Verdicts, attack_chunk, check_adversarial
@@ -162,7 +162,8 @@ class _Worker:
                 raise UserError(
                     f"eval.model_in: {evaluation.weights} is not the same file on all machines, or has changed meanwhile."
                 )
-            trained = load_trained(evaluation.weights, evaluation.description, flag="eval.model_in")
+            with blame("eval.model_in"):
+                trained = load_trained(evaluation.weights, evaluation.description)
             model = trained.model.to(self.device).float().eval().requires_grad_(False)
             if evaluation.identity["arithmetic"]["channels_last"]:
                 model = model.to(memory_format=torch.channels_last)

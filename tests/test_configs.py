@@ -26,11 +26,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 STATE_DICTS = json.loads((PROJECT / "tests/golden/state_dicts.json").read_text())
 
-# Names relative to configs/, without the suffix. The demo has its own tests, grids and claims those of their room.
+# Names relative to configs/, without the suffix. The demo and own_data have their own tests, grids and claims those of their room.
 ALL = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
     for path in CONFIGS.rglob("*.yaml")
-    if not path.name.startswith(("demo_", "grid_", "claims_"))
+    if not path.name.startswith(("demo_", "own_", "grid_", "claims_"))
 )
 DATA = ["--data.train_dataset=train", "--data.val_dataset=val", "--data.num_workers=12", "--data.in_memory=0"]
 IMAGENET_IMAGES = 1_281_167  # of the training set

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import Problems, UserError
+from common.errors import Problems, UserError, blame
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.datasets import open_source
@@ -78,13 +78,11 @@ def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = Fa
     data, problems = config.data, Problems()
     opened = partial(open_source, root=data.root, in_memory=data.in_memory, once=once, progress=progress)
     train = val = None
-    with problems.caught():
-        train = opened(data.train_dataset, split="train", flag="data.train_dataset", split_name=data.train_split)
-    with problems.caught():
+    with problems.caught(), blame("data.train_dataset"):
+        train = opened(data.train_dataset, split="train", split_name=data.train_split)
+    with problems.caught(), blame("data.val_dataset"):
         names = train and train.class_names
-        val = opened(
-            data.val_dataset, split="val", flag="data.val_dataset", split_name=data.val_split, class_names=names
-        )
+        val = opened(data.val_dataset, split="val", split_name=data.val_split, class_names=names)
     problems.report()
     return train, val
 
@@ -150,8 +148,9 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
         add_normalization=m.add_normalization,
     )
     if initial and m.ckpt_path:
-        path = initial_weights(m.ckpt_path, processes)
-        load_weights(model, read_weights(path, flag="model.ckpt_path"), flag="model.ckpt_path", source=path)
+        with blame("model.ckpt_path"):
+            path = initial_weights(m.ckpt_path, processes)
+            load_weights(model, read_weights(path), source=path)
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
     if training.trim_last_block and not training.eval_only:
@@ -175,7 +174,7 @@ def initial_weights(name: str, processes: Processes) -> Path:
     A published model is downloaded by the first process of each machine, while the others wait.
     """
     model, kind = split_kind(name)
-    return Path(processes.once_here("weights", lambda: str(locate(model, flag="model.ckpt_path", kind=kind).path)))
+    return Path(processes.once_here("weights", lambda: str(locate(model, kind=kind).path)))
 
 
 def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.files import take_folder, writable
 from common.processes import Processes
 from common.provenance import PROVENANCE_KEY
@@ -61,7 +61,8 @@ class Start:
         if self.lock is None:
             with writable("logging.folder", self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock = take_folder(self.folder, flag="logging.folder")
+                with blame("logging.folder"):
+                    self.lock = take_folder(self.folder)
 
     def release(self) -> None:
         """Let other runs into the folder."""
@@ -111,7 +112,8 @@ def _take_folder(config: TrainConfig, folder: Path) -> Start:
     if not folder.is_dir():
         return find_start(config, folder)
     with writable("logging.folder", folder):
-        lock = take_folder(folder, flag="logging.folder", patience=PATIENCE)
+        with blame("logging.folder"):
+            lock = take_folder(folder, patience=PATIENCE)
         (folder / STOP).unlink(missing_ok=True)  # meant for a run before this one
     try:
         start = find_start(config, folder)

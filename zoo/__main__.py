@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.provenance import PROJECT
 from common.tables import markdown_table
 
@@ -108,7 +108,8 @@ def download(arguments: argparse.Namespace) -> None:
     from zoo.names import locate
 
     kind = "clean" if arguments.clean else "robust"
-    print(locate(arguments.name, flag="NAME", kind=kind, folder=arguments.to, force=arguments.force).path)
+    with blame("NAME"):
+        print(locate(arguments.name, kind=kind, folder=arguments.to, force=arguments.force).path)
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -119,7 +120,8 @@ def verify(arguments: argparse.Namespace) -> None:
 
     print(digest_of(arguments.path))
     if arguments.path.suffix.lower() in WEIGHTS:
-        print(describe_weights(read_weights(arguments.path, flag="PATH")))
+        with blame("PATH"):
+            print(describe_weights(read_weights(arguments.path)))
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -130,8 +132,9 @@ def export(arguments: argparse.Namespace) -> None:
     from zoo.names import locate
     from zoo.runs import load_trained
 
-    located = locate(arguments.name, flag="NAME")
-    trained = load_trained(located.path, located.describe(NetworkDescription()), flag="NAME")
+    with blame("NAME"):
+        located = locate(arguments.name)
+        trained = load_trained(located.path, located.describe(NetworkDescription()))
     known = ARCHITECTURES.get(trained.description["arch"])
     size = arguments.img_size or (known.img_size if known else 224)
     write(trained, arguments.to, img_size=size, crop_pct=arguments.crop_pct)

@@ -90,7 +90,7 @@ def describe_weights(weights: Weights, arch: str | None = None) -> Description:
 
 
 def check_description(
-    weights: Weights, asked: Mapping[str, Any], *, flag: str, source: str | Path, by: str = "the flags"
+    weights: Weights, asked: Mapping[str, Any], *, source: str | Path, by: str = "the flags"
 ) -> Description:
     """What `weights` hold, made sure to be what was asked for.
 
@@ -98,7 +98,6 @@ def check_description(
         weights: from `read_weights`.
         asked: any of `arch`, `not_original`, `updated`, `num_classes`, `add_normalization`; None, or no entry: not asked.
             A file without a normaliser fits a model with one.
-        flag: name of the flag of the file, for the error.
         source: the file, for the error.
         by: who asks, for the error.
 
@@ -114,7 +113,7 @@ def check_description(
         nearest, problems = _nearest(weights, arch)
         known = f"fits {arch}" if arch is not None else "fits a known architecture"
         raise UserError(
-            f"{flag}: {source} does not fit: nothing in it {known}. Nearest is {nearest}, but {listed(problems)}. Other models "
+            f"{source} does not fit: nothing in it {known}. Nearest is {nearest}, but {listed(problems)}. Other models "
             "of timm are loaded with --model.arch=timm_<name>."
         )
     wrong = [
@@ -125,10 +124,10 @@ def check_description(
     if found.add_normalization and asked.get("add_normalization") is False:
         wrong.append("model.add_normalization asks for 0")
     if wrong:
-        raise UserError(f"{flag}: {source} does not fit: it is {found}; {', '.join(wrong)} ({by}).")
+        raise UserError(f"{source} does not fit: it is {found}; {', '.join(wrong)} ({by}).")
     if not found.alike:
         raise UserError(
-            f"{flag}: {source} fits {' and '.join(found.candidates)}, which have the same weights and compute different "
+            f"{source} fits {' and '.join(found.candidates)}, which have the same weights and compute different "
             "things; expected --model.arch to say which."
         )
     return found

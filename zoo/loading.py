@@ -74,12 +74,11 @@ class PositionGrid:
         return side if side and side**2 == count else None
 
 
-def read_weights(path: str | Path, *, flag: str, which: Which | None = None) -> Weights:
+def read_weights(path: str | Path, *, which: Which | None = None) -> Weights:
     """Read a weights file (`torch.save`, tensors and plain values only, or safetensors) on the CPU.
 
     Args:
         path: the file.
-        flag: name of the flag it came from, for the error.
         which: of a training state with a moving average: "ema" takes that, "raw" the last weights, None the average if
             there is one.
 
@@ -88,27 +87,27 @@ def read_weights(path: str | Path, *, flag: str, which: Which | None = None) -> 
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{flag}: expected a file of weights, got {str(path)!r}, which {_what_is(path)}.")
+        raise UserError(f"expected a file of weights, got {str(path)!r}, which {_what_is(path)}.")
     try:
         with path.open("rb") as file:
             head = file.read(512)
         content = _read(path, head)
     except Exception as error:  # a damaged file makes the readers raise nearly anything: struct.error, IndexError, …
         raise UserError(
-            f"{flag}: {path} cannot be read as weights (torch.save with tensors and plain values only, or safetensors): "
+            f"{path} cannot be read as weights (torch.save with tensors and plain values only, or safetensors): "
             f"{_why_unreadable(head, error)}."
         ) from error
-    return parse_weights(content, flag=flag, source=path, which=which)
+    return parse_weights(content, source=path, which=which)
 
 
-def parse_weights(content: Any, *, flag: str, source: str | Path, which: Which | None = None) -> Weights:
+def parse_weights(content: Any, *, source: str | Path, which: Which | None = None) -> Weights:
     """The weights in what a file held, or in a `state_dict()`; `source` is named in errors. Else as `read_weights`."""
-    kind, key, state = _choose(list(_state_dicts(content)), content, which, f"{flag}: {source}")
+    kind, key, state = _choose(list(_state_dicts(content)), content, which, str(source))
     state = {name: value for name, value in state.items() if not isinstance(value, IGNORED_TYPES)}
-    return replace(_bare(state, f"{flag}: {source}"), which=kind, key=key)
+    return replace(_bare(state, str(source)), which=kind, key=key)
 
 
-def load_weights(model: nn.Module, weights: Weights, *, flag: str, source: str | Path) -> None:
+def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> None:
     """Copy `weights` into `model`, which may be a network or `normalize_model(network)`.
 
     A file without a normaliser fits both (the network's weights are the same). A file with one needs a model with one: its
@@ -118,7 +117,6 @@ def load_weights(model: nn.Module, weights: Weights, *, flag: str, source: str |
     Args:
         model: receives the weights.
         weights: from `read_weights`.
-        flag: name of the flag, for the error.
         source: the file, for the error.
 
     Raises:
@@ -128,22 +126,21 @@ def load_weights(model: nn.Module, weights: Weights, *, flag: str, source: str |
     normalized = has_normalizer(model)
     if weights.normalizer is not None and not normalized:
         raise UserError(
-            f"{flag}: {source} holds an input normaliser (mean and std), the model has none; "
-            "give --model.add_normalization=1."
+            f"{source} holds an input normaliser (mean and std), the model has none; give --model.add_normalization=1."
         )
     network = model.model if normalized else model
     expected, grid = network.state_dict(), position_grid(network)
     problems = differences(expected, weights.network, grid)
     if problems:
         raise UserError(
-            f"{flag}: {source} does not fit the model ({len(expected)} tensors expected, {len(weights.network)} found): "
+            f"{source} does not fit the model ({len(expected)} tensors expected, {len(weights.network)} found): "
             f"{listed(problems)}. Do model.arch, model.not_original, model.updated and model.num_classes "
             "describe this checkpoint?"
         )
     # Such weights come from a run that diverged or a damaged file; they would show as the accuracy of a guess.
     broken = [name for name, value in weights.network.items() if not value.isfinite().all()]
     if broken:
-        raise UserError(f"{flag}: {source} holds values that are not finite: {listed(broken)}.")
+        raise UserError(f"{source} holds values that are not finite: {listed(broken)}.")
     network.load_state_dict(_resized(weights.network, expected, grid))
     if weights.normalizer is not None:
         model.normalize.load_state_dict(weights.normalizer)

@@ -38,12 +38,11 @@ class Located:
         return dataclasses.replace(asked, **unset)
 
 
-def locate(name: str, *, flag: str, kind: str = "robust", folder: Path | None = None, force: bool = False) -> Located:
+def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force: bool = False) -> Located:
     """Find the weights called `name`; a published one is downloaded where it is not there yet.
 
     Args:
         name: weights file, run folder, published name or title, RobustBench ImageNet id.
-        flag: name of the flag it came from, for errors.
         kind: "robust", or "clean" for the initialisation of a published model.
         folder: where downloads go, in a folder for each model; by default `checkpoints` in the project.
         force: download a published model's share again, and accept other content than the first time.
@@ -56,23 +55,23 @@ def locate(name: str, *, flag: str, kind: str = "robust", folder: Path | None = 
     known = published is not None or ROBUSTBENCH_ID.fullmatch(name) is not None
     # A download's own folder bears the model's name, and is no run folder.
     if _exists(path) and not (known and path.is_dir() and not _is_run(path)):
-        return Located(find_weights(path, flag=flag), {})
+        return Located(find_weights(path), {})
     if published is not None:
         return Located(
-            _published_weights(published, folder / _share_name(published), kind=kind, flag=flag, force=force),
+            _published_weights(published, folder / _share_name(published), kind=kind, force=force),
             published.description,
             published,
         )
     if "/" in name or path.suffix:
-        raise UserError(f"{flag}: expected a file of weights, got {name!r}, which does not exist.")
+        raise UserError(f"expected a file of weights, got {name!r}, which does not exist.")
     if ROBUSTBENCH_ID.fullmatch(name):
         if kind == "clean":
-            raise UserError(f"{flag}: RobustBench has no clean initialisation of {name}.")
+            raise UserError(f"RobustBench has no clean initialisation of {name}.")
         return Located(download_robustbench(name, folder / name, force=force), {"arch": ROBUSTBENCH_PREFIX + name})
     near = nearest_published(name)
     hint = f" (did you mean {near}?)" if near else ""
     raise UserError(
-        f"{flag}: {name!r} is neither a file or run folder, nor a published model's name{hint}; `python -m zoo list` lists them."
+        f"{name!r} is neither a file or run folder, nor a published model's name{hint}; `python -m zoo list` lists them."
     )
 
 
@@ -85,7 +84,7 @@ def _exists(path: Path) -> bool:
 
 def _is_run(folder: Path) -> bool:
     try:
-        find_weights(folder, flag="")
+        find_weights(folder)
     except UserError:
         return False
     return True
@@ -103,14 +102,14 @@ def split_kind(name: str) -> tuple[str, str]:
     return (model, kind) if colon and kind in ("clean", "robust") and not Path(name).exists() else (name, "clean")
 
 
-def _published_weights(published: Published, folder: Path, *, kind: str, flag: str, force: bool) -> Path:
+def _published_weights(published: Published, folder: Path, *, kind: str, force: bool) -> Path:
     """The share's file; of robust weights RobustBench's copy where the share cannot be had."""
 
     unreadable = []
 
     def fits(path: Path) -> bool:
         try:
-            found = describe_weights(read_weights(path, flag=flag))
+            found = describe_weights(read_weights(path))
         except UserError as error:
             unreadable.append(str(error))
             return False
@@ -130,8 +129,8 @@ def _published_weights(published: Published, folder: Path, *, kind: str, flag: s
         try:
             return choose(content, kind, fits)
         except UserError as error:
-            raise UserError(" ".join([f"{flag}: {link}: {error}", *unreadable])) from error
+            raise UserError(" ".join([f"{link}: {error}", *unreadable])) from error
     if copy:
         print(f"{problems[-1]} Trying RobustBench's copy, {copy}.", file=sys.stderr)
         return download_robustbench(copy, folder, force=force)
-    raise UserError(f"{flag}: {' '.join(problems)}")
+    raise UserError(" ".join(problems))

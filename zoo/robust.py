@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from common.errors import blame
 from data.transforms import eval_transform
 from zoo.description import NetworkDescription
 from zoo.names import locate
@@ -28,7 +29,8 @@ def load_robust_model(
     Raises:
         UserError: nothing is called so, or it cannot be downloaded or loaded.
     """
-    located = locate(name, flag="name", folder=folder and Path(folder))
-    model = load_trained(located.path, located.describe(NetworkDescription()), flag="name").model
+    with blame("name"):
+        located = locate(name, folder=folder and Path(folder))
+        model = load_trained(located.path, located.describe(NetworkDescription())).model
     model.transform = eval_transform(img_size, crop_pct)
     return model

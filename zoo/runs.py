@@ -39,37 +39,36 @@ class TrainedModel:
     class_names: list[str] | None
 
 
-def load_trained(model_in: str | Path, asked: NetworkDescription, *, flag: str) -> TrainedModel:
+def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedModel:
     """Build the network of a weights file and load it strictly.
 
     Args:
         model_in: weights file, or run folder (then its newest weights, EMA where kept).
         asked: what the flags say; unset values come from the params.json beside the file, else from the weights
             (blurpool leaves no trace in them: without).
-        flag: name of the flag of `model_in`, for errors.
 
     Raises:
         UserError: no such file, a broken params.json, or weights that do not fit the description.
     """
-    path = find_weights(Path(model_in), flag=flag)
+    path = find_weights(Path(model_in))
     run = _run_params(path.parent)
     description = {}
     for name, (section, _) in DESCRIPTION.items():
         value = getattr(asked, name)
         description[name] = run.get(section, {}).get(name) if value is None else value
-    weights = read_weights(path, flag=flag)
+    weights = read_weights(path)
     by = "the flags, or the params.json beside the file" if run else "the flags"
-    found = check_description(weights, description, flag=flag, source=path, by=by)
+    found = check_description(weights, description, source=path, by=by)
     inferred = {name: getattr(found, name, False) for name in DESCRIPTION}
     inferred["num_classes"] = found.num_classes or 1000  # an architecture whose head cannot be chosen is ImageNet's
     description = {name: inferred[name] if value is None else value for name, value in description.items()}
     model = build_model(**description)
-    load_weights(model, weights, flag=flag, source=path)
+    load_weights(model, weights, source=path)
     class_names = run.get(PROVENANCE_KEY, {}).get("classes")
     return TrainedModel(model=model.eval(), path=path, description=description, class_names=class_names)
 
 
-def find_weights(path: Path, *, flag: str) -> Path:
+def find_weights(path: Path) -> Path:
     """The file itself, or the newest weights of a run folder (EMA where kept)."""
     if not path.is_dir():
         return path
@@ -82,7 +81,7 @@ def find_weights(path: Path, *, flag: str) -> Path:
     if (path / EXPORTED).is_file():
         return path / EXPORTED
     raise UserError(
-        f"{flag}: expected a weights file or a run folder, got the folder {path} without weights_<epoch>.pt or {EXPORTED} in it."
+        f"expected a weights file or a run folder, got the folder {path} without weights_<epoch>.pt or {EXPORTED} in it."
     )
 
 

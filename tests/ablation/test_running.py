@@ -155,7 +155,7 @@ def test_a_claimed_cell_is_left_alone(tmp_path, programs) -> None:
     grid = grid_of(tmp_path, {"a": {"misc.notes": "a"}})
     (cell,) = grid.cells
     cell.folder.mkdir(parents=True)
-    lock = take_folder(cell.folder, flag="--out")
+    lock = take_folder(cell.folder)
     runner, statuses = Runner(grid.cells, [Slot("", 1)], on_change=lambda: None), []
     thread = threading.Thread(target=lambda: statuses.append(runner.run()))
     thread.start()

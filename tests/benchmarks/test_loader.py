@@ -44,7 +44,7 @@ def test_ratios_are_of_one_repetition():
 
 
 def test_parity_sees_a_difference(photos, monkeypatch):
-    files = encoded_images(open_source(str(photos), split="train", flag="x"), 6)
+    files = encoded_images(open_source(str(photos), split="train"), 6)
     assert len(files) == 6 and files[4] == files[0]  # the broken one is left out
     assert crop_differences(files, 8).max() < 0.5
     monkeypatch.setattr("data.decoding.simplejpeg.decode_jpeg", lambda *_, **__: np.zeros((90, 120, 3), np.uint8))
@@ -55,4 +55,4 @@ def test_nothing_to_decode(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(b"broken")
     with pytest.raises(UserError, match="--data: expected image files"):
-        encoded_images(open_source(str(tmp_path), split="train", flag="x"), 1)
+        encoded_images(open_source(str(tmp_path), split="train"), 1)

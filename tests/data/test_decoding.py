@@ -177,7 +177,7 @@ class TestBadData:
         good = {name: data for name, (data, _) in right_files().items() if not name.endswith(".gif")}
         for name, data in {**good, **wrong_files()}.items():
             (tmp_path / "a" / name).write_bytes(data)
-        source = open_source(str(tmp_path), split="train", flag="x")
+        source = open_source(str(tmp_path), split="train")
         loader = TrainLoader(source, augmentation=1, batch_size=len(source), pipeline=pipeline, num_workers=0)
         (batch,) = loader.epoch(0, 24)
         (evaluated,) = EvalLoader(source, size=24, batch_size=len(source))

@@ -18,14 +18,13 @@ from data.imagenet_ids import ImageIds, looks_like_imagenet, robustbench_ids
 from data.source import Source
 from tests.data import encoded, write_folder
 
-FLAG = "data.val_dataset"
 ROOT = Path(__file__).parents[2]
 
 
 def installed_list() -> ImageIds:
     if importlib.util.find_spec("robustbench") is None:
         pytest.skip("the list is part of robustbench")
-    return robustbench_ids("eval.ids")
+    return robustbench_ids()
 
 
 def write_imagenet(folder: Path, ids: ImageIds) -> Path:
@@ -59,7 +58,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory, ids: ImageIds) -> Path:
 
 
 def listed(spec: object, ids: ImageIds) -> Source:
-    return open_listed(str(spec), ids.keys, ids.class_names, flag=FLAG)
+    return open_listed(str(spec), ids.keys, ids.class_names)
 
 
 class TestList:
@@ -76,7 +75,7 @@ class TestList:
         code = (
             "import sys\n"
             "from data.imagenet_ids import robustbench_ids\n"
-            "ids = robustbench_ids('eval.ids')\n"
+            "ids = robustbench_ids()\n"
             "assert 'robustbench' not in sys.modules\n"
             "print(len(ids.keys), ids.keys[0])\n"
         )
@@ -88,7 +87,7 @@ class TestList:
     def test_robustbench_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "robustbench", None)  # as if it were not installed
         with pytest.raises(UserError, match="^eval.ids: .*not installed: pip install robustbench"):
-            robustbench_ids("eval.ids")
+            robustbench_ids()
 
     @pytest.mark.parametrize("map_file", [None, "not JSON"])
     def test_robustbench_has_no_list(
@@ -98,12 +97,12 @@ class TestList:
         if map_file is not None:
             (tmp_path / "robustbench" / "helper_files" / "imagenet_class_to_id_map.json").write_text(map_file)
         with pytest.raises(UserError, match=f"^eval.ids: .*no readable list of images in {tmp_path}"):
-            robustbench_ids("eval.ids")
+            robustbench_ids()
 
     def test_classes_follow_their_numbers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = self.install(tmp_path, monkeypatch)
         (folder / "imagenet_class_to_id_map.json").write_text(json.dumps({"a": 2, "b": 0, "c": 1}))
-        assert robustbench_ids("eval.ids") == ImageIds(keys=["c/2.JPEG", "a/1.JPEG"], class_names=["b", "c", "a"])
+        assert robustbench_ids() == ImageIds(keys=["c/2.JPEG", "a/1.JPEG"], class_names=["b", "c", "a"])
 
     @staticmethod
     def install(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -137,7 +136,7 @@ class TestListed:
         assert [source.key(i) for i in range(5000)] == ids.keys
         assert source.labels.tolist() == [numbers[key.split("/")[0]] for key in ids.keys]
         # The same numbers as those of a folder that is opened without the list, which training uses.
-        assert open_source(str(imagenet), split="val", flag=FLAG).class_names == source.class_names
+        assert open_source(str(imagenet), split="val").class_names == source.class_names
         assert source.name(7) == str(imagenet / "val" / ids.keys[7])
         assert source.read(7) == (encoded(0, kind="JPEG"), numbers[ids.keys[7].split("/")[0]])
 
@@ -157,7 +156,7 @@ class TestListed:
         with pytest.raises(UserError) as error:
             listed(folder, ids)
         assert str(error.value) == (
-            f"{FLAG}: expected the folders of all 1000 classes in {folder}, missing: {', '.join(gone)}."
+            f"expected the folders of all 1000 classes in {folder}, missing: {', '.join(gone)}."
         )
 
     def test_missing_files_are_counted_and_the_first_named(self, tmp_path: Path, imagenet: Path, ids: ImageIds) -> None:
@@ -169,34 +168,34 @@ class TestListed:
         assert len(gone) > 8  # the message does not show all
         with pytest.raises(UserError) as error:
             listed(folder, ids)
-        assert f"{FLAG}: expected the 5000 listed images in {folder}, {len(gone)} are missing: " in str(error.value)
+        assert f"expected the 5000 listed images in {folder}, {len(gone)} are missing: " in str(error.value)
         assert ", ".join(gone[:8]) in str(error.value) and gone[8] not in str(error.value)
 
     def test_flat_folder_of_imagenet(self, tmp_path: Path, ids: ImageIds) -> None:
         for key in ids.keys[:3]:
             (tmp_path / key.split("/")[1]).write_bytes(encoded(0, kind="JPEG"))
-        for refused in (lambda: listed(tmp_path, ids), lambda: open_source(str(tmp_path), split="val", flag=FLAG)):
+        for refused in (lambda: listed(tmp_path, ids), lambda: open_source(str(tmp_path), split="val")):
             with pytest.raises(UserError) as error:
                 refused()
-            for words in [FLAG, str(tmp_path), "3 loose images of ImageNet's", "torchvision.datasets.ImageNet("]:
+            for words in [str(tmp_path), "3 loose images of ImageNet's", "torchvision.datasets.ImageNet("]:
                 assert words in str(error.value)
         assert class_folders(str(tmp_path)) == []
 
     def test_flat_folder_of_other_images(self, tmp_path: Path, ids: ImageIds) -> None:
         (tmp_path / "1.png").write_bytes(encoded(1))
-        with pytest.raises(UserError, match=f"^{FLAG}: .*found none, and 1 loose images.$"):
+        with pytest.raises(UserError, match="^.*found none, and 1 loose images.$"):
             listed(tmp_path, ids)
 
     @pytest.mark.parametrize(("name", "found"), [("file", "a file"), ("nowhere", "nothing")])
     def test_no_folder(self, tmp_path: Path, ids: ImageIds, name: str, found: str) -> None:
         (tmp_path / "file").write_text("text")
-        with pytest.raises(UserError, match=f"^{FLAG}: expected a folder .*found {found} at {tmp_path}/{name}"):
+        with pytest.raises(UserError, match=f"^expected a folder .*found {found} at {tmp_path}/{name}"):
             listed(tmp_path / name, ids)
         assert class_folders(str(tmp_path / name)) == []
 
     def test_only_training_images(self, tmp_path: Path, ids: ImageIds) -> None:
         write_folder(tmp_path / "train", {ids.class_names[0]: 1})
-        with pytest.raises(UserError, match=f"^{FLAG}: expected val or validation with class folders"):
+        with pytest.raises(UserError, match="^expected val or validation with class folders"):
             listed(tmp_path, ids)
         assert class_folders(str(tmp_path)) == []
 

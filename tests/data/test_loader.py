@@ -210,8 +210,8 @@ class TestWorkers:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
     ) -> None:
         write_folder(tmp_path, {"a": 5, "b": 5})
-        plain = open_source(str(tmp_path), split="train", flag="x")
-        memory = open_source(str(tmp_path), split="train", flag="x", in_memory=True)
+        plain = open_source(str(tmp_path), split="train")
+        memory = open_source(str(tmp_path), split="train", in_memory=True)
         expected = together(basic(plain, augmentation=1).epoch(0, 16))
         start, _ = torch.multiprocessing.get_start_method(), torch.multiprocessing.set_start_method(method, force=True)
         try:
@@ -279,7 +279,7 @@ class TestDeadWorkers:
     @pytest.mark.parametrize("training", [True, False])
     def test_killed_worker_of_a_stream_ends_the_epoch(self, tmp_path: Path, training: bool) -> None:
         pytest.importorskip("webdataset", reason="wds/ needs the package webdataset")
-        source = open_source(f"wds/{write_shards(tmp_path / 'Shards')}", split="train", flag="x")
+        source = open_source(f"wds/{write_shards(tmp_path / 'Shards')}", split="train")
 
         def batches() -> Iterable[Batch]:
             if training:
@@ -353,7 +353,7 @@ class TestBrokenImages:
         path = tmp_path / "a" / "001.png"
         path.write_bytes(broken_files()[kind])
         for in_memory in (False, True):
-            source = open_source(str(tmp_path), split="train", flag="x", in_memory=in_memory)
+            source = open_source(str(tmp_path), split="train", in_memory=in_memory)
             shown = together(basic(source).epoch(0, 8))
             assert sorted(shown.index.tolist()) == [0, 2, 2, 3]
             assert torch.equal(shown.y, shown.index // 2)
@@ -364,7 +364,7 @@ class TestBrokenImages:
 
     def test_files_that_vanished(self, tmp_path: Path) -> None:
         write_folder(tmp_path, {"a": 3})
-        source = open_source(str(tmp_path), split="train", flag="x")
+        source = open_source(str(tmp_path), split="train")
         (tmp_path / "a" / "002.png").unlink()
         shown = together(basic(source, batch_size=3).epoch(0, 8))
         assert sorted(shown.index.tolist()) == [0, 0, 1]  # the one after the last is the first
@@ -400,7 +400,7 @@ class TestBrokenImages:
         (tmp_path / "a").mkdir()
         image = Image.fromarray(np.full((9, 9), 999, np.uint16)) if mode == "I;16" else picture(1).convert(mode)
         image.save(tmp_path / "a" / ("1.jpg" if mode == "CMYK" else "1.png"))
-        shown = together(EvalLoader(open_source(str(tmp_path), split="val", flag="x"), size=8, batch_size=1))
+        shown = together(EvalLoader(open_source(str(tmp_path), split="val"), size=8, batch_size=1))
         assert shown.x.shape == (1, 3, 8, 8) and not shown.failures
 
 
@@ -469,7 +469,7 @@ class TestStreams:
     @pytest.fixture
     def source(self, tmp_path: Path) -> Iterator[StreamSource]:
         pytest.importorskip("webdataset", reason="wds/ needs the package webdataset")
-        yield open_source(f"wds/{write_shards(tmp_path / 'Shards')}", split="train", flag="x")
+        yield open_source(f"wds/{write_shards(tmp_path / 'Shards')}", split="train")
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_training_is_repeatable_and_epochs_differ(self, source: StreamSource, workers: int) -> None:
@@ -490,7 +490,7 @@ class TestStreams:
 
     def test_samples_of_a_shard_are_shuffled_differently_in_each_epoch(self, tmp_path: Path) -> None:
         pytest.importorskip("webdataset", reason="wds/ needs the package webdataset")
-        source = open_source(f"wds/{write_shards(tmp_path / 'one', shards=1, each=24)}", split="train", flag="x")
+        source = open_source(f"wds/{write_shards(tmp_path / 'one', shards=1, each=24)}", split="train")
         loader = basic(source, num_workers=1)
         orders = {tuple(together(loader.epoch(epoch, 8)).y.tolist()) for epoch in range(3)}
         assert len(orders) == 3 and all(sorted(order) == list(range(24)) for order in orders)
@@ -513,7 +513,7 @@ class TestStreams:
 
     def test_hugging_face_streams(self, tmp_path: Path) -> None:
         pytest.importorskip("datasets", reason="hfids/ needs the package datasets")
-        source = open_source(f"hfids/{write_parquet(tmp_path / 'Set')}", split="train", flag="x", root=str(tmp_path))
+        source = open_source(f"hfids/{write_parquet(tmp_path / 'Set')}", split="train", root=str(tmp_path))
         assert (len(source), source.shards, source.class_names) == (24, 4, [f"class {i}" for i in range(24)])
         shown = [together(basic(source, rank=rank, world_size=2, num_workers=2).epoch(0, 8)) for rank in (0, 1)]
         assert sorted(together(shown).y.tolist()) == list(range(24))
@@ -535,7 +535,7 @@ class TestStreams:
             EvalLoader(source, size=8, batch_size=2).batches([1])
         info = json.loads((tmp_path / "Shards" / "_info.json").read_text())
         (tmp_path / "Shards" / "_info.json").write_text(json.dumps({**info, "num_classes": 5}))
-        few = open_source(f"wds/{tmp_path}/Shards", split="val", flag="x")
+        few = open_source(f"wds/{tmp_path}/Shards", split="val")
         with pytest.raises(UserError, match="expected labels below 5, found 5 at position 5"):
             list(EvalLoader(few, size=8, batch_size=2))
 
@@ -557,7 +557,7 @@ class TestStreams:
             [] if rank else ["24 images, 20 came, and "] * 2
         )
         with pytest.raises(UserError, match="wds/.*: expected 10 images, 8 came"):
-            Collected(open_source(f"wds/{tmp_path}/Shards", split="val", flag="x", split_name="{0..1}.tar|12"), 10)
+            Collected(open_source(f"wds/{tmp_path}/Shards", split="val", split_name="{0..1}.tar|12"), 10)
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_shard_that_is_missing_or_cut(self, source: StreamSource, tmp_path: Path, workers: int) -> None:

@@ -27,7 +27,6 @@ from data.source import Source, StreamSource
 from tests.data import encoded, write_folder
 from tests.helpers.processes import in_a_child
 
-FLAG = "data.train_dataset"
 PER_SHARD = 4
 
 
@@ -37,7 +36,7 @@ def prepare(images: object, folder: Path, *options: str) -> int:
 
 
 def opened(folder: object, split: str = "train", **options: object) -> Source | StreamSource:
-    return open_source(f"wds/{folder}", split=split, flag=FLAG, **options)
+    return open_source(f"wds/{folder}", split=split, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,7 +65,7 @@ def unfinish(shards: Path) -> None:
 
 class TestPrepare:
     def test_holds_the_folders_files_byte_by_byte(self, images: Path, shards: Path) -> None:
-        plain, found = open_source(str(images), split="train", flag=FLAG), opened(shards)
+        plain, found = open_source(str(images), split="train"), opened(shards)
         assert isinstance(found, ShardSource) and found.class_names == plain.class_names == ["a", "b", "c"]
         expected = {plain.key(i): plain.read(i) for i in range(len(plain))}
         assert {found.key(i): found.read(i) for i in range(len(found))} == expected
@@ -150,7 +149,7 @@ class TestPrepare:
     def test_a_file_that_cannot_be_read_ends_it(self, images: Path, tmp_path: Path, workers: int, capsys) -> None:
         (images / "b" / "003.png").rename(tmp_path / "003.png")
         (images / "b" / "003.png").symlink_to(tmp_path / "unmounted")
-        source, folder = open_source(str(images), split="train", flag=FLAG), tmp_path / "shards"
+        source, folder = open_source(str(images), split="train"), tmp_path / "shards"
         settings = data.prepare.Settings(0, 90, PER_SHARD, 0)
         folder.mkdir()
         with pytest.raises(UserError, match=r"^IMAGES: cannot read .*b/003.png \(No such file or directory\)") as error:
@@ -172,7 +171,7 @@ class TestPrepare:
         assert prepare(images, tmp_path / "shards", "--estimate") == 0
         assert not list((tmp_path / "shards").iterdir())
         assert "19 images in 3 classes: about 0.00 GB" in capsys.readouterr().out
-        source = open_source(str(images), split="train", flag=FLAG)
+        source = open_source(str(images), split="train")
         expected = data.prepare.estimate(source, data.prepare.Settings(0, 90, PER_SHARD, 0))
         prepare(images, tmp_path / "shards")
         written = sum(path.stat().st_size for path in (tmp_path / "shards").glob("*.tar"))
@@ -327,7 +326,7 @@ class TestReading:
         (shards / "train-00001.tar").unlink()
         (shards / "train-00003.tar").write_bytes(b"cut")
         with pytest.raises(
-            UserError, match=r"data.train_dataset: expected the 5 shards.*train-00001.tar, train-00003.tar"
+            UserError, match=r"expected the 5 shards.*train-00001.tar, train-00003.tar"
         ):
             opened(shards)
 
@@ -384,7 +383,7 @@ class TestReading:
         pytest.importorskip("webdataset", reason="reads shards without an index")
         (tmp_path / "_info.json").write_text(content)
         for split_name in ("train", "x-{0..1}.tar|3"):
-            with pytest.raises(UserError, match=FLAG):
+            with pytest.raises(UserError):
                 opened(tmp_path, split_name=split_name)
 
     def test_webdataset_reads_them_too(self, images: Path, shards: Path) -> None:
@@ -451,5 +450,5 @@ class TestHTTP:
                 list(batches)
 
     def test_nothing_there(self, address: str) -> None:
-        with pytest.raises(UserError, match="data.train_dataset: cannot open split train of wds/http"):
+        with pytest.raises(UserError, match="cannot open split train of wds/http"):
             opened(f"{address}/elsewhere")

@@ -97,7 +97,7 @@ def test_verdicts_are_those_of_each_chunk_alone(trained, images, finished):
     torch.set_num_threads(1)
     try:
         found = {}
-        network = load_trained(trained.folder / "weights_2.pt", config.model, flag="")
+        network = load_trained(trained.folder / "weights_2.pt", config.model)
         listed = image_lists(config)(4, network.class_names)
         for norm, eps in EPS.items():
             for start in range(0, 8, 5):
@@ -329,7 +329,7 @@ def test_adversarial_images_are_kept_on_demand(trained, images, tmp_path):
     assert x.shape == (8, 3, 32, 32) and x.dtype == x_adv.dtype == np.float32
     assert broken_by.tolist() == [row["broken_by"] for row in rows(only(tmp_path, "verdicts.csv"))]
     assert np.abs(x_adv - x).max() <= 0.25 + 1e-6
-    network = load_trained(trained.folder, load_config(EvalConfig, argv(trained, images, "")).model, flag="").model
+    network = load_trained(trained.folder, load_config(EvalConfig, argv(trained, images, "")).model).model
     with torch.no_grad():
         wrong = network(torch.from_numpy(x_adv)).argmax(1).numpy() != np.concatenate([arrays["y"] for arrays in kept])
     assert wrong.tolist() == [bool(broken) for broken in broken_by]
@@ -442,7 +442,7 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(trained, images, tmp_pa
 
     monkeypatch.setattr(torch, "compile", fail)
     config = load_config(EvalConfig, argv(trained, images, tmp_path, "--eval.compile=1"))
-    network = load_trained(trained.folder, config.model, flag="").model
+    network = load_trained(trained.folder, config.model).model
     assert fast_copy(network, config.eval, size=32, device=torch.device("cpu")) is None
     assert "running uncompiled: RuntimeError: no C++ compiler" in capsys.readouterr().err
 

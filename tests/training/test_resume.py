@@ -284,7 +284,7 @@ def test_two_starts_of_a_new_run(many, tmp_path, monkeypatch, capsys):
     def build(*args, **kwargs):
         folder.mkdir()
         (folder / "log").write_text("of the first")
-        locks.append(take_folder(folder, flag="logging.folder"))
+        locks.append(take_folder(folder))
         return original(*args, **kwargs)
 
     monkeypatch.setattr(training.trainer, "build_parts", build)
@@ -335,7 +335,7 @@ def test_two_runs_in_one_folder_are_refused(many, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("training.resume.PATIENCE", 0)
     flags = base_flags(many, tmp_path) | RANDOM
     folder_of(flags).mkdir()
-    with take_folder(folder_of(flags), flag="logging.folder"):
+    with take_folder(folder_of(flags)):
         assert run(flags).status == 2
     assert "another run is working" in capsys.readouterr().err
 

@@ -380,7 +380,7 @@ def test_best_weights_replace_the_best_and_are_no_epoch(tmp_path):
     best = {"weights_best.pt", "weights_ema_best.pt"}
     assert names(folder) == {"weights_2.pt", "weights_ema_2.pt"} | best
     assert {weight_in(folder.path / name) for name in best} == {2}
-    assert find_weights(folder.path, flag="eval.model_in").name == "weights_ema_2.pt"
+    assert find_weights(folder.path).name == "weights_ema_2.pt"
     folder.save_best({"raw": networks(5)["raw"]})
     assert weight_in(folder.path / "weights_best.pt") == 5 and weight_in(folder.path / "weights_ema_best.pt") == 2
 

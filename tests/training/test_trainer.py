@@ -77,7 +77,7 @@ def test_logged_accuracy_is_the_weights_accuracy(images, tmp_path):
     outcome = run(flags | {"training.epochs": 2, "validation.batch_size": 3})
     model = get_new_model("convnext_micro", num_classes=4).eval()
     model.load_state_dict(outcome.weights)
-    source = open_source(str(images), split="val", flag="data.val_dataset")
+    source = open_source(str(images), split="val")
     (batch,) = EvalLoader(source, size=32, crop_pct=1.0, batch_size=8)
     with torch.no_grad():
         logits = model(batch.x)
@@ -245,7 +245,7 @@ def test_error_in_one_of_two_processes_is_said_once(images, tmp_path, capfd):
 def test_find_weights_takes_the_newest_average(images, tmp_path):
     flags = base_flags(images, tmp_path) | {"training.epochs": 2, "logging.save_freq": 1, "model.model_ema": 1}
     folder = run(flags).folder
-    assert find_weights(folder, flag="eval.model_in").name == "weights_ema_2.pt"
+    assert find_weights(folder).name == "weights_ema_2.pt"
 
 
 # --- what only shows when it goes wrong -----------------------------------------------------------------------------------

@@ -26,9 +26,7 @@ def saved(folder, arch="convnext_tiny", *, num_classes=5, normalized=True, **opt
     network = get_new_model(arch, num_classes=num_classes, **options)
     model = normalize_model(network) if normalized else network
     torch.save(model.state_dict(), folder / "weights.pt")
-    return load_trained(
-        folder / "weights.pt", NetworkDescription(arch=arch, num_classes=num_classes, **options), flag="f"
-    )
+    return load_trained(folder / "weights.pt", NetworkDescription(arch=arch, num_classes=num_classes, **options))
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def test_transform_goes_with_the_model(tmp_path, images):
     from PIL import Image
 
     saved(tmp_path, "convnext_micro")
-    export(load_trained(tmp_path / "weights.pt", ASKED, flag="f"), tmp_path / "out")
+    export(load_trained(tmp_path / "weights.pt", ASKED), tmp_path / "out")
     model = load_robust_model(str(tmp_path / "out"), img_size=32)
     x = model.transform(Image.open(next((images / "val").rglob("*.png"))))
     assert x.shape == (3, 32, 32) and 0 <= x.min() and x.max() <= 1

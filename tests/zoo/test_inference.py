@@ -15,7 +15,6 @@ from zoo.inference import Description, check_description, describe_weights
 from zoo.loading import Weights, parse_weights
 from zoo.runs import load_trained
 
-FLAG = "eval.model_in"
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "state_dicts.json").read_text())
 
 
@@ -89,8 +88,8 @@ def test_same_weights_of_different_networks(tmp_path):
     assert found.candidates == ("resnet50", "resnet50_gelu") and not found.alike
     torch.save(network, tmp_path / "w.pt")
     with pytest.raises(UserError, match="resnet50 and resnet50_gelu.*--model.arch"):
-        load_trained(tmp_path / "w.pt", NetworkDescription(), flag=FLAG)
-    trained = load_trained(tmp_path / "w.pt", NetworkDescription(arch="resnet50_gelu"), flag=FLAG)
+        load_trained(tmp_path / "w.pt", NetworkDescription())
+    trained = load_trained(tmp_path / "w.pt", NetworkDescription(arch="resnet50_gelu"))
     assert "GELU" in str(trained.model) and trained.description["num_classes"] == 4
 
 
@@ -99,7 +98,7 @@ def test_nothing_known(network):
     nothing = Description(None, None, None, None, False, None, (), True)
     assert describe_weights(Weights(network, None)) == nothing and str(nothing) == "no known architecture"
     with pytest.raises(UserError, match="nothing in it fits a known architecture. Nearest is .* is missing"):
-        check_description(Weights(network, None), {}, flag=FLAG, source="x.pt")
+        check_description(Weights(network, None), {}, source="x.pt")
 
 
 def test_the_random_state_stays():
@@ -129,9 +128,9 @@ WRONG = {
 def test_asked_for_something_else(case):
     key, asked, expected = WRONG[case]
     with pytest.raises(UserError) as error:
-        check_description(golden(key), asked, flag=FLAG, source="x.pt", by="the table")
+        check_description(golden(key), asked, source="x.pt", by="the table")
     message = str(error.value)
-    assert message.startswith(f"{FLAG}: x.pt does not fit: it is convnext_base with ConvStem and 1000 classes; ")
+    assert message.startswith("x.pt does not fit: it is convnext_base with ConvStem and 1000 classes; ")
     assert message.endswith("(the table).") and all(words in message for words in expected)
 
 
@@ -140,8 +139,8 @@ def test_normaliser_not_asked_for():
     with pytest.raises(
         UserError, match="with ConvStem, a normaliser and 1000 classes; model.add_normalization asks for 0"
     ):
-        check_description(weights, {"add_normalization": False}, flag=FLAG, source="x.pt")
-    check_description(golden(BASE), {"add_normalization": True}, flag=FLAG, source="x.pt")  # the network fits both
+        check_description(weights, {"add_normalization": False}, source="x.pt")
+    check_description(golden(BASE), {"add_normalization": True}, source="x.pt")  # the network fits both
 
 
 def test_what_was_asked_for_passes():
@@ -152,8 +151,8 @@ def test_what_was_asked_for_passes():
         "num_classes": 1000,
         "add_normalization": None,
     }
-    assert check_description(golden(BASE), asked, flag=FLAG, source="x.pt").candidates == ("convnext_base",)
-    assert check_description(golden(BASE), {}, flag=FLAG, source="x.pt").arch == "convnext_base"
+    assert check_description(golden(BASE), asked, source="x.pt").candidates == ("convnext_base",)
+    assert check_description(golden(BASE), {}, source="x.pt").arch == "convnext_base"
 
 
 def test_errors_name_the_nearest():
@@ -162,14 +161,14 @@ def test_errors_name_the_nearest():
     expected = "Nearest is convnext_base with ConvStem, but head.fc.bias is missing. "
     for asked in ({}, {"arch": "convnext_base"}):
         with pytest.raises(UserError, match=expected):
-            check_description(Weights(network, None), asked, flag=FLAG, source="x.pt")
+            check_description(Weights(network, None), asked, source="x.pt")
     with pytest.raises(UserError, match="Nearest is vit_s .*more"):
-        check_description(Weights(network, None), {"arch": "vit_s"}, flag=FLAG, source="x.pt")
+        check_description(Weights(network, None), {"arch": "vit_s"}, source="x.pt")
 
 
 def test_unknown_architecture():
     with pytest.raises(UserError, match="model.arch.*'convnext_mikro'.*convnext_micro"):
-        check_description(golden(BASE), {"arch": "convnext_mikro"}, flag=FLAG, source="x.pt")
+        check_description(golden(BASE), {"arch": "convnext_mikro"}, source="x.pt")
 
 
 @pytest.mark.parametrize("arch", ["timm_resnet18", "timm_convnext_atto", "timm_nest_tiny"])
@@ -177,20 +176,18 @@ def test_other_models_of_timm_are_named(tmp_path, arch):
     """Nothing is inferred but classes and normaliser; NesT cannot be built without numbers."""
     source, path = normalize_model(get_new_model(arch, num_classes=4)), tmp_path / "w.pt"
     torch.save(source.state_dict(), path)
-    trained = load_trained(path, NetworkDescription(arch=arch), flag=FLAG)
+    trained = load_trained(path, NetworkDescription(arch=arch))
     assert (trained.description["arch"], trained.description["num_classes"]) == (arch, 4)
     assert trained.description["add_normalization"]
     with pytest.raises(UserError, match="--model.arch=timm_<name>"):
-        load_trained(path, NetworkDescription(), flag=FLAG)
+        load_trained(path, NetworkDescription())
     with pytest.raises(UserError, match="it is timm_.* and 4 classes; model.num_classes asks for 5"):
-        load_trained(path, NetworkDescription(arch=arch, num_classes=5), flag=FLAG)
+        load_trained(path, NetworkDescription(arch=arch, num_classes=5))
 
 
 def test_known_network_under_its_timm_name():
-    weights = parse_weights(state("convnext_tiny"), flag=FLAG, source="x")
-    assert (
-        check_description(weights, {"arch": "timm_convnext_tiny"}, flag=FLAG, source="x").arch == "timm_convnext_tiny"
-    )
+    weights = parse_weights(state("convnext_tiny"), source="x")
+    assert check_description(weights, {"arch": "timm_convnext_tiny"}, source="x").arch == "timm_convnext_tiny"
 
 
 def test_vit_of_another_resolution(tmp_path):
@@ -198,6 +195,6 @@ def test_vit_of_another_resolution(tmp_path):
     torch.manual_seed(0)
     source = get_new_model("vit_micro", num_classes=4, img_size=48).eval()
     torch.save(source.state_dict(), tmp_path / "w.pt")
-    model = load_trained(tmp_path / "w.pt", NetworkDescription(), flag=FLAG).model
+    model = load_trained(tmp_path / "w.pt", NetworkDescription()).model
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model(x), source(x), rtol=0, atol=1e-6)

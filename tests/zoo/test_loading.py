@@ -31,7 +31,6 @@ from zoo.inference import describe_weights
 from zoo.loading import NORMALIZERS, PREFIXES, load_weights, parse_weights, read_weights
 from zoo.runs import load_trained
 
-FLAG = "model.ckpt_path"
 MICRO = ["convnext_micro", "convnext_iso_micro", "vit_micro"]
 VARIANTS = [
     (arch, stem) for arch, entry in ARCHITECTURES.items() for stem in (False, True) if entry.conv_stem or not stem
@@ -88,7 +87,7 @@ def test_round_trip(tmp_path, layout, normalized):
     target = normalize_model(micro(2)) if normalized else micro(2)
     path = tmp_path / "w.pt"
     torch.save(LAYOUTS[layout](source.state_dict()), path)
-    load_weights(target, read_weights(path, flag=FLAG), flag=FLAG, source=path)
+    load_weights(target, read_weights(path), source=path)
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value), name
 
@@ -102,7 +101,7 @@ def test_logits_stay(tmp_path, arch, not_original):
     )
     path, x = tmp_path / "w.pt", torch.rand(2, 3, 32, 32)
     torch.save({"ema": prefixed(source.state_dict(), "module._orig_mod.base_model.")}, path)
-    trained = load_trained(path, NetworkDescription(), flag=FLAG)
+    trained = load_trained(path, NetworkDescription())
     assert torch.equal(trained.model(x), source.eval()(x))
 
 
@@ -140,7 +139,7 @@ def test_every_architecture_in_several_layouts(tmp_path, number):
     for turn in (number, number + 3, number + 8):
         layout, normalized = layouts[turn % len(layouts)]
         torch.save(LAYOUTS[layout](with_normalizer(state) if normalized else state), path)
-        weights = read_weights(path, flag=FLAG)
+        weights = read_weights(path)
         assert list(weights.network) == list(state) and (weights.normalizer is not None) == normalized
         for name, value in state.items():
             found = weights.network[name]
@@ -168,7 +167,7 @@ def test_every_architecture_in_safetensors(tmp_path, arch, not_original):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
-    weights = read_weights(path, flag=FLAG)
+    weights = read_weights(path)
     assert {name: value.shape for name, value in weights.network.items()} == {n: v.shape for n, v in state.items()}
     assert arch in describe_weights(weights).candidates
 
@@ -178,24 +177,24 @@ def test_safetensors(tmp_path, name):
     path = tmp_path / name
     source, target = micro(1), micro(2)
     safetensors.torch.save_file(source.state_dict(), path)
-    load_weights(target, read_weights(path, flag=FLAG), flag=FLAG, source=path)
+    load_weights(target, read_weights(path), source=path)
     assert torch.equal(target.head.fc.weight, source.head.fc.weight)
 
 
 def test_files_of_old_torch(tmp_path):
     path, source, target = tmp_path / "w.pt", micro(1), micro(2)
     torch.save({"state_dict": source.state_dict()}, path, _use_new_zipfile_serialization=False)
-    load_weights(target, read_weights(path, flag=FLAG), flag=FLAG, source=path)
+    load_weights(target, read_weights(path), source=path)
     assert torch.equal(target.head.fc.weight, source.head.fc.weight)
 
 
 @pytest.mark.parametrize("prefixes", list(itertools.permutations(PREFIXES)))
 def test_prefixes_in_any_order(prefixes):
     state = micro(1).state_dict()
-    weights = parse_weights(prefixed(state, "".join(prefixes)), flag=FLAG, source="x")
+    weights = parse_weights(prefixed(state, "".join(prefixes)), source="x")
     assert list(weights.network) == list(state)
     between = prefixed(with_normalizer(prefixed(state, "".join(prefixes[2:]))), "".join(prefixes[:2]))
-    weights = parse_weights(between, flag=FLAG, source="x")
+    weights = parse_weights(between, source="x")
     assert list(weights.network) == list(state) and weights.normalizer is not None
 
 
@@ -205,7 +204,7 @@ def test_normalisers_by_their_keys(pair, shape):
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
     state = dict(zip(pair, (mean.reshape(shape), std.reshape(shape)))) | prefixed(micro(1).state_dict(), "model.")
     target = normalize_model(micro(2))
-    load_weights(target, parse_weights(state, flag=FLAG, source="x"), flag=FLAG, source="x")
+    load_weights(target, parse_weights(state, source="x"), source="x")
     assert target.normalize.mean.flatten().tolist() == mean.tolist()
     assert target.normalize.std.flatten().tolist() == std.tolist()
 
@@ -213,7 +212,7 @@ def test_normalisers_by_their_keys(pair, shape):
 @pytest.mark.parametrize("which, key, factor", [(None, "model_ema", 1), ("ema", "model_ema", 1), ("raw", "model", 0)])
 def test_average_or_raw(which, key, factor):
     state = micro(1).state_dict()
-    weights = parse_weights({"model": zeros(state), "model_ema": state}, flag=FLAG, source="x", which=which)
+    weights = parse_weights({"model": zeros(state), "model_ema": state}, source="x", which=which)
     assert (weights.which, weights.key) == ("raw" if which == "raw" else "ema", key)
     assert all(torch.equal(weights.network[name], value * factor) for name, value in state.items())
 
@@ -223,14 +222,14 @@ def test_batch_norm_counters_are_weights(tmp_path):
     source, target = (get_new_model("resnet50", num_classes=2) for _ in range(2))
     source.bn1.num_batches_tracked.fill_(123)
     torch.save(source.state_dict(), path)
-    load_weights(target, read_weights(path, flag=FLAG), flag=FLAG, source=path)
+    load_weights(target, read_weights(path), source=path)
     assert target.bn1.num_batches_tracked == 123
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(dtype):
     state, target = micro(1).to(dtype).state_dict(), micro(2)
-    load_weights(target, parse_weights(state, flag=FLAG, source="x"), flag=FLAG, source="x")
+    load_weights(target, parse_weights(state, source="x"), source="x")
     assert torch.equal(target.head.fc.weight, state["head.fc.weight"].float())
 
 
@@ -239,9 +238,9 @@ def test_position_embeddings_of_another_resolution(not_original):
     """As the model of that resolution sees images of this one: it interpolates in its forward pass."""
     source = micro(1, arch="vit_micro", not_original=not_original, img_size=48).eval()
     target = micro(2, arch="vit_micro", not_original=not_original).eval()
-    weights = parse_weights(source.state_dict(), flag=FLAG, source="x")
+    weights = parse_weights(source.state_dict(), source="x")
     assert describe_weights(weights).img_size == 48
-    load_weights(target, weights, flag=FLAG, source="x")
+    load_weights(target, weights, source="x")
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(target(x), source(x), rtol=0, atol=1e-6)
     assert torch.equal(target.pos_embed[:, :1], source.pos_embed[:, :1])  # the class token's is kept
@@ -250,7 +249,7 @@ def test_position_embeddings_of_another_resolution(not_original):
 def test_weights_without_normaliser_fit_a_model_with_one(tmp_path):
     path, source, target = tmp_path / "w.pt", micro(1), normalize_model(micro(2))
     torch.save(source.state_dict(), path)
-    load_weights(target, read_weights(path, flag=FLAG), flag=FLAG, source=path)
+    load_weights(target, read_weights(path), source=path)
     assert torch.equal(target.model.head.fc.weight, source.head.fc.weight)
 
 
@@ -450,9 +449,9 @@ def test_wrong_files(tmp_path, case, monkeypatch):
     path.write_bytes(content if isinstance(content, bytes) else saved(content))
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(UserError) as error:
-        load_weights(target, read_weights(path, flag=FLAG, which=wrong.which), flag=FLAG, source=path)
+        load_weights(target, read_weights(path, which=wrong.which), source=path)
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
-    assert str(error.value).startswith(FLAG) and str(path) in str(error.value)
+    assert str(path) in str(error.value)
     for words in wrong.words:
         assert words in str(error.value).replace(str(path), "")  # the folder is called after the case
     assert not (tmp_path / "evil").exists()
@@ -470,9 +469,9 @@ def test_list_of_records(tmp_path):
     for place in range(start, len(data)):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
         try:
-            found = read_weights(path, flag=FLAG).network
+            found = read_weights(path).network
         except UserError as error:
-            assert str(error).startswith(f"{FLAG}: {path} cannot be read as weights")
+            assert str(error).startswith(f"{path} cannot be read as weights")
             refused.append(place)
         else:
             assert found.keys() == expected.keys() and all(map(torch.equal, found.values(), expected.values())), place
@@ -485,8 +484,8 @@ def test_no_file(tmp_path, kind, words):
     path = tmp_path / "w.pt"
     if kind == "folder":
         path.mkdir()
-    with pytest.raises(UserError, match=f"{FLAG}: expected a file of weights, .*{words}"):
-        read_weights(path, flag=FLAG)
+    with pytest.raises(UserError, match=f"expected a file of weights, .*{words}"):
+        read_weights(path)
 
 
 # ---------------------------------------------------------------------------------------------------- run folders
@@ -494,31 +493,31 @@ def test_description_comes_from_the_run(images, tmp_path):
     from tests.training.helpers import base_flags, run
 
     outcome = run(base_flags(images, tmp_path) | {"model.not_original": 1, "model.add_normalization": 1})
-    trained = load_trained(outcome.folder, NetworkDescription(), flag="eval.model_in")
+    trained = load_trained(outcome.folder, NetworkDescription())
     assert trained.description["arch"] == "convnext_micro" and trained.description["not_original"] is True
     assert trained.description["num_classes"] == 4 and not trained.model.training
     assert torch.equal(trained.model.state_dict()["normalize.mean"], outcome.weights["normalize.mean"])
-    with pytest.raises(UserError, match="eval.model_in.*model.not_original"):
-        load_trained(outcome.folder, NetworkDescription(not_original=False), flag="eval.model_in")
+    with pytest.raises(UserError, match="model.not_original"):
+        load_trained(outcome.folder, NetworkDescription(not_original=False))
     with pytest.raises(UserError, match="weights_<epoch>"):
-        load_trained(tmp_path, NetworkDescription(), flag="eval.model_in")
+        load_trained(tmp_path, NetworkDescription())
 
 
 def test_run_that_says_something_else(tmp_path):
     torch.save(micro().state_dict(), tmp_path / "weights_1.pt")
     (tmp_path / "params.json").write_text(json.dumps({"model": {"arch": "vit_micro", "num_classes": 1000}}))
     with pytest.raises(UserError) as error:
-        load_trained(tmp_path, NetworkDescription(), flag="eval.model_in")
+        load_trained(tmp_path, NetworkDescription())
     for words in ("it is convnext_micro with ConvStem and 4 classes", "model.arch asks for vit_micro", "params.json"):
         assert words in str(error.value)
-    trained = load_trained(tmp_path, NetworkDescription(arch="convnext_micro", num_classes=4), flag="eval.model_in")
+    trained = load_trained(tmp_path, NetworkDescription(arch="convnext_micro", num_classes=4))
     assert trained.description["arch"] == "convnext_micro"  # flags come first
 
 
 def test_bare_file_describes_itself(tmp_path):
     path = tmp_path / "w.pt"
     torch.save(normalize_model(micro()).state_dict(), path)
-    trained = load_trained(path, NetworkDescription(), flag="eval.model_in")
+    trained = load_trained(path, NetworkDescription())
     assert trained.description == {
         "arch": "convnext_micro",
         "not_original": True,
@@ -528,10 +527,8 @@ def test_bare_file_describes_itself(tmp_path):
         "use_blurpool": False,
     }
     torch.save(micro().state_dict(), path)
-    assert load_trained(path, NetworkDescription(), flag="").description["add_normalization"] is False
-    assert (
-        load_trained(path, NetworkDescription(add_normalization=True), flag="").description["add_normalization"] is True
-    )
+    assert load_trained(path, NetworkDescription()).description["add_normalization"] is False
+    assert load_trained(path, NetworkDescription(add_normalization=True)).description["add_normalization"] is True
 
 
 # -------------------------------------------------------------------------------------------------- RobustBench
@@ -581,10 +578,10 @@ def largest_difference(modelname, get_convstem_models, size):
         ours = normalize_model(ours).double()
         theirs.normalize.load_state_dict({"mean": THREE.double() * 0.9, "std": THREE.double() / 2})
     randomize(theirs)
-    weights = parse_weights(theirs.state_dict(), flag=FLAG, source=modelname)
+    weights = parse_weights(theirs.state_dict(), source=modelname)
     found = describe_weights(weights, arch)
     assert arch == found.arch and found.not_original and found.add_normalization is normalized
-    load_weights(ours, weights, flag=FLAG, source=modelname)
+    load_weights(ours, weights, source=modelname)
     x = torch.rand(1, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         first, there = theirs(x), ours(x)

@@ -103,7 +103,7 @@ def test_published_weights_are_those_of_the_model(published, files, tmp_path):
     """Of a share with several models, by what the files hold; the first link has moved."""
     server, model = published
     folder = tmp_path / "somewhere"
-    robust, clean = (locate(NAME, flag="f", kind=kind, folder=folder) for kind in ("robust", "clean"))
+    robust, clean = (locate(NAME, kind=kind, folder=folder) for kind in ("robust", "clean"))
     assert same(robust.path, files["micro/convnext_robust.pt"]) and same(
         clean.path, files["micro/convnext_clean_init.pt"]
     )
@@ -116,8 +116,8 @@ def test_a_share_without_the_model(published, tmp_path, monkeypatch):
     _, model = published
     lacking = dataclasses.replace(model, arch="convnext_tiny", links=model.links[1:])
     monkeypatch.setattr(zoo.names, "find_published", {NAME: lacking}.get)
-    with pytest.raises(UserError, match="^f: http.*no file of the share is it: .*vit_robust.pt.*Give one by its path"):
-        locate(NAME, flag="f", folder=tmp_path / "somewhere")
+    with pytest.raises(UserError, match="^http.*no file of the share is it: .*vit_robust.pt.*Give one by its path"):
+        locate(NAME, folder=tmp_path / "somewhere")
 
 
 def test_a_moved_share_says_what_to_try(published, tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_moved_share_says_what_to_try(published, tmp_path, monkeypatch):
     gone = dataclasses.replace(model, links=model.links[:1])
     monkeypatch.setattr(zoo.names, "find_published", {NAME: gone}.get)
     with pytest.raises(UserError, match="does not exist .status 404.*Try .*local file by its path"):
-        locate(NAME, flag="f", folder=tmp_path / "somewhere")
+        locate(NAME, folder=tmp_path / "somewhere")
 
 
 def test_robustbenchs_copy_where_the_share_cannot_be_had(published, files, tmp_path, monkeypatch, capsys):
@@ -139,7 +139,7 @@ def test_robustbenchs_copy_where_the_share_cannot_be_had(published, files, tmp_p
         return folder / f"{robustbench_id}.pt"
 
     monkeypatch.setattr(zoo.names, "download_robustbench", download)
-    found = locate(NAME, flag="f", folder=tmp_path / "somewhere")
+    found = locate(NAME, folder=tmp_path / "somewhere")
     assert found.path.name == "Some2023Model.pt" and "Some2023Model" in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def test_a_downloads_folder_does_not_hide_its_name(published, files, tmp_path, m
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert main(["download", NAME, "--to", "."]) == 0
-    assert same(locate(NAME, flag="f", folder=tmp_path).path, files["micro/convnext_robust.pt"])
+    assert same(locate(NAME, folder=tmp_path).path, files["micro/convnext_robust.pt"])
 
 
 def test_robustbenchs_copy_is_used_again_without_asking_the_share(published, tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_robustbenchs_copy_is_used_again_without_asking_the_share(published, tmp
     monkeypatch.setattr(zoo.names, "download_robustbench", lambda name, folder: folder / f"{name}.pt")
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "A2023B.pt").touch()
-    assert locate(NAME, flag="f", folder=tmp_path).path.name == "A2023B.pt" and server.requests == []
+    assert locate(NAME, folder=tmp_path).path.name == "A2023B.pt" and server.requests == []
 
 
 def test_models_of_one_share_have_one_folder():
@@ -212,7 +212,7 @@ def test_download_from_the_command_line(published, files, tmp_path, capsys):
 )
 def test_unknown_names(name, words, tmp_path):
     with pytest.raises(UserError, match=f"{words.replace('?', '[?]')}"):
-        locate(name, flag="f", folder=tmp_path)
+        locate(name, folder=tmp_path)
 
 
 def test_kinds():
