@@ -398,7 +398,7 @@ class TrainConfig(Config):
         uncounted = harmless_flags() | self.idle_flags().keys() | {"logging.addendum", "training.grad_accum"}
         if self.training.precision == "fp32" and "training.precision" not in self.given:
             uncounted |= {"training.precision"}  # a CPU's default
-        defaults = default_values() | {"adv.eps": DEFAULT_EPS[self.adv.norm]}
+        defaults = default_values(self.adv.norm)
         return {name: v for name, v in values.items() if name not in uncounted and v != defaults[name]}
 
     @property
@@ -412,9 +412,9 @@ def harmless_flags() -> frozenset[str]:
     return frozenset(name for name, f in _fields() if f.metadata["harmless"])
 
 
-def default_values() -> dict[str, Any]:
-    """Dotted names and defaults of all training flags."""
-    return {name: f.default for name, f in _fields()}
+def default_values(norm: str) -> dict[str, Any]:
+    """Dotted names and defaults of all training flags; the radius has one for each norm."""
+    return {name: f.default for name, f in _fields()} | {"adv.eps": DEFAULT_EPS[norm]}
 
 
 def _fields() -> list[tuple[str, dataclasses.Field]]:

@@ -61,7 +61,7 @@ def changed_flags(
     ignored = harmless_flags() | config.idle_flags().keys() | (set() if beginning else BEGINNING)
     if global_batch == config.global_batch:
         ignored |= {"training.grad_accum"}
-    defaults, changed = default_values(), []
+    defaults, changed = default_values(config.adv.norm), []
     for section, flags in config_to_dict(config).items():
         for name, value in flags.items():
             flag = f"{section}.{name}"

@@ -86,7 +86,7 @@ class TestList:
 
     def test_robustbench_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "robustbench", None)  # as if it were not installed
-        with pytest.raises(UserError, match="^eval.ids: .*not installed: pip install robustbench"):
+        with pytest.raises(UserError, match=".*not installed: pip install robustbench"):
             robustbench_ids()
 
     @pytest.mark.parametrize("map_file", [None, "not JSON"])
@@ -96,7 +96,7 @@ class TestList:
         self.install(tmp_path, monkeypatch)
         if map_file is not None:
             (tmp_path / "robustbench" / "helper_files" / "imagenet_class_to_id_map.json").write_text(map_file)
-        with pytest.raises(UserError, match=f"^eval.ids: .*no readable list of images in {tmp_path}"):
+        with pytest.raises(UserError, match=f".*no readable list of images in {tmp_path}"):
             robustbench_ids()
 
     def test_classes_follow_their_numbers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

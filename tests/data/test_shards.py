@@ -325,9 +325,7 @@ class TestReading:
     def test_shards_that_are_missing_cut_or_elsewhere(self, shards: Path) -> None:
         (shards / "train-00001.tar").unlink()
         (shards / "train-00003.tar").write_bytes(b"cut")
-        with pytest.raises(
-            UserError, match=r"expected the 5 shards.*train-00001.tar, train-00003.tar"
-        ):
+        with pytest.raises(UserError, match=r"expected the 5 shards.*train-00001.tar, train-00003.tar"):
             opened(shards)
 
     @pytest.mark.parametrize(

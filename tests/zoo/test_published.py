@@ -111,7 +111,9 @@ def test_entry_agrees_with_its_config(name: str) -> None:
 
 
 def test_every_published_config_has_an_entry() -> None:
-    assert {p.stem for p in (PROJECT / "configs").glob("*.yaml") if not p.name.startswith(("demo_", "own_"))} == set(NAMES)
+    assert {p.stem for p in (PROJECT / "configs").glob("*.yaml") if not p.name.startswith(("demo_", "own_"))} == set(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,84 @@
+"""Which folder a command line means, and which flags and images make another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.flags import config_to_dict, load_config
+from training.config import TrainConfig
+from training.identity import changed_flags, find_folder, other_images
+
+
+def config(folder: Path, *flags: str) -> TrainConfig:
+    given = ["--data.train_dataset=images", "--data.val_dataset=images", f"--logging.folder={folder}"]
+    return load_config(TrainConfig, [*given, *flags])
+
+
+def leave(folder: Path, config: TrainConfig, *, status: str = "stopped", step: int = 5, batch: int = 512) -> Path:
+    """A run's folder, as a start with these flags leaves it."""
+    folder.mkdir()
+    (folder / "params.json").write_text(json.dumps(config_to_dict(config) | {"provenance": {"global_batch": batch}}))
+    (folder / "status.json").write_text(json.dumps({"status": status, "step": step, "epoch": 0, "reason": ""}))
+    return folder
+
+
+def test_new_run_has_the_folder_of_its_name(tmp_path):
+    asked = config(tmp_path)
+    assert find_folder(asked) == (asked.run_folder, "")
+
+
+@pytest.mark.parametrize("status", ["stopped", "finished"])
+def test_folder_of_another_name_with_the_same_flags_is_found(tmp_path, status):
+    elsewhere = ("--data.train_dataset=/scratch/1/images", "--validation.freq=3", "--data.num_workers=1")
+    old = leave(tmp_path / "as_it_was_called", config(tmp_path, *elsewhere), status=status)
+    leave(tmp_path / "other", config(tmp_path, "--lr.lr=0.5"))
+    leave(tmp_path / "as_it_was_called.1", config(tmp_path))  # put aside by a later start
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "params.json").write_text("{")
+    folder, note = find_folder(config(tmp_path))
+    assert folder == old and "earlier version" in note
+    for flags in (["--training.resume=none"], ["--lr.lr=0.2"], ["--logging.addendum=b"], ["--model.ckpt_path=w.pt"]):
+        asked = config(tmp_path, *flags)
+        assert find_folder(asked) == (asked.run_folder, "")
+    asked.run_folder.mkdir()
+    config(tmp_path).run_folder.mkdir()
+    assert find_folder(config(tmp_path))[0] == config(tmp_path).run_folder  # its own name comes first
+
+
+@pytest.mark.parametrize(
+    ("left", "flags", "found"),
+    [
+        ({"status": "stopped"}, [], True),
+        ({"status": "running"}, [], True),
+        ({"status": "finished"}, [], False),  # with the other batch, it is another result
+        ({"status": "running", "step": 0}, [], False),  # nothing that could be resumed
+        ({"batch": 768}, [], False),  # cannot be shared
+        ({}, ["--training.grad_accum=2"], False),  # another batch was asked for
+        ({}, ["--training.batch_size=256"], False),
+    ],
+)
+def test_unfinished_run_of_another_number_of_processes_is_found(tmp_path, left, flags, found):
+    old = leave(tmp_path / "old", config(tmp_path), **{"batch": 2048} | left)
+    asked = config(tmp_path, *flags)
+    folder, note = find_folder(asked)
+    assert (folder, bool(note)) == ((old, True) if found else (asked.run_folder, False))
+    assert not found or "keeps its 2048 images a step" in note
+
+
+def test_micro_batches_of_the_same_global_batch_are_no_change(tmp_path):
+    saved = config_to_dict(config(tmp_path))
+    now = config(tmp_path, "--training.grad_accum=2", "--data.flip=0")
+    assert changed_flags(saved, now, global_batch=1024) == ["data.flip: 0.5 → 0.0"]
+    assert changed_flags(saved, now, global_batch=512)[1:] == ["training.grad_accum: 1 → 2"]
+    assert changed_flags({}, config(tmp_path, "--adv.alpha=3"), global_batch=512) == []  # idle, and defaults
+
+
+def test_other_images():
+    run = {"images": 8, "classes": ["a", "b"]}
+    assert other_images(run, run) == other_images({}, run) == other_images(run, run | {"classes": None}) == []
+    assert other_images(run, {"images": 9, "classes": ["a", "b"]}) == ["data.train_dataset had 8 images and has 9"]
+    assert "'b' is now 'c'" in other_images(run, {"images": 8, "classes": ["a", "c"]})[0]
+    assert "they were 2 and are 3" in other_images(run, {"images": 8, "classes": ["a", "b", "c"]})[0]
