@@ -14,6 +14,7 @@ from PIL import Image
 import train
 from common.flags import load_config
 from training.config import TrainConfig
+from training.identity import find_folder
 
 CLASSES = ("blue", "green", "grey", "red")
 
@@ -86,7 +87,7 @@ def run(flags: dict[str, Any]) -> Outcome:
     status = train.main(argv)
     if status != 0:
         return Outcome(status, Path(str(flags["logging.folder"])))
-    return read_outcome(Path(str(flags["logging.folder"])) / load_config(TrainConfig, argv).run_name)
+    return read_outcome(find_folder(load_config(TrainConfig, argv))[0])
 
 
 def read_outcome(folder: Path) -> Outcome:

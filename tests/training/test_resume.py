@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests.helpers.processes import wait_until
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, run, write_images
 from training.checkpoint import LAST, PREVIOUS, read_state
 from training.config import TrainConfig
+from training.identity import find_folder
 from training.status import read_status
 from training.stop import STOPPED
 
@@ -83,7 +85,7 @@ def crash(*_):
 
 def folder_of(flags) -> Path:
     argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    return load_config(TrainConfig, argv).run_folder
+    return find_folder(load_config(TrainConfig, argv))[0]
 
 
 def stopped(flags) -> Path:
@@ -399,6 +401,19 @@ def test_where_prints_the_folder_and_needs_no_pytorch(many, tmp_path, capsys):
     assert train.main(["--where", "--data.seed=x", *argv]) == 2
 
 
+def test_finished_run_on_other_images(many, tmp_path, capsys):
+    """The same images elsewhere are the same run; others are not, and it is not said to be finished on them."""
+    flags = base_flags(many, tmp_path / "runs") | {"training.resume": "auto"}
+    folder = run(flags).folder
+    moved = shutil.copytree(many, tmp_path / "moved")
+    assert run(flags | {"data.train_dataset": moved}).folder == folder
+    assert "is finished" in capsys.readouterr().out
+    next(moved.glob("train/red/*.png")).unlink()
+    assert run(flags | {"data.train_dataset": moved}).status == 2
+    assert "finished, and data.train_dataset had" in (told := capsys.readouterr()).err and "is finished" not in told.out
+    assert read_status(folder)["status"] == "finished"
+
+
 # --- several processes ----------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +428,7 @@ def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_ste
     expected = run(flags | {"training.grad_accum": 2})
     # Two processes are asked to stop after a few steps; with a state for each, they exchange requests after each.
     flags |= {"logging.folder": tmp_path / "b"}
-    folder = folder_of(flags)
+    folder = folder_of(two(flags))
 
     def ask() -> None:
         wait_until(lambda: (folder / "log").exists() and '"step": 2' in (folder / "log").read_text())
