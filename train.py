@@ -96,10 +96,11 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
     """Build the run and let it go; leaves by SystemExit where it does not come to its end."""
+    from common.precision import deterministic
     from common.processes import restarted_after_failure
     from training.guard import Diverged
     from training.status import mark_status
-    from training.trainer import Stopped, Trainer, deterministic
+    from training.trainer import Stopped, Trainer
 
     try:
         with deterministic(config.training.deterministic):

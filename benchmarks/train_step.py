@@ -26,7 +26,7 @@ from benchmarks.harness import Row, main, options, row
 from benchmarks.published_step import PublishedTraining
 from common.errors import UserError
 from common.flags import load_config
-from common.precision import float32_matmul
+from common.precision import deterministic, float32_matmul
 from common.processes import Processes
 from data.loader import Batch
 from data.prefetch import finish_augmentation
@@ -36,7 +36,6 @@ from training.config import TrainConfig
 from training.last_block import trim_last_block
 from training.state import TrainState
 from training.step import autocast, image_dtype, train_step, update
-from training.trainer import deterministic
 from utils_architecture import ARCHITECTURES
 
 N_ITER = 2

@@ -1,14 +1,15 @@
-"""What float32 means on a GPU."""
+"""What float32 means on a GPU, and which algorithms compute."""
 
 from __future__ import annotations
 
-import contextlib
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 
-@contextlib.contextmanager
+@contextmanager
 def float32_matmul(*, tf32: bool) -> Iterator[None]:
     """Let matrix products and convolutions of float32 on a GPU use TensorFloat-32, or not; as before afterwards.
 
@@ -20,3 +21,20 @@ def float32_matmul(*, tf32: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Inside the context only deterministic algorithms (`training.deterministic`), else the fastest: cuDNN tries its convolutions
+    at each new shape."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not enabled
+    try:
+        yield
+    finally:
+        if enabled:
+            torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from common.errors import UserError, describe
 from common.gpus import usable_gpus
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 ANSWER_SECONDS = 5.0  # for the other processes to say why they failed
 POLL_SECONDS = 0.2
@@ -111,6 +112,22 @@ class Processes:
         if staged.numel():
             dist.broadcast(staged, src=0)
         return tensor if self.is_first else staged.cpu().view(tensor.dtype).reshape(tensor.shape)
+
+    def on_first(self, action: Callable[[], T]) -> T | None:
+        """The result of `action` on the first process, None on the others.
+
+        Raises:
+            UserError: that process met one; on all of them.
+        """
+        result = problem = None
+        if self.is_first:
+            try:
+                result = action()
+            except UserError as error:
+                problem = error.args
+        if (problem := self.gather(problem)[0]) is not None:
+            raise UserError(*problem)
+        return result
 
     def once_here(self, name: str, action: Callable[[], str]) -> str:
         """`action` on the first process of this machine; its result on all processes of it, which wait as long as it takes.

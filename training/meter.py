@@ -20,6 +20,9 @@ from training.progress import Progress
 # Between two syncs processes only meet in the gradients: reading losses makes the host wait for the device.
 SYNC_SECONDS = 1.0
 MAX_PENDING = 50
+# Compilation, cuDNN's choice of algorithms and the loader's start lie in the first syncs.
+WARMUP_SYNCS = 3
+MEASURED_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Meter:
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._waited, self._since, self._due = 0.0, 0.0, 1
+        self._syncs, self._steady_steps, self._steady_seconds = 0, 0, 0.0
+        self._speed_taken = False
         self._bad: set[str] = set()  # images of this epoch that cannot be decoded
         self._bad_synced = 0
 
@@ -92,6 +97,10 @@ class Meter:
         mine = torch.tensor(mine, dtype=results.dtype, device=results.device)
         *values, stops, due, bad, waited = self.processes.sum(torch.cat([results, mine])).tolist()
         self._due = int(due)
+        self._syncs += 1
+        if self._syncs > WARMUP_SYNCS:
+            self._steady_steps += len(pending)
+            self._steady_seconds += seconds
         progress.seconds += seconds
         progress.waiting += waited / self.processes.world_size
         progress.bad_images += int(bad)
@@ -103,6 +112,13 @@ class Meter:
                 progress.loss_sum += loss
                 progress.loss_count += 1
         return Synced(steps=steps, loss=sum(losses) / len(losses), stop=bool(stops))
+
+    def take_speed(self) -> float | None:
+        """Steps a second after the warm-up; None before it is known, and after it was taken."""
+        if self._speed_taken or self._steady_seconds < MEASURED_SECONDS:
+            return None
+        self._speed_taken = True
+        return self._steady_steps / self._steady_seconds
 
     def summary(self, *, images: int) -> dict[str, Any]:
         """The epoch's numbers, once its last step is synced; `images`: of all its steps."""

@@ -34,22 +34,22 @@ class Start:
     """Where a run begins.
 
     Attributes:
-        folder: the run's folder, on the first process.
         state: the training state to go on from; None: anew.
         source: the file it comes from.
         own: it is this run's own, whose folder goes on.
         finished: the run has come to its end already; there is nothing to do.
         notes: sentences for the user.
         lock: keeps other runs out of the run folder, where there is one; on the first process.
+        folder: the run's folder; on the first process.
     """
 
-    folder: Path | None = None
     state: dict[str, Any] | None = None
     source: Path | None = None
     own: bool = False
     finished: bool = False
     notes: list[str] = field(default_factory=list)
     lock: BinaryIO | None = None
+    folder: Path | None = None
 
     def hand_over(self) -> dict[str, Any] | None:
         """The training state, once: it is as large as model, EMA and optimiser together, and nothing shall keep it here."""
@@ -79,14 +79,7 @@ def begin(config: TrainConfig, processes: Processes) -> Start:
     Raises:
         UserError: as `find_start`, or another run is working in the folder.
     """
-    problem, start = None, Start()
-    if processes.is_first:
-        try:
-            start = _take(config)
-        except UserError as error:
-            problem = str(error)
-    if (problem := processes.gather(problem)[0]) is not None:
-        raise UserError(problem)
+    start = processes.on_first(lambda: _take(config)) or Start()
     shared = processes.broadcast(
         {
             "state": start.state,
@@ -97,7 +90,7 @@ def begin(config: TrainConfig, processes: Processes) -> Start:
     )
     if processes.is_first:
         return start
-    return Start(None, shared["state"], shared["source"] and Path(shared["source"]), shared["own"], shared["finished"])
+    return Start(shared["state"], shared["source"] and Path(shared["source"]), shared["own"], shared["finished"])
 
 
 def _take(config: TrainConfig) -> Start:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -29,6 +30,12 @@ def leave_on_signals() -> None:
 
     for number in SIGNALS:
         signal.signal(number, leave)
+
+
+def end_of_job(margin_minutes: float) -> float | None:
+    """When to stop so that everything is saved before Slurm ends the job, in Unix seconds; None outside of Slurm."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return int(end) - 60 * margin_minutes if end.isdigit() else None
 
 
 class StopRequest:

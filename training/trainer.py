@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -32,7 +31,7 @@ from training.resume import FORMAT, STOP, Start, accumulation, check_run, restor
 from training.run_folder import NoRunFolder, RunFolder
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.step import train_step
-from training.stop import StopRequest
+from training.stop import StopRequest, end_of_job
 from training.validation import Validator
 
 
@@ -82,7 +81,9 @@ class Trainer:
             )
             self.progress = restore(saved, self.state, steps_per_epoch=self.loader.steps_per_epoch, source=start.source)
         self.stop = StopRequest(
-            processes, file=start.folder / STOP if processes.is_first else None, end_time=end_of_job(config)
+            processes,
+            file=start.folder / STOP if processes.is_first else None,
+            end_time=end_of_job(config.dist.end_margin_minutes),
         )
         self.validator = Validator(config, processes, parts.val_source, stop=self.stop, warn=warn)
         if not config.training.eval_only and not self.keeps_best:
@@ -95,7 +96,7 @@ class Trainer:
         size = resolution_at_epoch(first, resolution=config.resolution)
         prepare_networks(self.state, config, processes, size=size)
         self.prepared = {size}  # image sizes
-        self.run_folder = run_on_first(processes, lambda: self._open_folder(saved, notes), otherwise=NoRunFolder())
+        self.run_folder = processes.on_first(lambda: self._open_folder(saved, notes)) or NoRunFolder()
         self.checkpointer = Checkpointer(
             StateFiles(self.run_folder.path) if processes.is_first else None,
             minutes=config.logging.ckpt_minutes,
@@ -202,6 +203,8 @@ class Trainer:
         self.run_folder.log_steps(synced.steps)
         if self.checkpointer.has_stored():
             self._set_status("running")
+        if (speed := self.meter.take_speed()) is not None:
+            self.say(self._forecast(speed))
         self.guard.check()
         if synced.stop:
             self.leave()
@@ -407,6 +410,19 @@ class Trainer:
             f"{self.processes.device.type}{aside}"
         )
 
+    def _forecast(self, speed: float) -> str:
+        """What is left, at so many steps a second; a step takes time by its images' pixels."""
+        epochs = range(self.progress.epochs_done, self.config.training.epochs)
+        pixels = [resolution_at_epoch(epoch, resolution=self.config.resolution) ** 2 for epoch in epochs]
+        steps = self.loader.steps_per_epoch
+        done = self.state.step - self.progress.epochs_done * steps
+        hours = (sum(pixels) / pixels[0] * steps - done) / speed / 3600
+        kind = "GPU" if self.processes.device.type == "cuda" else "process"
+        return (
+            f"{speed * self.images_per_step:.4g} images/s: {hours:.3g} h left, {hours * self.processes.world_size:.3g} "
+            f"{kind}-hours, without validation"
+        )
+
     def say(self, text: str) -> None:
         """Print on the first process, above the progress bar."""
         if self.processes.is_first:
@@ -416,39 +432,3 @@ class Trainer:
 def warn(text: str) -> None:
     """Print a warning to stderr, above the progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-def run_on_first(processes: Processes, action: Callable[[], Any], *, otherwise: Any) -> Any:
-    """The result of `action` on the first process, `otherwise` on the others; bad input that it meets ends all alike."""
-    result, problem = otherwise, None
-    if processes.is_first:
-        try:
-            result = action()
-        except UserError as error:
-            problem = str(error)
-    if (problem := processes.gather(problem)[0]) is not None:
-        raise UserError(problem)
-    return result
-
-
-def end_of_job(config: TrainConfig) -> float | None:
-    """When to stop so that everything is saved before Slurm ends the job, in Unix seconds; None outside of Slurm."""
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    return int(end) - 60 * config.dist.end_margin_minutes if end.isdigit() else None
-
-
-@contextmanager
-def deterministic(enabled: bool) -> Iterator[None]:
-    """Inside the context only deterministic algorithms (`training.deterministic`), else the fastest: cuDNN tries its convolutions
-    at each new shape."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not enabled
-    try:
-        yield
-    finally:
-        if enabled:
-            torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]

@@ -42,7 +42,7 @@ class Runs:
     def start(self, resume: dict[str, Any] | None = None, **provenance: Any) -> RunFolder:
         if resume is not None:
             resume = json.loads(json.dumps(resume))
-        return RunFolder(self.config, provenance, warn=self.warnings.append, resume=resume)
+        return RunFolder(self.config.run_folder, self.config, provenance, warn=self.warnings.append, resume=resume)
 
 
 @pytest.fixture
