@@ -23,7 +23,7 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
     That is a folder of the same flags that an earlier version of the project named, or of an unfinished run with another number of
     processes, which can share its global batch.
     """
-    named = config.run_folder
+    named, note = config.run_folder, ""
     if named.exists() or config.training.resume == "none" or config.training.eval_only:
         return named, ""
     paths = [path for path in named.parent.glob("*/params.json") if not re.search(r"\.\d+$", path.parent.name)]
@@ -38,13 +38,18 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
             continue
         if batch == config.global_batch:
             return folder, f"{folder} holds this run; an earlier version of the project named it so"
-        shared = batch % (config.training.batch_size * config.dist.processes) == 0
-        if shared and not is_finished(folder) and (read_status(folder) or {}).get("step", 0) > 0:
+        if is_finished(folder) or (read_status(folder) or {}).get("step", 0) == 0:
+            continue
+        if batch % (config.training.batch_size * config.dist.processes) == 0:
             return folder, (
                 f"{folder} holds this run, begun on another number of processes; it keeps its {batch} images a step, and "
                 f"--training.resume=none starts one of {config.global_batch}"
             )
-    return named, ""
+        note = (
+            f"{folder} holds an unfinished run of these flags with {batch} images a step, which {config.dist.processes} processes "
+            f"cannot share; this is another run, of {config.global_batch}"
+        )
+    return named, note
 
 
 def changed_flags(

@@ -111,7 +111,7 @@ def _take_folder(config: TrainConfig, folder: Path) -> Start:
     try:
         start = find_start(config, folder)
     except UserError as error:
-        if config.training.resume == "auto":
+        if config.training.resume == "auto" and not is_finished(folder):
             mark_status(folder, "failed", str(error))
         lock.close()
         raise

@@ -127,7 +127,8 @@ class Trainer:
             LostProcess: another process died or hangs.
             UserError: too many images that cannot be decoded.
         """
-        self.say(self._headline())
+        if self.processes.is_first:
+            self.say(self._headline())
         with self.stop, self._reported():
             if self.config.training.eval_only:
                 self.validate(epoch=0, metrics={})
@@ -339,7 +340,9 @@ class Trainer:
         """The run's folder, locked; `saved`: the training state to resume from."""
         facts = self._provenance()
         if saved is not None:
-            facts |= {"step": saved["step"], "from": str(self.start.source), "notes": notes}
+            facts |= {"step": saved["step"], "from": str(self.start.source)}
+        if saved is not None or notes:
+            facts["notes"] = notes
         self.start.hold()
         position = saved["log"] | {"step": saved["step"]} if saved is not None and self.start.own else None
         folder = RunFolder(self.start.folder, self.config, facts, warn=warn, resume=position)

@@ -64,8 +64,9 @@ def test_unfinished_run_of_another_number_of_processes_is_found(tmp_path, left, 
     old = leave(tmp_path / "old", config(tmp_path), **{"batch": 2048} | left)
     asked = config(tmp_path, *flags)
     folder, note = find_folder(asked)
-    assert (folder, bool(note)) == ((old, True) if found else (asked.run_folder, False))
-    assert not found or "keeps its 2048 images a step" in note
+    assert folder == (old if found else asked.run_folder)
+    assert ("keeps its 2048 images a step" in note) == found
+    assert ("another run" in note) == ("batch" in left)
 
 
 def test_micro_batches_of_the_same_global_batch_are_no_change(tmp_path):

@@ -457,9 +457,11 @@ def test_a_number_of_processes_that_does_not_divide(many, tmp_path, at_step, cap
     at_step({2: signalled})
     flags = base_flags(many, tmp_path) | RANDOM | {"training.batch_size": 8}
     folder = stopped(flags)
-    assert run(two(flags)).status == 2
+    other = run(two(flags)).folder
+    assert other != folder and "8 images a step, which 2 processes cannot share" in (other / "log").read_text()
+    assert read_status(folder)["step"] == 2 and read_status(other)["status"] == "finished"
+    assert run(two(flags) | {"training.resume": folder, "logging.folder": tmp_path / "b"}).status == 2
     assert "a step of this run takes 8 images" in (errors := capfd.readouterr().err) and errors.count("error: ") == 1
-    assert read_status(folder)["step"] == 2
 
 
 @pytest.mark.slow
@@ -469,7 +471,7 @@ def test_elastic_restart(many, tmp_path):
     flags |= {"training.epochs": 500, "validation.freq": 500}
     argv = [f"--{name}={value}" for name, value in flags.items()]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    folder, deadline = folder_of(flags), time.monotonic() + 300
+    folder, deadline = folder_of(two(flags)), time.monotonic() + 300
     process = subprocess.Popen([*launcher, "train.py", *argv], cwd=PROJECT, stderr=subprocess.PIPE, text=True)
 
     def wait_until(condition):
