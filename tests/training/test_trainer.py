@@ -424,3 +424,15 @@ def train_and_count(config: TrainConfig, processes: Processes) -> None:
     train.train(config, processes)
     threads = [thread.name for thread in threading.enumerate()]
     Path(config.logging.folder, f"threads{processes.rank}").write_text(str(threads))
+
+
+def test_three_flags_suffice_for_ones_own_images(tmp_path, capsys):
+    """configs/own_data.yaml, on 36 images; without the flags, every problem is reported at once."""
+    images = write_images(tmp_path / "images", train_images=9, val_images=2)
+    own = ["--config-file", str(PROJECT / "configs/own_data.yaml"), f"--logging.folder={tmp_path / 'runs'}"]
+    own += [f"--data.train_dataset={images}", f"--data.val_dataset={images}"]
+    assert train.main([*own, "--training.batch_size=64"]) == 2
+    problems = capsys.readouterr().err
+    assert "2 problems:" in problems and "model.num_classes=4" in problems and "training.batch_size" in problems
+    assert train.main(["--check", *own, "--model.num_classes=4"]) == 0
+    assert train.main([*own, "--model.num_classes=4", "--training.epochs=5", "--validation.adv_n_iter=1"]) == 0
