@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ablation.evidence import read_claims, write_evidence
 from ablation.grid import Cell, Grid, load_grid
-from ablation.running import Runner, Slot, stopping_on_signals
+from ablation.running import Place, Runner, stopping_on_signals
 from ablation.summary import summarise
 from common.errors import UserError
 
@@ -106,7 +106,7 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
 
 
-def make_slots(jobs: int | None, threads: int | None) -> list[Slot]:
+def make_slots(jobs: int | None, threads: int | None) -> list[Place]:
     """As many places as runs at once, dealt to the visible GPUs in turn."""
     from common.gpus import usable_gpus  # imports PyTorch, for seconds
 
@@ -117,7 +117,7 @@ def make_slots(jobs: int | None, threads: int | None) -> list[Slot]:
         gpus = gpus[:usable]  # CUDA leaves out what comes after the first that is not there
     jobs = jobs or max(1, len(gpus))
     threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
-    return [Slot(gpus[number % len(gpus)] if gpus else "", threads) for number in range(jobs)]
+    return [Place(gpus[number % len(gpus)] if gpus else "", threads) for number in range(jobs)]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from common.tables import markdown_table
 from evaluation.report import write_text
 
 AGREES, DOES_NOT, CANNOT_TELL, NOT_RUN = "agrees", "does not agree", "cannot tell", "not run"
-KEYS = {"claim", "paper", "compare", "metric", "minus"}
+CLAIM_KEYS = {"claim", "paper", "compare", "metric", "minus"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def read_claims(path: Path, grid: Grid) -> tuple[Mapping[str, Any], list[Claim]]
 
 
 def _claim(item: Any, where: str, grid: Grid) -> Claim:
-    if not isinstance(item, dict) or not {"claim", "compare", "metric"} <= item.keys() <= KEYS:
-        raise UserError(f"{where}: expected the keys {', '.join(sorted(KEYS))}; got {item!r}.")
+    if not isinstance(item, dict) or not {"claim", "compare", "metric"} <= item.keys() <= CLAIM_KEYS:
+        raise UserError(f"{where}: expected the keys {', '.join(sorted(CLAIM_KEYS))}; got {item!r}.")
     claim, paper, pair = item["claim"], item.get("paper", NOTHING), item["compare"]
     if not isinstance(claim, str):
         raise UserError(f"{where}: claim: expected text, got {claim!r}.")

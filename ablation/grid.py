@@ -39,8 +39,8 @@ from evaluation.config import EvalConfig
 from training.config import TrainConfig
 from training.identity import find_folder
 
-KEYS = {"extends", "config", "train", "axes", "arms", "seeds", "evaluate", "variants", "compare", "claims"}
-WEIGHTS = ("raw", "ema")
+GRID_KEYS = {"extends", "config", "train", "axes", "arms", "seeds", "evaluate", "variants", "compare", "claims"}
+NETWORKS = ("raw", "ema")
 # Flags that every run and evaluation gets from the grid, and what decides on them.
 DECIDED = {
     "data.seed": "seeds (--seeds)",
@@ -224,9 +224,9 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A grid's keys, with those of the grid it extends."""
     content = read_yaml(path, "grid")
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a grid with the keys {_words(KEYS)}; got {type(content).__name__}.")
-    if unknown := [key for key in content if key not in KEYS]:
-        raise UserError(f"{path}: unknown key {unknown[0]!r}; expected {_words(KEYS)}.")
+        raise UserError(f"{path}: expected a grid with the keys {_words(GRID_KEYS)}; got {type(content).__name__}.")
+    if unknown := [key for key in content if key not in GRID_KEYS]:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; expected {_words(GRID_KEYS)}.")
     if content.get("claims"):
         content["claims"] = path.parent / str(content["claims"])
     if "extends" not in content:
@@ -318,8 +318,8 @@ def _entries(content: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) ->
         of, weights = flags.pop("of", None), str(flags.pop("weights", ""))
         if not is_one_of(of, arms):
             raise UserError(f"{where}: of: expected one of {_words(arms)}; got {of!r}.")
-        if weights not in ("", *WEIGHTS):
-            raise UserError(f"{where}: weights: expected {_words(WEIGHTS)}; got {weights!r}.")
+        if weights not in ("", *NETWORKS):
+            raise UserError(f"{where}: weights: expected {_words(NETWORKS)}; got {weights!r}.")
         if str(name) in entries or not NAME.fullmatch(str(name)):
             raise UserError(f"{where}: expected a new name of letters, digits and _ . = + -.")
         entries[str(name)] = Entry(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ablation.grid import Cell, Entry, Grid
-from ablation.running import evaluation_summary, is_share, read_json, read_record, train_status
+from ablation.running import evaluation_summary, is_share, json_or_nothing, read_record, train_status
 from ablation.statistics import Value
 from common.flags import load_config
 from evaluation.config import EvalConfig
@@ -60,7 +60,7 @@ def read_trainings(grid: Grid) -> list[Training]:
     found = []
     for cell in grid.cells:
         seconds = read_record(cell)["stages"].get("train", {}).get("seconds", 0.0)
-        provenance = _whole_provenance(read_json(cell.run_folder / "params.json").get("provenance"))
+        provenance = _whole_provenance(json_or_nothing(cell.run_folder / "params.json").get("provenance"))
         found.append(Training(cell.arm.name, cell.seed, float(seconds), provenance))
     return found
 
@@ -142,7 +142,7 @@ def _verdicts(folder: Path, report: Mapping[str, Any]) -> tuple[np.ndarray, np.n
     None where they are not known: a file is missing or cut, or says something else than the report.
     """
     for file in sorted(folder.rglob("report.json")):
-        found = read_json(file)
+        found = json_or_nothing(file)
         data = found.get("data")
         same = all(found.get(key) == report[key] for key in ("norm", "eps", "seed", "attacks"))
         if not same or not isinstance(data, dict) or data.get("img_size") != report["data"]["img_size"]:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from ablation.grid import Cell, Entry
 from common.errors import UserError
-from common.files import take_folder, writable, write_atomically
+from common.files import read_json, take_folder, writable, write_atomically
 from common.provenance import PROJECT, commit
 from training.stop import STOPPED
 
@@ -37,7 +37,7 @@ POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Slot:
+class Place:
     """Where one cell at a time runs: a GPU, "" for the CPU, and the threads it has."""
 
     gpu: str
@@ -55,11 +55,10 @@ class Slot:
 
 
 # ------------------------------------------------------------------------------------------- what is on the disk
-def read_json(path: Path) -> dict[str, Any]:
+def json_or_nothing(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; {} where it is missing or damaged, or holds something else."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads(path.read_bytes())
-        return content if isinstance(content, dict) else {}
+    with suppress(UserError):
+        return read_json(path) or {}
     return {}
 
 
@@ -68,19 +67,19 @@ def read_record(cell: Cell) -> dict[str, dict[str, Any]]:
 
     Stages that are damaged are left out.
     """
-    stages = read_json(cell.folder / RECORD).get("stages")
+    stages = json_or_nothing(cell.folder / RECORD).get("stages")
     stages = stages if isinstance(stages, dict) else {}
     return {"stages": {name: call for name, call in stages.items() if _is_call(call)}}
 
 
 def train_status(cell: Cell) -> str:
     """The status that train.py left: running, stopped, finished, failed, diverged; "" before it ran, or if it is damaged."""
-    return str(read_json(cell.run_folder / "status.json").get("status", ""))
+    return str(json_or_nothing(cell.run_folder / "status.json").get("status", ""))
 
 
 def evaluation_summary(cell: Cell, entry: Entry) -> dict[str, Any] | None:
     """summary.json of a finished evaluation; None where there is none, or a damaged one."""
-    summary = read_json(cell.eval_folder(entry) / "summary.json")
+    summary = json_or_nothing(cell.eval_folder(entry) / "summary.json")
     reports = summary.get("evaluations")
     return summary if isinstance(reports, list) and all(map(_is_report, reports)) else None
 
@@ -112,7 +111,7 @@ def is_finished(cell: Cell) -> bool:
 class Runner:
     """Works on cells until all are finished, failed, or claimed by programs that never end."""
 
-    def __init__(self, cells: Sequence[Cell], slots: Sequence[Slot], *, on_change: Callable[[], None]) -> None:
+    def __init__(self, cells: Sequence[Cell], slots: Sequence[Place], *, on_change: Callable[[], None]) -> None:
         """`on_change` is called, in this thread, after each cell."""
         self._cells, self._slots, self._on_change = list(cells), list(slots), on_change
         self._children: set[subprocess.Popen] = set()
@@ -139,7 +138,7 @@ class Runner:
                 raise
         return STOPPED if self._stopping else int("failed" in state.values())
 
-    def _start(self, state: dict, free: list[Slot], busy: dict[Future, tuple], pool: ThreadPoolExecutor) -> bool:
+    def _start(self, state: dict, free: list[Place], busy: dict[Future, tuple], pool: ThreadPoolExecutor) -> bool:
         """Give every free slot a cell, as far as there are any."""
         started = False
         for cell in self._cells:
@@ -163,7 +162,7 @@ class Runner:
             busy[pool.submit(self._work, cell, slot, lock)] = (key, slot)
         return started
 
-    def _collect(self, state: dict, free: list[Slot], busy: dict[Future, tuple]) -> None:
+    def _collect(self, state: dict, free: list[Place], busy: dict[Future, tuple]) -> None:
         for future in [future for future in busy if future.done()]:
             key, slot = busy.pop(future)
             free.append(slot)
@@ -180,7 +179,7 @@ class Runner:
                 child.terminate()
 
     # -------------------------------------------------------------------------------- one cell, in a thread
-    def _work(self, cell: Cell, slot: Slot, lock: BinaryIO) -> bool:
+    def _work(self, cell: Cell, slot: Place, lock: BinaryIO) -> bool:
         """Train, then evaluate; returns whether all of it is finished."""
         with lock:
             if not self._train(cell, slot, lock):
@@ -190,7 +189,7 @@ class Runner:
             ]  # one that fails stops no other
             return all(done)
 
-    def _train(self, cell: Cell, slot: Slot, lock: BinaryIO) -> bool:
+    def _train(self, cell: Cell, slot: Place, lock: BinaryIO) -> bool:
         status = train_status(cell)
         if status == "finished":
             return True
@@ -199,7 +198,7 @@ class Runner:
         say(f"{cell}: training")
         return self._call(cell, "train", ["train.py", *cell.train_argv()], slot, lock)
 
-    def _evaluate(self, cell: Cell, entry: Entry, slot: Slot, lock: BinaryIO) -> bool:
+    def _evaluate(self, cell: Cell, entry: Entry, slot: Place, lock: BinaryIO) -> bool:
         if evaluation_summary(cell, entry) is not None:
             return True
         say(f"{cell}: evaluation {entry.name}")
@@ -207,7 +206,7 @@ class Runner:
             cell, entry.name, ["runner_aa_eval.py", *cell.eval_argv(entry), *slot.eval_flags()], slot, lock
         )
 
-    def _call(self, cell: Cell, stage: str, argv: list[str], slot: Slot, lock: BinaryIO) -> bool:
+    def _call(self, cell: Cell, stage: str, argv: list[str], slot: Place, lock: BinaryIO) -> bool:
         """Run a program of the project; what it prints goes to a file."""
         output = cell.folder / f"{stage}.out"
         began = time.monotonic()

@@ -49,6 +49,18 @@ def blame(flag: str) -> Iterator[None]:
         raise UserError(*(f"{flag}: {problem}" for problem in error.args)) from error
 
 
+def cause_of(error: BaseException) -> str:
+    """One line: the system's words where a failing file is at the bottom of it, else the error's first line.
+
+    torch.save answers a failed write with a RuntimeError about file positions; the cause is behind it.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    lines = str(getattr(cause, "strerror", None) or cause or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def describe(error: BaseException) -> str:
     """Kind and first sentence of an error; PyTorch's begin with the place in its source."""
     lines = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).splitlines()

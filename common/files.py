@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import re
 import sys
@@ -13,11 +15,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from common.errors import UserError
 
-LOCK = "lock"  # file in a folder that one run at a time works in
+LOCK_FILE = "lock"  # file in a folder that one run at a time works in
 # A file system without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -46,7 +48,7 @@ def _umask() -> int:
 
 def set_aside(folder: Path) -> Path | None:
     """Rename `folder`, if it holds anything but a lock, to the first free `<folder>.1`, `<folder>.2` …, so that nothing is lost."""
-    if not folder.exists() or (folder.is_dir() and all(entry.name == LOCK for entry in folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(entry.name == LOCK_FILE for entry in folder.iterdir())):
         return None
     number = 1
     while (other := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -75,7 +77,7 @@ def take_folder(folder: Path, *, patience: float = 0.0) -> BinaryIO:
         UserError: another run holds it.
         OSError: it cannot be written.
     """
-    lock = open(folder / LOCK, "ab")
+    lock = open(folder / LOCK_FILE, "ab")
     # A forked child, such as a loader worker that outlives its killed parent, would hold the lock too.
     os.register_at_fork(after_in_child=lock.close)
     until = time.monotonic() + patience
@@ -111,3 +113,29 @@ def damaged_record(archive: zipfile.ZipFile) -> str | None:
         if record.external_attr or record.compress_type or record.compress_size != record.file_size:
             return record.filename
     return archive.testzip()
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()  # hashlib.file_digest is not in Python 3.10
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); expected a JSON object.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content

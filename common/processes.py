@@ -28,7 +28,7 @@ from common.gpus import usable_gpus
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 ANSWER_SECONDS = 5.0  # for the other processes to say why they failed
-POLL_SECONDS = 0.2
+STORE_POLL_SECONDS = 0.2
 
 
 class LostProcess(Exception):
@@ -141,7 +141,7 @@ class Processes:
         key = f"once/{name}/{self.rank - place}"
         if place:
             while not self.store.check([key]):
-                time.sleep(POLL_SECONDS)
+                time.sleep(STORE_POLL_SECONDS)
             done, text = json.loads(self.store.get(key))
             if not done:
                 raise UserError(text)
@@ -183,7 +183,7 @@ class Processes:
                     answers[rank] = json.loads(store.get(f"failed/{rank}"))
                     if answers[rank][0]:
                         return LostProcess(f"{answers[rank][1]}.", failed=True)
-            time.sleep(POLL_SECONDS)
+            time.sleep(STORE_POLL_SECONDS)
         silent = ", ".join(str(rank) for rank in others if rank not in answers)
         if not silent:
             return LostProcess(f"the connection between the {self.world_size} processes broke ({error}).")

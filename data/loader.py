@@ -38,7 +38,7 @@ from data.transforms import eval_transform
 _MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
 
 Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
-Key = tuple[int, int, int]  # epoch, index in the source, image size
+SampleKey = tuple[int, int, int]  # epoch, index in the source, image size
 
 
 def spread_indices(length: int, count: int) -> list[int]:
@@ -170,7 +170,7 @@ class TrainLoader:
         """End the worker processes, once no epoch's iterator is left."""
         self._images = None
 
-    def _keys(self, epoch: int, size: int, first: int) -> Iterator[list[Key]]:
+    def _keys(self, epoch: int, size: int, first: int) -> Iterator[list[SampleKey]]:
         """Keys of this rank's micro-batches from number `first` of the epoch on."""
         bits = np.random.MT19937(derive_seed("order", self._seed, epoch))
         order = np.random.RandomState(bits).permutation(len(self._source))  # numpy never changes RandomState's results
@@ -278,20 +278,20 @@ class _EpochKeys:
     """A batch sampler whose epoch can change while the workers live."""
 
     def __init__(self) -> None:
-        self.keys: Iterator[list[Key]] = iter(())
+        self.keys: Iterator[list[SampleKey]] = iter(())
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         return self.keys
 
 
 class _Images(Dataset):
-    """Key → batch of one image, or of none when `tries` images from its index on cannot be decoded."""
+    """SampleKey → batch of one image, or of none when `tries` images from its index on cannot be decoded."""
 
     def __init__(self, source: Source, make_pipeline: Callable[[int], Pipeline], seed: int, tries: int) -> None:
         self._source, self._make_pipeline, self._seed, self._tries = source, make_pipeline, seed, tries
         self._pipelines: dict[int, Pipeline] = {}  # by size
 
-    def __getitem__(self, key: Key) -> Batch:
+    def __getitem__(self, key: SampleKey) -> Batch:
         epoch, index, size = key
         if size not in self._pipelines:
             self._pipelines[size] = self._make_pipeline(size)

@@ -21,8 +21,8 @@ from data.transforms import HEAVY, NONE, ImageTransform, eval_geometry, seeded, 
 
 TIMM, FAST = PIPELINES = ("timm", "fast")
 
-Key = tuple[int | str, ...]
-Pipeline = Callable[[bytes | Image.Image, Key], tuple[Tensor, Draws | None]]
+RandomKey = tuple[int | str, ...]
+Pipeline = Callable[[bytes | Image.Image, RandomKey], tuple[Tensor, Draws | None]]
 
 
 class TransformError(RuntimeError):
@@ -35,7 +35,7 @@ class PillowPipeline:
     def __init__(self, transform: ImageTransform, *, upright: bool = True) -> None:
         self._transform, self._upright = transform, upright
 
-    def __call__(self, image: bytes | Image.Image, key: Key) -> tuple[Tensor, None]:
+    def __call__(self, image: bytes | Image.Image, key: RandomKey) -> tuple[Tensor, None]:
         """(3, size, size) pixels. Raises one of `DECODE_ERRORS`, or TransformError."""
         decoded = decode(image, upright=self._upright)
         try:
@@ -52,7 +52,7 @@ class FastPipeline:
         self._size, self._heavy, self._min_scale, self._flip = size, heavy, min_scale, flip
         self._decoder = CropDecoder()
 
-    def __call__(self, image: bytes | Image.Image, key: Key) -> tuple[Tensor, Draws]:
+    def __call__(self, image: bytes | Image.Image, key: RandomKey) -> tuple[Tensor, Draws]:
         """uint8 (3, size, size), and draws of one image. Raises one of `DECODE_ERRORS`."""
         rng = generator(*key)
         x = self._decoder(

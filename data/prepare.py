@@ -35,12 +35,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.errors import UserError, blame
-from common.files import take_folder, writable, write_atomically
+from common.files import read_json, sha256, take_folder, writable, write_atomically
 from common.forkserver import end_with_parent
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS, decode
 from data.loader import dead_worker
-from data.shards import FORMAT, INFO, file_size, index_path, manifest_path, read_json, read_manifest, sha256
+from data.shards import INFO, SHARDS_FORMAT, file_size, index_path, manifest_path, read_manifest
 from data.source import Source, encoded, some
 
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what timm's reader looks for
@@ -364,7 +364,7 @@ def _finish(
     }
     write_atomically(folder / INFO, lambda file: file.write(json.dumps(info, indent=1).encode()))
     manifest = {
-        "format": FORMAT,
+        "format": SHARDS_FORMAT,
         "split": split,
         "num_samples": len(rows),
         "num_classes": source.num_classes,

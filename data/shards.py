@@ -9,8 +9,6 @@ there is no index, shards are read as a stream.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import zipfile
 from pathlib import Path
@@ -19,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.files import read_json, sha256
 from data.source import Request, Source, some
 
-FORMAT = 1
+SHARDS_FORMAT = 1
 INFO = "_info.json"
 _MANIFEST = {
     "num_samples": int,
@@ -70,23 +69,6 @@ class ShardSource(Source):
         return int(self._size[i])
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What a file holds; None where there is none.
-
-    Raises:
-        UserError: it cannot be read, or holds something else than a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content
-
-
 def read_manifest(folder: Path, split: str) -> dict[str, Any] | None:
     """A split's manifest; None where there is none.
 
@@ -96,8 +78,8 @@ def read_manifest(folder: Path, split: str) -> dict[str, Any] | None:
     path = manifest_path(folder, split)
     if (manifest := read_json(path)) is None:
         return None
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: expected a manifest of format {FORMAT}, as python -m data.prepare writes it.")
+    if manifest.get("format") != SHARDS_FORMAT:
+        raise UserError(f"{path}: expected a manifest of format {SHARDS_FORMAT}, as python -m data.prepare writes it.")
     wrong = [name for name, kind in _MANIFEST.items() if not isinstance(manifest.get(name), kind)]
     names = manifest.get("class_names")
     if names is not None and not (
@@ -154,11 +136,3 @@ def file_size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest is not in Python 3.10
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -38,7 +38,7 @@ class EvalDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig:
+class EvalAttackConfig:
     """AutoAttack, its threat models, and the devices it runs on."""
 
     model_in: tuple[str, ...] = flag((), "weights files, run folders, published names or RobustBench ids, by commas")
@@ -84,7 +84,7 @@ class EvalConfig(Config):
 
     model: EvalModelConfig
     data: EvalDataConfig
-    eval: AttackConfig
+    eval: EvalAttackConfig
 
     def __post_init__(self) -> None:
         settings = self.eval

@@ -21,10 +21,10 @@ from evaluation.config import EvalConfig
 from evaluation.gpus import find_slots, gpus_in_question
 from evaluation.images import ImageList
 from evaluation.plan import Evaluation, Plan, make_plan, open_planned_images
-from evaluation.progress import Progress
+from evaluation.progress import ProgressDisplay
 from evaluation.records import StateFolder
 from evaluation.worker import Task
-from evaluation.workqueue import POLL_SECONDS, TaskFailed, prepare_workers, run_tasks
+from evaluation.workqueue import WORKER_POLL_SECONDS, TaskFailed, prepare_workers, run_tasks
 
 SAVE_AGAIN_SECONDS = 10  # between two tries to write records that could not be written
 GIVE_UP_SECONDS = 600  # after the last chunk
@@ -116,7 +116,7 @@ def _work(
             if first and first.is_done():
                 board.close()
             elif tick():
-                time.sleep(POLL_SECONDS)
+                time.sleep(WORKER_POLL_SECONDS)
     except (UserError, TaskFailed) as error:
         board.close(str(error))
         raise
@@ -136,7 +136,7 @@ class _Coordinator:
         self._unsaved: list[tuple[int, dict[str, Any]]] = []  # records that could not be written
         self._tries = _Tries()
         self._open_chunks = 0
-        self.progress = Progress()
+        self.progress = ProgressDisplay()
 
     @property
     def images(self) -> Mapping[str, ImageList]:

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.gpus import usable_gpus
 from common.processes import local_rank, under_torchrun
-from evaluation.config import AttackConfig
+from evaluation.config import EvalAttackConfig
 
-POLL_SECONDS = 10
+GPU_POLL_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Slot:
     threads: int
 
 
-def gpus_in_question(settings: AttackConfig) -> list[int]:
+def gpus_in_question(settings: EvalAttackConfig) -> list[int]:
     """Numbers of the GPUs that this process may use, busy or not; none where it is to use the CPU.
 
     Under torchrun each process has the GPU of its local rank.
@@ -56,7 +56,7 @@ def gpus_in_question(settings: AttackConfig) -> list[int]:
     return asked
 
 
-def find_slots(settings: AttackConfig, *, chunks: int) -> list[Slot]:
+def find_slots(settings: EvalAttackConfig, *, chunks: int) -> list[Slot]:
     """The worker processes of this process, at most `chunks`: one for each GPU (with eval.gpus=auto for each free one).
 
     On the CPU as many as cores and `eval.threads` allow; under torchrun one.
@@ -74,7 +74,7 @@ def find_slots(settings: AttackConfig, *, chunks: int) -> list[Slot]:
     return [Slot(f"cuda:{number}", 1) for number in gpus][:chunks]
 
 
-def _wait_for_free(settings: AttackConfig, gpus: list[int]) -> list[int]:
+def _wait_for_free(settings: EvalAttackConfig, gpus: list[int]) -> list[int]:
     """Those of all `gpus` that are free; waits for one for `eval.gpu_wait` minutes."""
     end = time.monotonic() + 60 * settings.gpu_wait
     while not (free := free_gpus(_uuids(gpus), settings.gpu_max_load, settings.gpu_max_memory)):
@@ -85,7 +85,7 @@ def _wait_for_free(settings: AttackConfig, gpus: list[int]) -> list[int]:
                 "Name those to use with eval.gpus=0,1."
             )
         tqdm.write("waiting for a free GPU …", file=sys.stderr)  # without tearing the bar
-        time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
+        time.sleep(min(GPU_POLL_SECONDS, max(0.0, end - time.monotonic())))
     return free
 
 

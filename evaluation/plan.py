@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError, blame
+from common.files import sha256
 from common.provenance import installed_version
 from evaluation.autoattack import ATTACKS, package_name
 from evaluation.config import EvalConfig, EvalModelConfig, ModelEntry
@@ -229,15 +229,6 @@ def show_eps(eps: float) -> str:
     """eps as a small multiple of 1/255 where it is one, else as a number."""
     steps = eps * 255
     return f"{steps:.0f}/255" if steps < 32.5 and abs(steps - round(steps)) < 1e-6 else f"{eps:g}"
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def engine_version() -> str:

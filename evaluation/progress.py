@@ -16,7 +16,7 @@ from evaluation.plan import Evaluation
 LINE_SECONDS = 60  # between two lines where the output is no terminal
 
 
-class Progress:
+class ProgressDisplay:
     """One bar for all workers; where the output is no terminal, a line now and then."""
 
     def __init__(self) -> None:

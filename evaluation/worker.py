@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from common.errors import UserError, blame
-from common.files import write_atomically
+from common.files import sha256, write_atomically
 from common.precision import float32_matmul
 from evaluation.autoattack import FastCopy, Verdicts, attack_chunk, check_adversarial
-from evaluation.config import AttackConfig, EvalConfig
+from evaluation.config import EvalAttackConfig, EvalConfig
 from evaluation.gpus import Slot
 from evaluation.images import Chunk, ImageList
-from evaluation.plan import Evaluation, sha256
+from evaluation.plan import Evaluation
 from evaluation.records import StateFolder
 from zoo.runs import load_trained
 
@@ -186,7 +186,7 @@ EMPTY: dict[str, Any] = {
 }
 
 
-def fast_copy(model: nn.Module, settings: AttackConfig, *, size: int, device: torch.device) -> FastCopy | None:
+def fast_copy(model: nn.Module, settings: EvalAttackConfig, *, size: int, device: torch.device) -> FastCopy | None:
     """The network in the form `eval.precision` and `eval.compile` ask for; None where that is the network itself.
 
     A network that cannot be compiled, at this image size, is attacked as it is, with a warning.

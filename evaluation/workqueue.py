@@ -22,9 +22,9 @@ from common.errors import UserError
 from common.forkserver import settle, start_fork_server
 
 MOST_FAILURES = 3
-POLL_SECONDS = 1.0
+WORKER_POLL_SECONDS = 1.0
 
-Task = TypeVar("Task")
+T = TypeVar("T")
 SlotT = TypeVar("SlotT")
 # In the worker: (task, note) → result; `note(text)` reports progress.
 Handler = Callable[[Any, Callable[[str], None]], Any]
@@ -44,14 +44,14 @@ def prepare_workers(*modules: str) -> None:
 
 
 def run_tasks(
-    take: Callable[[], Task | None],
+    take: Callable[[], T | None],
     *,
     slots: Sequence[SlotT],
     setup: Callable[..., Handler],
     arguments: tuple[Any, ...],
-    on_result: Callable[[Task, Any], None],
-    on_note: Callable[[Task, str], None],
-    on_failure: Callable[[Task | None, str], None],
+    on_result: Callable[[T, Any], None],
+    on_note: Callable[[T, str], None],
+    on_failure: Callable[[T | None, str], None],
     tick: Callable[[], bool],
 ) -> None:
     """Work until no task is left.
@@ -74,12 +74,12 @@ def run_tasks(
     start_fork_server()  # where `prepare_workers` has not
     pool = _Pool(setup, arguments)
     queue = _Queue(take)
-    workers: list[_Worker] = []
+    workers: list[_WorkerHandle] = []
     try:
         for place in enumerate(slots):  # numbered: slots may be alike
             workers.append(pool.start(place))
         while workers and tick():
-            ready = multiprocessing.connection.wait([w.connection for w in workers], timeout=POLL_SECONDS)
+            ready = multiprocessing.connection.wait([w.connection for w in workers], timeout=WORKER_POLL_SECONDS)
             for worker in [w for w in workers if w.connection in ready]:
                 kind, content = worker.receive()
                 if kind == "note":
@@ -110,15 +110,15 @@ def run_tasks(
             worker.stop()
 
 
-class _Queue(Generic[Task]):
+class _Queue(Generic[T]):
     """Open tasks: first those given back by another slot, which may be a better place for them."""
 
-    def __init__(self, take: Callable[[], Task | None]) -> None:
+    def __init__(self, take: Callable[[], T | None]) -> None:
         self._take = take
-        self._given_back: list[tuple[Task, Any]] = []
+        self._given_back: list[tuple[T, Any]] = []
         self._failures: dict[Any, int] = {}
 
-    def next(self, slot: Any, *, alone: bool) -> Task | None:
+    def next(self, slot: Any, *, alone: bool) -> T | None:
         """A task for this slot; one that failed there only where it is the last one at work."""
         for entry in self._given_back:
             if alone or entry[1] != slot:
@@ -126,7 +126,7 @@ class _Queue(Generic[Task]):
                 return entry[0]
         return self._take()
 
-    def give_back(self, task: Task, slot: Any, reason: str) -> None:
+    def give_back(self, task: T, slot: Any, reason: str) -> None:
         self._failures[task] = self._failures.get(task, 0) + 1
         if self._failures[task] == MOST_FAILURES:
             raise TaskFailed(f"{task} failed {MOST_FAILURES} times; the last time: {reason}")
@@ -134,7 +134,7 @@ class _Queue(Generic[Task]):
 
 
 @dataclass
-class _Worker:
+class _WorkerHandle:
     """A worker process, and the task it is at; `failures` counts those of its slot since the last result."""
 
     slot: Any
@@ -170,7 +170,7 @@ class _Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._setup, self._arguments = setup, arguments
 
-    def start(self, slot: Any, failures: int = 0) -> _Worker:
+    def start(self, slot: Any, failures: int = 0) -> _WorkerHandle:
         ours, theirs = self._context.Pipe()
         # Not daemonic: a worker may have decoding processes of its own.
         process = self._context.Process(
@@ -178,7 +178,7 @@ class _Pool:
         )
         process.start()
         theirs.close()
-        return _Worker(slot, failures, process, ours)
+        return _WorkerHandle(slot, failures, process, ours)
 
 
 def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, arguments: tuple[Any, ...]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, cause_of
 from common.files import damaged_record, writable, write_atomically
 
 LAST, PREVIOUS = "last.pt", "last.previous.pt"
@@ -34,7 +34,7 @@ class DamagedState(UserError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Write:
     """What became of one write: the state's step, why it failed (None: it is on disk), and the seconds it took."""
 
     step: int
@@ -52,7 +52,7 @@ class StateFiles:
         """Delete what a killed process had not finished; raises `UserError` if that cannot be deleted."""
         self.folder = folder
         self._writer: threading.Thread | None = None
-        self._outcomes: deque[Outcome] = deque()
+        self._outcomes: deque[Write] = deque()
         self._last_is_whole = False
         with writable("logging.folder", folder):
             for leftover in [folder / _NEXT, *folder.glob(f".{_NEXT}.*.part")]:
@@ -66,7 +66,7 @@ class StateFiles:
                 "step". Mappings become dicts, parameters plain tensors; tensors that share memory become separate ones.
 
         Raises `TypeError` for anything else. A failed write, or a state with NaN or infinity in a tensor, is no exception but an
-        `Outcome`; the states on disk are then as before.
+        `Write`; the states on disk are then as before.
         """
         self.wait()
         if type(state.get("step")) is not int:
@@ -82,7 +82,7 @@ class StateFiles:
             self._writer.join()
         self._writer = None
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[Write]:
         """The writes that ended since the last call, oldest first."""
         return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
@@ -92,8 +92,8 @@ class StateFiles:
             self._replace_last(state)
             error = None
         except Exception as failure:  # nobody is above this thread to catch it: the outcome carries it
-            error = _why(failure)
-        self._outcomes.append(Outcome(state["step"], error, time.perf_counter() - started))
+            error = cause_of(failure)
+        self._outcomes.append(Write(state["step"], error, time.perf_counter() - started))
 
     def _replace_last(self, state: dict[str, Any]) -> None:
         for name, tensor in _tensors(state, "state"):
@@ -188,7 +188,7 @@ def read_state(path: Path) -> dict[str, Any]:
             "state of tensors and plain values."
         ) from error
     except Exception as error:  # torch's reader raises many kinds, none of them documented
-        raise DamagedState(path, _why(error)) from error
+        raise DamagedState(path, cause_of(error)) from error
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise UserError(
             f'{path} is no training state: expected a dict with the int "step" as {LAST} holds it, got '
@@ -232,13 +232,13 @@ def _snapshot(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)  # keeps the order in memory, such as channels_last
     if isinstance(value, Mapping):
-        return {_plain(key, f"a key of {name}"): _snapshot(item, f"{name}[{key!r}]") for key, item in value.items()}
+        return {_checked(key, f"a key of {name}"): _snapshot(item, f"{name}[{key!r}]") for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_snapshot(item, f"{name}[{i}]") for i, item in enumerate(value))
-    return _plain(value, name)
+    return _checked(value, name)
 
 
-def _plain(value: Any, name: str) -> Any:
+def _checked(value: Any, name: str) -> Any:
     # The exact type: NumPy's float64 is a float too, but would be refused when it is read.
     if value is not None and type(value) not in (bool, int, float, str):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -281,7 +281,7 @@ def _damage(path: Path, error: Exception) -> str:
         return "it is empty"
     if str(error) == "File is not a zip file":
         return "its end is missing, or it is another kind of file"
-    return _why(error)
+    return cause_of(error)
 
 
 def _is_whole(path: Path) -> bool:
@@ -301,14 +301,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def _why(error: BaseException) -> str:
-    # torch.save answers a failed write with a RuntimeError about file positions; the cause is behind it.
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause.strerror or str(cause)
-        cause = cause.__context__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -22,9 +22,9 @@ from training.progress import Progress
 from training.state import TrainState
 from training.status import is_finished, mark_status
 
-FORMAT = 1  # of a training state; changes when an older one cannot be read any more
+STATE_FORMAT = 1  # of a training state; changes when an older one cannot be read any more
 # What a training state holds; see `Trainer`.
-KEYS = {"format", "step", "train", "config", "run", "progress", "log"}
+STATE_KEYS = {"format", "step", "train", "config", "run", "progress", "log"}
 STOP = "stop"  # file in the run folder that asks for a stop
 PATIENCE = 15.0  # seconds that a run which is ending has to leave its folder
 
@@ -202,15 +202,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(state: Any, source: Path) -> None:
-    missing = KEYS - state.keys() if isinstance(state, dict) else KEYS
+    missing = STATE_KEYS - state.keys() if isinstance(state, dict) else STATE_KEYS
     if missing:
         raise UserError(
             f"training.resume: {source} is no training state (it lacks {', '.join(sorted(missing))}); expected {LAST} or "
             f"{PREVIOUS} of a run folder. Weights alone go to --model.ckpt_path."
         )
-    if state["format"] != FORMAT:
+    if state["format"] != STATE_FORMAT:
         raise UserError(
-            f"training.resume: {source} has format {state['format']}, expected {FORMAT}: another version of the project wrote it. "
+            f"training.resume: {source} has format {state['format']}, expected {STATE_FORMAT}: another version wrote it. "
             "Go on with that version, or from the run's weights (--model.ckpt_path) with --training.resume=none."
         )
 

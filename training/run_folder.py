@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from common.errors import cause_of
 from common.files import set_aside, writable, write_atomically
 from common.flags import config_to_dict
 from common.provenance import PROVENANCE_KEY
@@ -183,7 +184,7 @@ class RunFolder(NoRunFolder):
                 self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        line = (json.dumps(_plain(dict(record)), allow_nan=False) + "\n").encode()
+        line = (json.dumps(_json_ready(dict(record)), allow_nan=False) + "\n").encode()
         size = os.fstat(self._log.fileno()).st_size
         try:
             if self._log.write(line) < len(line):
@@ -217,7 +218,7 @@ class RunFolder(NoRunFolder):
             return first | {"resumed": [*first.get("resumed", []), dict(provenance)]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._warn(
-                f"{path}: cannot be read ({_reason(error)}); where the run was started first is not known any more."
+                f"{path}: cannot be read ({cause_of(error)}); where the run was started first is not known any more."
             )
             return dict(provenance) | {"resumed": [dict(provenance)]}
 
@@ -250,7 +251,7 @@ class RunFolder(NoRunFolder):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                self._warn(f"{path}: cannot be deleted ({_reason(error)}).")
+                self._warn(f"{path}: cannot be deleted ({cause_of(error)}).")
                 return
             saved.pop(0)
 
@@ -260,22 +261,13 @@ class RunFolder(NoRunFolder):
             self._warn_unwritten(path, error, "training goes on, and its records are lost")
 
     def _warn_unwritten(self, path: Path, error: Exception, consequence: str) -> None:
-        self._warn(f"{path}: cannot be written ({_reason(error)}); {consequence}.")
+        self._warn(f"{path}: cannot be written ({cause_of(error)}); {consequence}.")
 
 
-def _plain(value: Any) -> Any:
+def _json_ready(value: Any) -> Any:
     """The value with non-finite numbers, however deep in lists and dicts, as strings."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_json_ready(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _reason(error: Exception) -> str:
-    """One line: the system's words where a failing file is at the bottom of it, else the error's first line."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    lines = str(getattr(cause, "strerror", None) or error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

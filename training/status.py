@@ -9,18 +9,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from common.files import write_atomically
+from common.errors import UserError
+from common.files import read_json, write_atomically
 
 STATUS = "status.json"
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
     """What status.json of a run folder says; None where there is none, or it cannot be read."""
-    try:
-        status = json.loads((folder / STATUS).read_text())
-    except (OSError, ValueError):
-        return None
-    return status if isinstance(status, dict) else None
+    with suppress(UserError):
+        return read_json(folder / STATUS)
+    return None
 
 
 def mark_status(folder: Path, status: str, reason: str = "") -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STOPPED = 75  # exit status: ended on request with everything saved (EX_TEMPFAIL of sysexits.h: try again later)
 # Signals closer together are one request: a Ctrl-C reaches a process and comes from its parent too.
 REPEAT_SECONDS = 1.0
-LOOK_SECONDS = 1.0  # between two looks at the stop file, which may lie on a slow network disk
+STOP_FILE_SECONDS = 1.0  # between two looks at the stop file, which may lie on a slow network disk
 
 
 def leave_on_signals() -> None:
@@ -103,7 +103,7 @@ class StopRequest:
             return signal.Signals(self._signal).name
         if self._end_time is not None and time.time() >= self._end_time:
             return f"the end of the job, before which it stops at {time.strftime('%H:%M:%S', time.localtime(self._end_time))}"
-        if self._file is not None and time.monotonic() - self._looked >= LOOK_SECONDS:
+        if self._file is not None and time.monotonic() - self._looked >= STOP_FILE_SECONDS:
             self._looked = time.monotonic()
             if self._file.exists():
                 return f"the file {self._file}"

@@ -27,7 +27,7 @@ from training.config import TrainConfig
 from training.guard import Diverged, Guard
 from training.meter import AttackLog, Meter, Synced
 from training.progress import Progress
-from training.resume import FORMAT, STOP, Start, accumulation, check_run, restore
+from training.resume import STATE_FORMAT, STOP, Start, accumulation, check_run, restore
 from training.run_folder import NoRunFolder, RunFolder
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.step import train_step
@@ -260,7 +260,7 @@ class Trainer:
         self.checkpointer.save(
             self.state.step,
             lambda: {
-                "format": FORMAT,
+                "format": STATE_FORMAT,
                 "step": self.state.step,
                 "train": self.state.state_dict(),
                 "config": config_to_dict(self.config),

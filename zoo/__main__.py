@@ -113,13 +113,13 @@ def download(arguments: argparse.Namespace) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    from zoo.download import WEIGHTS
+    from zoo.download import WEIGHT_SUFFIXES
     from zoo.download import verify as digest_of
     from zoo.inference import describe_weights
     from zoo.loading import read_weights
 
     print(digest_of(arguments.path))
-    if arguments.path.suffix.lower() in WEIGHTS:
+    if arguments.path.suffix.lower() in WEIGHT_SUFFIXES:
         with blame("PATH"):
             print(describe_weights(read_weights(arguments.path)))
 

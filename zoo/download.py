@@ -34,10 +34,10 @@ import requests
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import sha256, write_atomically
 from zoo.robustbench import import_robustbench, robustbench_entry
 
-LOCK = "sha256.json"
+DIGESTS = "sha256.json"
 PIECE = 1 << 16  # bytes held at a time; as many are lost at most where a connection breaks
 LONGEST_WAIT = 120.0  # seconds between two attempts, whatever the server asks for
 MAX_REDIRECTS = 10
@@ -46,7 +46,7 @@ WHOLE_DOWNLOADS = 2  # a ZIP that came whole and is damaged is fetched once more
 # What tells two versions of the server's file apart: name in a part's notes → header.
 VALIDATORS = {"etag": "ETag", "modified": "Last-Modified"}
 
-WEIGHTS = (".pt", ".pth", ".tar", ".ckpt", ".safetensors", ".bin")
+WEIGHT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".safetensors", ".bin")
 LOGS = (".txt", ".log", ".json")
 # Words in the names of weights. Those of `TRAINED` also describe how a clean model was trained, and count where no other does.
 CLEAN = re.compile(r"clean|pretrain|standard|(?<![a-z])init")
@@ -467,7 +467,7 @@ def _members(source: _Source, archive: zipfile.ZipFile) -> dict[str, zipfile.Zip
     seen: set[str] = set()
     folders = {_folded(path[:depth]) for path in paths for depth in range(1, len(path))}
     for path, info in zip(paths, infos):
-        if _folded(path) in seen or _folded(path) in folders or _folded(path) == LOCK:
+        if _folded(path) in seen or _folded(path) in folders or _folded(path) == DIGESTS:
             raise source.failed(
                 f"sent a ZIP with a second file in the place of {'/'.join(path)!r}; nothing was unpacked"
             )
@@ -526,7 +526,7 @@ def _move(
             raise source.failed(f"holds {name}, and {final.parent} leads out of {folder}; nothing was written")
         if not force and name not in recorded and final.is_file() and sha256(final) != digest:
             raise UserError(
-                f"{source.name}: {final} is there already, is not recorded in {folder / LOCK}, and differs from the file of "
+                f"{source.name}: {final} is there already, is not recorded in {folder / DIGESTS}, and differs from the file of "
                 f"{source.link}. Try another folder, move the file away, or --force to replace it."
             )
     for name in digests:
@@ -534,15 +534,6 @@ def _move(
 
 
 # The lock file
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def verify(path: Path) -> str:
@@ -554,22 +545,24 @@ def verify(path: Path) -> str:
     if path.is_dir():
         names = sorted(_by_file(_read_lock(path)))
         if not names:
-            raise UserError(f"{path}: expected a file, or a folder with a {LOCK} in it, got a folder without.")
+            raise UserError(f"{path}: expected a file, or a folder with a {DIGESTS} in it, got a folder without.")
         return "\n".join(verify(path / name) for name in names)
     if not path.is_file():
         raise UserError(f"{path}: expected a file or a folder, got nothing there.")
     digest = sha256(path)
     # A share may have folders: the lock file is beside the file or further up.
-    folder = next((parent for parent in path.absolute().parents if (parent / LOCK).is_file()), path.absolute().parent)
+    folder = next(
+        (parent for parent in path.absolute().parents if (parent / DIGESTS).is_file()), path.absolute().parent
+    )
     recorded = _by_file(_read_lock(folder)).get(path.absolute().relative_to(folder).as_posix())
     if recorded is None:
-        return f"{digest}  {path}: not recorded in a {LOCK}"
+        return f"{digest}  {path}: not recorded in a {DIGESTS}"
     if recorded != digest:
         raise UserError(
-            f"{path}: {folder / LOCK} records the SHA-256 {recorded}, the file has {digest}. "
+            f"{path}: {folder / DIGESTS} records the SHA-256 {recorded}, the file has {digest}. "
             "Try deleting the file and downloading it again."
         )
-    return f"{digest}  {path}: agrees with {folder / LOCK}"
+    return f"{digest}  {path}: agrees with {folder / DIGESTS}"
 
 
 def record(folder: Path, link: str, digests: Mapping[str, str]) -> None:
@@ -580,11 +573,11 @@ def record(folder: Path, link: str, digests: Mapping[str, str]) -> None:
         if kept and other != link:
             content[other] = kept
     content[link] = dict(sorted(digests.items()))
-    write_atomically(folder / LOCK, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    write_atomically(folder / DIGESTS, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 def _read_lock(folder: Path) -> dict[str, dict[str, str]]:
-    file = folder / LOCK
+    file = folder / DIGESTS
     if not file.is_file():
         return {}
     try:
@@ -615,7 +608,7 @@ def _finished(source: _Source, folder: Path, known: Mapping[str, str]) -> list[s
     for name, digest in digests.items():
         if digest != files[name]:
             raise UserError(
-                f"{source.name}: {folder / name} was changed since it was downloaded: {folder / LOCK} records the SHA-256 "
+                f"{source.name}: {folder / name} was changed since it was downloaded: {folder / DIGESTS} records the SHA-256 "
                 f"{files[name]}, the file has {digest}. Try deleting the file and downloading it again, or --force."
             )
     _compare(source, folder, digests, known=known, locked=lock)
@@ -642,8 +635,8 @@ def _compare(
     for name in {**digests, **locked.get(source.link, {})}:
         if name in recorded and digests.get(name) != recorded[name]:
             raise source.changed(
-                f"holds {name} with the SHA-256 {digests.get(name, 'of nothing: it is not there')}, {folder / LOCK} records "
-                f"{recorded[name]}: the share's content was changed. Deleting {folder / LOCK}, or --force, accepts it"
+                f"holds {name} with the SHA-256 {digests.get(name, 'of nothing: it is not there')}, {folder / DIGESTS} records "
+                f"{recorded[name]}: the share's content was changed. Deleting {folder / DIGESTS}, or --force, accepts it"
             )
 
 
@@ -688,7 +681,9 @@ def sort_files(folder: Path, names: Iterable[str]) -> ShareContent:
     unknown = []
     for name in sorted(names):
         path = Path(name)
-        if path.suffix.lower() in WEIGHTS and not path.name.startswith("."):  # macOS leaves `._<name>` beside files
+        if path.suffix.lower() in WEIGHT_SUFFIXES and not path.name.startswith(
+            "."
+        ):  # macOS leaves `._<name>` beside files
             kind = _kind(path.name) or _kind(path.parent.as_posix())
             (unknown if kind is None else sorted_names[kind]).append(name)
         else:
@@ -723,7 +718,9 @@ def choose(content: ShareContent, kind: str, fits: Callable[[Path], bool] = lamb
     """
     named = {"robust": content.robust, "clean": content.clean}[kind]
     found = [path for path in named if fits(path)]
-    unnamed = [path for path in content.others if path.suffix.lower() in WEIGHTS and not path.name.startswith(".")]
+    unnamed = [
+        path for path in content.others if path.suffix.lower() in WEIGHT_SUFFIXES and not path.name.startswith(".")
+    ]
     if not found and kind == "robust":
         found = [path for path in unnamed if fits(path)]
     if len(found) == 1:
@@ -765,12 +762,12 @@ def download_robustbench(robustbench_id: str, folder: Path, *, force: bool = Fal
             digest = sha256(part)
             if recorded not in (None, digest):
                 raise UserError(
-                    f"{robustbench_id}: RobustBench sent a file with the SHA-256 {digest}, {folder / LOCK} records {recorded}. "
-                    f"To accept it delete {folder / LOCK} or give --force. Otherwise: {other}"
+                    f"{robustbench_id}: RobustBench sent a file with the SHA-256 {digest}, {folder / DIGESTS} records {recorded}. "
+                    f"To accept it delete {folder / DIGESTS} or give --force. Otherwise: {other}"
                 )
             if recorded is None and not force and final.is_file() and sha256(final) != digest:
                 raise UserError(
-                    f"{final} is there already, is not recorded in {folder / LOCK}, and differs from RobustBench's. "
+                    f"{final} is there already, is not recorded in {folder / DIGESTS}, and differs from RobustBench's. "
                     "Try another folder, move the file away, or --force to replace it."
                 )
             os.replace(part, final)

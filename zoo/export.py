@@ -22,7 +22,7 @@ from utils_architecture import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, TIMM_
 from zoo.loading import has_normalizer
 from zoo.runs import EXPORT_KEY, EXPORTED, TrainedModel, run_sections
 
-WEIGHTS, CONFIG, CARD = EXPORTED, "config.json", "README.md"
+CONFIG, CARD = "config.json", "README.md"
 
 
 def export(
@@ -46,7 +46,7 @@ def export(
     content = config(trained, network, normalized=normalized, img_size=img_size, crop_pct=crop_pct)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, lambda f: f.write(safetensors.torch.save(weights, {"format": "pt"})))
+        write_atomically(folder / EXPORTED, lambda f: f.write(safetensors.torch.save(weights, {"format": "pt"})))
         write_atomically(folder / CONFIG, lambda f: f.write(json.dumps(content, indent=2).encode()))
         write_atomically(folder / CARD, lambda f: f.write(model_card(trained.description, content, card).encode()))
     except OSError as error:
@@ -129,7 +129,7 @@ def push(folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD])
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[EXPORTED, CONFIG, CARD])
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"--push: cannot upload to {repository} ({error}); `hf auth login` sets up an account."

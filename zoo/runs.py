@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from common.errors import UserError
+from common.files import read_json
 from common.provenance import PROVENANCE_KEY
 from zoo.description import DESCRIPTION, NetworkDescription
 from zoo.inference import check_description
@@ -95,10 +95,10 @@ def run_sections(trained: TrainedModel) -> dict[str, dict[str, Any]]:
 
 def _run_params(folder: Path) -> Mapping[str, Any]:
     """Sections → flags of the run, or of an export, that the folder holds; none of them elsewhere."""
-    params, file = _read_json(folder / "params.json"), folder / "params.json"
+    params, file = read_json(folder / "params.json"), folder / "params.json"
     if params is None:
-        exported, file = _read_json(folder / "config.json"), folder / "config.json"
-        params = exported.get(EXPORT_KEY, {}) if isinstance(exported, dict) else {}
+        exported, file = read_json(folder / "config.json"), folder / "config.json"
+        params = (exported or {}).get(EXPORT_KEY, {})
     sections = {section for section, _ in DESCRIPTION.values()} | {PROVENANCE_KEY}
     if not isinstance(params, dict) or not all(isinstance(params.get(section, {}), dict) for section in sections):
         raise UserError(f"{file}: expected the sections and flags of a run.")
@@ -106,13 +106,3 @@ def _run_params(folder: Path) -> Mapping[str, Any]:
         if name in params.get(section, {}) and type(params[section][name]) is not kind:
             raise UserError(f"{file}: {section}.{name}: expected {kind.__name__}, got {params[section][name]!r}.")
     return params
-
-
-def _read_json(file: Path) -> Any:
-    """The file's content; None where there is no such file."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: expected the flags of a run as JSON; {error}.") from error

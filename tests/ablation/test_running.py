@@ -22,7 +22,7 @@ import train
 from ablation.__main__ import main, make_slots
 from ablation.grid import Grid, load_grid
 from ablation.results import metric_names, read_results, read_trainings
-from ablation.running import Runner, Slot, is_finished, read_record
+from ablation.running import Place, Runner, is_finished, read_record
 from common.files import take_folder
 from common.provenance import PROJECT
 from tests.evaluation.helpers import shorten_evaluations
@@ -93,8 +93,8 @@ def grid_of(tmp_path: Path, arms: dict, seeds=(0,), **content) -> Grid:
     return load_grid(path, out=tmp_path / "out")
 
 
-def work(grid: Grid, *slots: Slot) -> int:
-    return Runner(grid.cells, slots or [Slot("", 1)], on_change=lambda: None).run()
+def work(grid: Grid, *slots: Place) -> int:
+    return Runner(grid.cells, slots or [Place("", 1)], on_change=lambda: None).run()
 
 
 def calls_of(file: Path, what: str = "start") -> list[list]:
@@ -105,7 +105,7 @@ def calls_of(file: Path, what: str = "start") -> list[list]:
 def test_runs_spread_over_gpus_start_after_what_they_need_and_are_skipped_when_finished(tmp_path, programs) -> None:
     arms = {"robust": {"from": "clean", "misc.notes": "robust"}, "clean": {"misc.notes": "clean", "evaluate": False}}
     grid = grid_of(tmp_path, arms, seeds=(0, 1))
-    assert work(grid, Slot("4", 1), Slot("7", 1)) == 0
+    assert work(grid, Place("4", 1), Place("7", 1)) == 0
     assert all(is_finished(cell) for cell in grid.cells)
     starts, ends = calls_of(programs), calls_of(programs, "end")
     assert sorted(call[1:3] for call in starts) == [["clean", 0], ["clean", 1], ["robust", 0], ["robust", 1]]
@@ -115,7 +115,7 @@ def test_runs_spread_over_gpus_start_after_what_they_need_and_are_skipped_when_f
         "argv"
     ]
     assert "--eval.gpus=0" in evaluation
-    assert work(grid, Slot("", 1)) == 0 and len(calls_of(programs)) == 4
+    assert work(grid, Place("", 1)) == 0 and len(calls_of(programs)) == 4
 
 
 def test_failures_are_recorded_with_their_reason_and_stop_nothing_else(tmp_path, programs) -> None:
@@ -156,7 +156,7 @@ def test_a_claimed_cell_is_left_alone(tmp_path, programs) -> None:
     (cell,) = grid.cells
     cell.folder.mkdir(parents=True)
     lock = take_folder(cell.folder)
-    runner, statuses = Runner(grid.cells, [Slot("", 1)], on_change=lambda: None), []
+    runner, statuses = Runner(grid.cells, [Place("", 1)], on_change=lambda: None), []
     thread = threading.Thread(target=lambda: statuses.append(runner.run()))
     thread.start()
     time.sleep(0.5)
@@ -168,7 +168,7 @@ def test_a_claimed_cell_is_left_alone(tmp_path, programs) -> None:
 
 def test_stopping_ends_what_runs_and_starts_nothing(tmp_path, programs) -> None:
     grid = grid_of(tmp_path, {"a": {"misc.notes": "slow"}, "b": {}})
-    runner = Runner(grid.cells, [Slot("", 1)], on_change=lambda: None)
+    runner = Runner(grid.cells, [Place("", 1)], on_change=lambda: None)
 
     def stop_when_started() -> None:
         while not calls_of(programs):
@@ -198,7 +198,7 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b, GPU-typo")
     assert [slot.gpu for slot in make_slots(None, 1)] == ["GPU-a", "GPU-b"]
     monkeypatch.setattr("common.gpus.usable_gpus", lambda: 0)
-    assert make_slots(3, 1) == [Slot("", 1)] * 3
+    assert make_slots(3, 1) == [Place("", 1)] * 3
 
 
 def test_signals_stop_the_runner_and_are_told_apart(tmp_path, programs) -> None:

@@ -31,7 +31,7 @@ from evaluation.board import Board
 from evaluation.config import EvalConfig
 from evaluation.gpus import Slot
 from evaluation.plan import default_folder, folder_name, image_lists, make_plan, show_eps
-from evaluation.progress import Progress
+from evaluation.progress import ProgressDisplay
 from evaluation.records import StateFolder
 from evaluation.report import summarise, warnings_of
 from evaluation.worker import Task, _Worker, fast_copy, setup
@@ -521,7 +521,7 @@ def test_a_finished_evaluation_needs_no_free_gpu(trained, images, finished, monk
 
 
 def test_waiting_for_a_gpu_is_no_work():
-    progress = Progress()
+    progress = ProgressDisplay()
     progress.start(images=(0, 4), chunks=1)
     progress._bar.start_t -= 3600  # the wait
     progress.begin([Slot("cuda:0", 1)])

@@ -367,7 +367,7 @@ def test_without_any_whole_state_nothing_is_started(many, tmp_path, at_step, cap
 
 
 def test_the_stop_file(many, undisturbed, tmp_path, at_step, monkeypatch):
-    monkeypatch.setattr("training.stop.LOOK_SECONDS", 0)
+    monkeypatch.setattr("training.stop.STOP_FILE_SECONDS", 0)
     flags = base_flags(many, tmp_path) | RANDOM
     at_step({4: lambda *_: (folder_of(flags) / "stop").touch()})
     training_log = stopped(flags)

@@ -83,7 +83,7 @@ def test_one_of_several_processes_leaves_the_second_ctrl_c_to_its_parent(monkeyp
 
 
 def test_the_file_asks_until_it_is_cleared(tmp_path, monkeypatch):
-    monkeypatch.setattr(stop, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(stop, "STOP_FILE_SECONDS", 0.0)
     file = tmp_path / "stop"
     with request(alone(), file=file) as asked:
         assert asked.here() is None
@@ -96,13 +96,13 @@ def test_the_file_asks_until_it_is_cleared(tmp_path, monkeypatch):
 
 
 def test_stop_file_is_not_looked_at_in_every_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(stop, "LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr(stop, "STOP_FILE_SECONDS", 3600.0)
     file = tmp_path / "stop"
     with request(alone(), file=file) as asked:
         assert asked.here() is None
         file.touch()
         assert asked.here() is None
-        monkeypatch.setattr(stop, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(stop, "STOP_FILE_SECONDS", 0.0)
         assert asked.here() == f"the file {file}"
 
 

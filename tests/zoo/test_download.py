@@ -27,7 +27,7 @@ import pytest
 
 from common.errors import UserError
 from zoo.download import (
-    LOCK,
+    DIGESTS,
     ShareContent,
     _unsafe,
     _writing,
@@ -203,7 +203,7 @@ def check_files(folder: Path, content: ShareContent, files: dict[str, bytes] | N
     """All files are there and right, sorted, and nothing else is."""
     files = FILES if files is None else files
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert there == {*files, LOCK, ".download.lock"}
+    assert there == {*files, DIGESTS, ".download.lock"}
     assert {name: (folder / name).read_bytes() for name in files} == files
     assert content == sort_files(folder, files)
 
@@ -225,7 +225,7 @@ def test_share_is_unpacked_sorted_and_recorded(share: Share, tmp_path: Path) -> 
         logs=[folder / "logs/aa_linf.txt"],
         others=[folder / "README.md"],
     )
-    assert json.loads((folder / LOCK).read_text()) == {share.link: {k: digest(v) for k, v in sorted(FILES.items())}}
+    assert json.loads((folder / DIGESTS).read_text()) == {share.link: {k: digest(v) for k, v in sorted(FILES.items())}}
     assert [path for path, _ in share.seen] == ["/index.php/s/token/download"]
     assert share.waits == []
 
@@ -568,7 +568,7 @@ def special(name: str, mode: int = 0o100644, content: bytes = b"x") -> bytes:
         "a\nb.pt",
         "robust.pt/evil.pt",
         "Robust.PT",
-        LOCK,
+        DIGESTS,
     ],
 )
 def test_members_with_unsafe_names(share: Share, tmp_path: Path, name: str) -> None:
@@ -642,7 +642,7 @@ def test_changed_share_is_refused_until_forced(share: Share, tmp_path: Path) -> 
     (tmp_path / "robust.pt").unlink()
     message = share.fails(tmp_path, whole(zipped(CHANGED)), match="the share's content was changed")
     assert digest(FILES["robust.pt"]) in message and digest(b"other") in message
-    assert "--force" in message and str(tmp_path / LOCK) in message
+    assert "--force" in message and str(tmp_path / DIGESTS) in message
     assert not (tmp_path / "robust.pt").exists() and not (tmp_path / ".net.zip.part").exists()
     check_files(tmp_path, share.download(tmp_path, whole(zipped(CHANGED)), force=True), CHANGED)
 
@@ -687,15 +687,15 @@ def test_moved_share_with_the_same_content(share: Share, tmp_path: Path) -> None
     share.download(tmp_path, whole(BODY))
     moved = f"{share.link}2"
     check_files(tmp_path, share.download(tmp_path, whole(BODY), link=moved))
-    assert list(json.loads((tmp_path / LOCK).read_text())) == [moved]
+    assert list(json.loads((tmp_path / DIGESTS).read_text())) == [moved]
     with pytest.raises(UserError, match="content was changed"):
         share.download(tmp_path, whole(zipped(CHANGED)), link=f"{share.link}3")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"link": 1}', '{"link": {"robust.pt": 1}}'])
 def test_broken_lock_file(share: Share, tmp_path: Path, content: str) -> None:
-    (tmp_path / LOCK).write_text(content)
-    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / LOCK))}: expected .*Try deleting it"):
+    (tmp_path / DIGESTS).write_text(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / DIGESTS))}: expected .*Try deleting it"):
         share.download(tmp_path, whole(BODY))
 
 
@@ -703,11 +703,11 @@ def test_verify(share: Share, tmp_path: Path) -> None:
     share.download(tmp_path, whole(BODY))
     for name in FILES:
         text = verify(tmp_path / name)
-        assert text.startswith(digest(FILES[name])) and text.endswith(f"agrees with {tmp_path / LOCK}")
+        assert text.startswith(digest(FILES[name])) and text.endswith(f"agrees with {tmp_path / DIGESTS}")
     assert verify(tmp_path).splitlines() == [verify(tmp_path / name) for name in sorted(FILES)]
     other = tmp_path / "other.pt"
     other.write_bytes(b"x")
-    assert verify(other) == f"{digest(b'x')}  {other}: not recorded in a {LOCK}"
+    assert verify(other) == f"{digest(b'x')}  {other}: not recorded in a {DIGESTS}"
     (tmp_path / "robust.pt").write_bytes(b"x")
     with pytest.raises(UserError, match=f"records the SHA-256 {digest(FILES['robust.pt'])}, .* has {digest(b'x')}"):
         verify(tmp_path / "robust.pt")
@@ -716,7 +716,7 @@ def test_verify(share: Share, tmp_path: Path) -> None:
 def test_verify_needs_something_to_verify(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got nothing there"):
         verify(tmp_path / "none.pt")
-    with pytest.raises(UserError, match=f"a folder with a {LOCK}"):
+    with pytest.raises(UserError, match=f"a folder with a {DIGESTS}"):
         verify(tmp_path)
 
 
