@@ -33,7 +33,7 @@ from data.prefetch import finish_augmentation
 from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
 from training.config import TrainConfig
-from training.last_block import trim_last_block
+from training.shortcuts import asked_for, trim_last_block
 from training.state import TrainState
 from training.step import autocast, image_dtype, train_step, update
 from utils_architecture import ARCHITECTURES
@@ -202,7 +202,7 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
         x, y = x.pin_memory(), y.pin_memory()
     batch = Batch(x=x, y=y, index=y, failures=[])
     published = PublishedTraining(state.model, arch=arguments.arch, eps=config.adv.eps, n_iter=N_ITER)
-    if arguments.trim_last_block:  # not of the published network, a copy of the same
+    if asked_for(arguments.trim_last_block, device):  # not of the published network, a copy of the same
         trim_last_block(state.model)
     begin = time.perf_counter()
     prepare_networks(state, config, processes, size=size)
@@ -211,7 +211,7 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
         raise UserError("training.compile: this machine cannot compile (see above); --compile=0 measures without.")
 
     possible = state.reuses_forward
-    reuses = possible and {"auto": not on_gpu, "1": True, "0": False}[arguments.reuse_forward]
+    reuses = possible and asked_for(arguments.reuse_forward, device)
 
     def ours(flags: TrainConfig, *, reuse: bool) -> Callable[[], object]:
         def step() -> None:
@@ -361,7 +361,7 @@ if __name__ == "__main__":
         "--reuse-forward", choices=("auto", "0", "1"), default="auto", help="of ours, as training.reuse_forward"
     )
     parser.add_argument(
-        "--trim-last-block", type=int, choices=(0, 1), default=1, help="of ours, as training.trim_last_block"
+        "--trim-last-block", choices=("auto", "0", "1"), default="auto", help="of ours, as training.trim_last_block"
     )
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
     parser.add_argument("--repeats", type=int, help="turns (default 10 on a GPU, 5 on a CPU, 3 with --quick)")

@@ -122,6 +122,8 @@ class _FlagChecker(fastargs.validation.Checker):
 
     def _check_one(self, value: Any) -> Any:
         meta = self.meta
+        if isinstance(value, bool) and "1" in (meta["choices"] or ()):  # YAML's true
+            value = str(int(value))
         result = self.convert(value)
         if meta["choices"] is not None and result not in meta["choices"]:
             raise ValueError

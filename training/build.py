@@ -17,9 +17,9 @@ from data.memory import Once, alone
 from data.source import Source, StreamSource
 from training.config import TrainConfig
 from training.ema import EMA
-from training.last_block import trim_last_block
 from training.optim import build_optimizer
 from training.schedule import resolution_at_epoch
+from training.shortcuts import asked_for, trim_last_block
 from training.state import TrainState
 from training.surgery import checkpoint_blocks, freeze_parameters
 from zoo.loading import load_weights, read_weights
@@ -153,7 +153,7 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
             load_weights(model, read_weights(path), source=path)
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
-    if training.trim_last_block and not training.eval_only:
+    if asked_for(training.trim_last_block, processes.device) and not training.eval_only:
         trim_last_block(model)
     if training.grad_checkpointing:
         checkpoint_blocks(model)

@@ -21,8 +21,7 @@ from common.processes import Processes
 from data.loader import Batch
 from data.prefetch import finish_augmentation
 from training.config import TrainConfig
-from training.loss import places_again
-from training.probe import change_in_training
+from training.shortcuts import asked_for, change_in_training, places_again
 from training.state import TrainState
 from training.step import autocast, image_dtype
 
@@ -77,7 +76,7 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
 def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> bool:
     """Whether `training.reuse_forward` asks for it and the network is the same function in training as under attack."""
     asked, device, precision = config.training.reuse_forward, processes.device, config.training.precision
-    if not build_attack(config.adv).evaluates_last or asked == "0" or (asked == "auto" and device.type == "cuda"):
+    if not build_attack(config.adv).evaluates_last or not asked_for(asked, device):
         return False
     x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     x[2] *= 0.3

@@ -180,9 +180,10 @@ class TrainingConfig:
         choices=("auto", "0", "1"),
         harmless=True,
     )
-    trim_last_block: bool = flag(
-        True,
-        "1: the last block computes only what the head reads (class token, mean over positions); changes rounding only",
+    trim_last_block: str = flag(
+        "auto",
+        "the last block computes only what the head reads; auto: 1 on a CPU, 0 on a GPU; changes rounding only",
+        choices=("auto", "0", "1"),
         harmless=True,
     )
     reuse_forward: str = flag(

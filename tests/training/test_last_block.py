@@ -14,7 +14,7 @@ from torch import nn
 from common.processes import Processes
 from tests.training.test_step import config_for
 from training.build import build_state
-from training.last_block import trim_last_block
+from training.shortcuts import trim_last_block
 from utils_architecture import ARCHITECTURES, get_new_model, normalize_model
 
 FAMILIES = ("vit", "convnext", "convnext_iso")
@@ -120,7 +120,7 @@ def test_other_heads_and_blocks_stay(make):
 def test_a_block_that_turns_out_otherwise_stays(monkeypatch):
     """As one of another version of timm may."""
     for change in (lambda self, x: self.mlp(x), lambda self, x: self.renamed(x)):
-        monkeypatch.setattr("training.last_block.ClassTokenBlock.forward", change)
+        monkeypatch.setattr("training.shortcuts.ClassTokenBlock.forward", change)
         assert not trim_last_block(vit())
 
 
