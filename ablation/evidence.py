@@ -26,7 +26,7 @@ from ablation.grid import Grid, is_one_of
 from ablation.results import metric_names
 from ablation.statistics import Difference
 from ablation.summary import NOTHING, Summary, describe_setting, show_interval
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.files import writable
 from common.flags import read_yaml
 from common.tables import markdown_table
@@ -84,7 +84,8 @@ def read_claims(path: Path, grid: Grid) -> tuple[Mapping[str, Any], list[Claim]]
     Raises:
         UserError: it cannot be read, holds no claim, or names runs, metrics or keys that are not there.
     """
-    content = read_yaml(path, "claims")
+    with blame("claims"):
+        content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("claims"), list) or not content["claims"]:
         raise UserError(f"claims: {path}: expected a mapping with a list `claims` of at least one claim.")
     for key in ("title", "text", "notes"):

@@ -222,7 +222,7 @@ def load_grid(path: Path, *, out: Path | None = None, seeds: Sequence[int] = (),
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A grid's keys, with those of the grid it extends."""
-    content = read_yaml(path, "grid")
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a grid with the keys {_words(GRID_KEYS)}; got {type(content).__name__}.")
     if unknown := [key for key in content if key not in GRID_KEYS]:

@@ -116,8 +116,8 @@ def test_refused(flags, words):
 
 
 def test_required_flags():
-    with pytest.raises(UserError, match="data.in_memory, data.num_workers.*required"):
-        load_config(TrainConfig, DATA[:2])
+    with pytest.raises(UserError, match="data.train_dataset, data.val_dataset.*required"):
+        load_config(TrainConfig, [])
 
 
 def test_environment_is_not_read(monkeypatch):
