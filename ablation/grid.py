@@ -33,7 +33,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.flags import load_config, read_yaml
 from evaluation.config import EvalConfig
 from training.config import TrainConfig
@@ -362,14 +362,12 @@ def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
 def _check(grid: Grid, path: Path) -> None:
     """Read the command lines of one seed: the others differ in nothing that could be wrong."""
     for cell in grid.cells[:: len(grid.seeds)]:
-        try:
+        with blame(f"{path}: {cell.arm.name}"):
             ema = cell.config.model.model_ema
             for entry in cell.entries():
                 if entry.weights == "ema" and not ema:
                     raise UserError(f"variants: {entry.name}: weights: ema needs model.model_ema=1.")
                 load_config(EvalConfig, cell.eval_argv(entry))
-        except UserError as error:
-            raise UserError(f"{path}: {cell.arm.name}: {error}") from error
 
 
 def _flags(value: Any, where: str) -> dict[str, str]:

@@ -90,7 +90,7 @@ def test_extends_merges_and_the_command_line_wins(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below/base.yaml").write_text(yaml.safe_dump(base | {"claims": "c.yaml"}))
     (tmp_path / "more.yaml").write_text(
-        "extends: below/base.yaml\ntrain: {training.epochs: 5}\narms: {a: {lr.lr_peak_epoch: 2}}\n"
+        "extends: below/base.yaml\ntrain: {training.epochs: 5}\narms: {a: {lr.lr_peak_epoch: 2}, b: {lr.lr_peak_epoch: 1}}\n"
     )
     config = load_grid(tmp_path / "more.yaml").cell("a", 2).config
     assert (config.training.epochs, config.lr.lr, config.lr.lr_peak_epoch) == (5, 1, 2)

@@ -249,6 +249,7 @@ def test_resume_on_a_full_disk(runs):
     assert any("params.json: cannot be written" in warning for warning in runs.warnings)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the thread that writes events
 def test_really_full_file_system(tmp_path):
     """A file system of 128 KiB that fills up and gets room again."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)]

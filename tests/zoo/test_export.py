@@ -12,9 +12,9 @@ from common.errors import UserError
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
 from zoo.description import NetworkDescription
-from zoo.export import CARD, CONFIG, WEIGHTS, export, push
+from zoo.export import CARD, CONFIG, export, push
 from zoo.robust import load_robust_model
-from zoo.runs import load_trained
+from zoo.runs import EXPORTED, load_trained
 from zoo.submission import Paper, check_report, form_text, model_info
 
 ASKED = NetworkDescription()
@@ -63,7 +63,7 @@ def test_timm_loads_its_own_architectures(tmp_path, hub, normalized):
 def test_our_loader_loads_every_export(tmp_path, arch, options):
     trained = saved(tmp_path, arch, **options)
     export(trained, tmp_path / "out", img_size=32, crop_pct=1.0, card="| results |")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([WEIGHTS, CONFIG, CARD])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([EXPORTED, CONFIG, CARD])
     assert "| results |" in (tmp_path / "out" / CARD).read_text()
     again = load_robust_model(str(tmp_path / "out"), img_size=32, crop_pct=1.0)
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def test_upload(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi", HfApi)
     assert push(tmp_path, "me/model") == "https://hub/me/model"
-    assert calls == [("create", "me/model"), ("upload", "me/model", tmp_path, sorted([WEIGHTS, CONFIG, CARD]))]
+    assert calls == [("create", "me/model"), ("upload", "me/model", tmp_path, sorted([EXPORTED, CONFIG, CARD]))]
 
 
 def test_command_line(tmp_path, capsys):
