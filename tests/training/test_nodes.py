@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, write_images
-from tests.training.test_resume import PROJECT, folder_of, start, timeless
+from tests.training.test_resume import PROJECT, folder_of, start, timeless, two
 from training.status import read_status
 
 LINK = "cable"  # the interface of both nodes
@@ -31,7 +31,7 @@ NODE = """
 node=$1 address=$2 endpoint=$3 python=$4
 shift 4
 echo "node$node" >/proc/sys/kernel/hostname
-folder=$("$python" train.py --where "$@") || exit
+folder=$(RANK=0 WORLD_SIZE=2 "$python" train.py --where "$@") || exit
 is_host=0
 if [ "$node" = 0 ]; then is_host=1; fi
 for start in {1..10}; do
@@ -168,7 +168,7 @@ def undisturbed(flags, tmp_path_factory) -> Outcome:
     finally:
         process.kill()
     assert process.returncode == 0, printed
-    return read_outcome(folder_of(flags))
+    return read_outcome(folder_of(two(flags)))
 
 
 def wait_until(condition: Callable[[], bool], nodes: Nodes) -> float:
@@ -185,7 +185,7 @@ def begin_on_both(nodes: Nodes, flags: dict[str, object]) -> Path:
     """Start a run on both nodes; returns its folder when it has trained for a while."""
     for node in (0, 1):
         nodes.start(node, flags)
-    folder = folder_of(flags)
+    folder = folder_of(two(flags))
     wait_until(lambda: steps_saved(folder) >= 20, nodes)
     return folder
 
