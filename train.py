@@ -83,8 +83,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
     """One process of the run."""
     from training.resume import begin
 
-    config = config.on(processes.device.type)
     start = begin(config, processes)
+    before = start.state and start.state["config"]["training"]["precision"]
+    config = config.on(processes.device.type, begun_with=before)
     try:
         if not start.finished:
             train_from(start, config, processes)

@@ -156,7 +156,7 @@ class Cell:
         """All flags of the training."""
         return load_config(TrainConfig, self.train_argv())
 
-    @property
+    @cached_property
     def run_folder(self) -> Path:
         return find_folder(self.config)[0]
 

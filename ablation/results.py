@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ablation.statistics import Value
 from common.flags import load_config
 from evaluation.config import EvalConfig
 from evaluation.plan import show_eps
+from training.status import read_log
 
 CLEAN, CLEAN_ALL = "clean", "clean, all images"
 # Networks that guess lie below this many standard deviations above chance, 98 of 100.
@@ -193,14 +193,9 @@ def _oddities(last: Mapping[str, Any]) -> list[str]:
 
 def _last_epoch(log: Path) -> dict[str, Any]:
     """The record of the last epoch; {} where there is none."""
-    record: dict[str, Any] = {}
     with suppress(OSError):
-        for line in log.read_text(errors="replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                found = json.loads(line)
-                if isinstance(found, dict) and found.get("kind") == "epoch":
-                    record = found
-    return record
+        return ([{}] + read_log(log, "epoch"))[-1]
+    return {}
 
 
 def _whole_provenance(found: Any) -> Mapping[str, Any]:

@@ -162,22 +162,25 @@ def load_config(
     arguments, unknown = _parser(config_class, [] if switches is None else [switches]).parse_known_args(list(argv))
     values = vars(arguments)
     files = values.pop("config_file")
-    problems = Problems()
+    problems, given = Problems(), set()
     config = _fastargs_config(config_class)
     for path in files:
         with problems.caught(), blame("--config-file"):
-            config.collect(_read_config_file(Path(path), config))
+            content, named = _read_config_file(Path(path), config)
+            config.collect(content)
+            given |= named
     problems.report()  # else what the file gives would be called missing
     for option in unknown[:1]:  # what follows may be its value
         options = ["--config-file", *(f"--{name}" for name in values)]
         problems.found.append(f"command line: unknown flag {option!r}{_did_you_mean(option.split('=')[0], options)}.")
-    config.collect({name: value for name, value in values.items() if value is not None})
+    values = {name: value for name, value in values.items() if value is not None}
+    config.collect(values)
     _check(config, problems)
     problems.report()
     sections = {}
     for name, cls in sections_of(config_class):
         sections[name] = cls(**{f.name: config[(name, f.name)] for f in dataclasses.fields(cls)})
-    return config_class(**sections, given=frozenset(".".join(name) for name in config.content))
+    return config_class(**sections, given=frozenset(given | values.keys()))
 
 
 def config_to_dict(config: Any) -> dict[str, dict[str, Any]]:
@@ -317,14 +320,17 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: expected YAML or JSON; {' '.join(str(error).split())}.") from error
 
 
-def _read_config_file(path: Path, config: fastargs.Config) -> dict[str, Any]:
-    """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed."""
+def _read_config_file(path: Path, config: fastargs.Config) -> tuple[dict[str, Any], frozenset[str]]:
+    """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed.
+
+    Also the names of those that a person gave: a run's params.json holds all flags.
+    """
     content = read_yaml(path)
     if content is None:
-        return {}
+        return {}, frozenset()
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections with flags, got {type(content).__name__}.")
-    content.pop(PROVENANCE_KEY, None)
+    provenance = content.pop(PROVENANCE_KEY, None)
     checkers = {".".join(name): param.checker for name, param in config.entries.items()}
     values: dict[str, Any] = {}
     for section, flags in content.items():
@@ -338,4 +344,9 @@ def _read_config_file(path: Path, config: fastargs.Config) -> dict[str, Any]:
             raise UserError(f"{path}: unknown key {name!r}{_did_you_mean(name, list(checkers))}.")
         if (value is None and not checkers[name].optional) or isinstance(value, dict):
             raise UserError(f"{path}: {name} has no value; expected one, or no such line.")
-    return values
+    if provenance is None:
+        return values, frozenset(values)
+    if isinstance(provenance, dict) and "given" in provenance:
+        return values, values.keys() & set(provenance["given"])
+    defaults = {".".join(name): param.default for name, param in config.entries.items()}
+    return values, frozenset(name for name, value in values.items() if value != defaults[name])

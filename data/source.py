@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import ModuleType
@@ -16,6 +18,8 @@ from PIL import Image
 
 from common.errors import UserError
 from data.decoding import decode
+
+SAMPLED = 16  # images that stand for a data set
 
 
 class Source:
@@ -149,6 +153,24 @@ class Request:
             return importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"{self.spec} needs a package: pip install {package} ({error}).") from error
+
+
+def facts_of(source: Source | StreamSource) -> dict[str, Any]:
+    """What tells a data set from another, wherever it lies.
+
+    `images`, their number; `classes`, their names, None where they have none; `sample`, a digest of up to 16 images and their
+    labels, None where images are only read in order.
+    """
+    facts: dict[str, Any] = {"images": len(source), "classes": source.class_names, "sample": None}
+    if isinstance(source, Source):
+        digest, count = hashlib.sha256(), min(SAMPLED, len(source))
+        for i in range(count):
+            index = i * len(source) // count
+            with suppress(OSError, ValueError, UserError):  # a damaged image may be met in training, or not
+                digest.update(encoded(source, index))
+            digest.update(f" {source.labels[index]} ".encode())
+        facts["sample"] = digest.hexdigest()[:16]
+    return facts
 
 
 def encoded(source: Source, i: int) -> bytes:

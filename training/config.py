@@ -16,7 +16,6 @@ from common.flags import REQUIRED, Config, config_to_dict, flag, sections_of
 
 # fp64 is for comparing runs to the last digits, not for training.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp64")
-FP16_BY_DEFAULT = ("training", "validation")  # sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,12 +289,12 @@ class TrainConfig(Config):
         if (
             self.lr.lr_schedule_type != "step"
             and self.lr.lr_peak_epoch >= self.training.epochs
-            and not self.training.eval_only
+            and not (self.training.eval_only or self.training.resume_force)
         ):
             problems.found.append(
                 f"lr.lr_peak_epoch: the learning rate would rise to the end of training; expected less than "
                 f"training.epochs={self.training.epochs}, got {self.lr.lr_peak_epoch}. Give --lr.lr_peak_epoch="
-                f"{self.training.epochs // 5}."
+                f"{self.training.epochs // 5}; a run that began so goes on with --training.resume_force=1."
             )
         if self.training.resume == "":
             problems.found.append(
@@ -318,16 +317,22 @@ class TrainConfig(Config):
         """Smoothing inside mixup: the published switch 1 stands for 0.1."""
         return 0.1 if self.training.label_smoothing == 1 else self.training.label_smoothing
 
-    def on(self, device_type: str) -> TrainConfig:
-        """The flags as they hold on such a device: a CPU takes fp32 where no precision was given.
+    def on(self, device_type: str, *, begun_with: str | None = None) -> TrainConfig:
+        """The flags as they hold on such a device, where no precision was given: a CPU takes fp32.
 
         float16 is the published default, for GPUs. CPUs are five times slower in it.
+
+        `begun_with`: precision of the training that goes on; it keeps it.
         """
-        if device_type != "cpu":
-            return self
-        sections = {name: getattr(self, name) for name in FP16_BY_DEFAULT if f"{name}.precision" not in self.given}
+        fitting = "fp32" if device_type == "cpu" else "fp16"
+        chosen = {"validation": fitting, "training": begun_with or fitting}
         return dataclasses.replace(
-            self, **{name: dataclasses.replace(section, precision="fp32") for name, section in sections.items()}
+            self,
+            **{
+                name: dataclasses.replace(getattr(self, name), precision=precision)
+                for name, precision in chosen.items()
+                if f"{name}.precision" not in self.given
+            },
         )
 
     def idle_flags(self) -> dict[str, str]:
@@ -397,8 +402,8 @@ class TrainConfig(Config):
         }
         values["model.ckpt_path"] = self.model.ckpt_path.rstrip("/")
         uncounted = harmless_flags() | self.idle_flags().keys() | {"logging.addendum", "training.grad_accum"}
-        if self.training.precision == "fp32" and "training.precision" not in self.given:
-            uncounted |= {"training.precision"}  # a CPU's default
+        if "training.precision" not in self.given:  # the device decides
+            uncounted |= {"training.precision"}
         defaults = default_values(self.adv.norm)
         return {name: v for name, v in values.items() if name not in uncounted and v != defaults[name]}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from common.files import write_atomically
+from training.status import read_log
 
 CURVES = {
     "loss": (("train_loss", "training"), ("loss", "validation"), ("ema_loss", "validation, EMA")),
@@ -26,7 +26,7 @@ def draw_curves(log: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    records = [record for line in log.read_text().splitlines() if (record := json.loads(line)).get("kind") == "epoch"]
+    records = read_log(log, "epoch")
     figure = Figure(figsize=(12, 3.6))
     # A layout engine takes as long as the drawing.
     figure.subplots_adjust(left=0.05, right=0.985, bottom=0.14, top=0.91, wspace=0.25)

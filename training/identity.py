@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +16,55 @@ from training.status import is_finished, read_status
 
 # Flags that only the very beginning of a run uses, and its name.
 BEGINNING = {"model.ckpt_path", "model.pretrained", "logging.addendum"}
+PRECISION = "training.precision"  # the one flag whose default is the device's
 
 
 def find_folder(config: TrainConfig) -> tuple[Path, str]:
     """The run's folder, and a sentence for the user where it has another name than `config.run_folder`.
 
-    That is a folder of the same flags that an earlier version of the project named, or of an unfinished run with another number of
-    processes, which can share its global batch.
+    That is a folder of the same flags that an earlier version of the project named, or of a run on another number of processes: an
+    unfinished one, whose global batch these can share, or one that as many processes have taken part in.
     """
     named, note = config.run_folder, ""
     if named.exists() or config.training.resume == "none" or config.training.eval_only:
         return named, ""
-    paths = [path for path in named.parent.glob("*/params.json") if not re.search(r"\.\d+$", path.parent.name)]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        folder = path.parent
-        try:
-            params = json.loads(path.read_text())
-            batch = params[PROVENANCE_KEY]["global_batch"]
-            if changed_flags(params, config, global_batch=batch, beginning=True):
-                continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or no run's
-            continue
+    for folder, run in _runs_of_these_flags(config):
+        batch = run["global_batch"]
         if batch == config.global_batch:
             return folder, f"{folder} holds this run; an earlier version of the project named it so"
-        if is_finished(folder) or (read_status(folder) or {}).get("step", 0) == 0:
-            continue
-        if batch % (config.training.batch_size * config.dist.processes) == 0:
-            return folder, (
-                f"{folder} holds this run, begun on another number of processes; it keeps its {batch} images a step, and "
-                f"--training.resume=none starts one of {config.global_batch}"
+        shared = batch % (config.training.batch_size * config.dist.processes) == 0
+        if is_finished(folder):
+            if shared and config.dist.processes in [start["processes"] for start in run.get("resumed", [])]:
+                return folder, ""
+        elif (read_status(folder) or {}).get("step", 0) > 0:
+            if shared:
+                return folder, (
+                    f"{folder} holds this run, begun on another number of processes; it keeps its {batch} images a step, and "
+                    f"--training.resume=none starts one of {config.global_batch}"
+                )
+            note = (
+                f"{folder} holds an unfinished run of these flags with {batch} images a step, which {config.dist.processes} "
+                f"processes cannot share; this is another run, of {config.global_batch}"
             )
-        note = (
-            f"{folder} holds an unfinished run of these flags with {batch} images a step, which {config.dist.processes} processes "
-            f"cannot share; this is another run, of {config.global_batch}"
-        )
     return named, note
+
+
+def _runs_of_these_flags(config: TrainConfig) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Folders in `logging.folder` whose runs differ in the global batch at most, with their provenance; the newest first."""
+    found = []
+    for path in Path(config.logging.folder).glob("*/params.json"):
+        if re.search(r"\.\d+$", path.parent.name):  # set aside
+            continue
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or no run's
+            params, written = json.loads(path.read_text()), path.stat().st_mtime
+            run = params[PROVENANCE_KEY]
+            # What was not given is the device's, not the run's.
+            if PRECISION not in run.get("given", [PRECISION]):
+                params["training"]["precision"] = default_values(config.adv.norm)[PRECISION]
+            if not changed_flags(params, config, global_batch=run["global_batch"], beginning=True):
+                found.append((written, path.parent, run))
+    for _, folder, run in sorted(found, key=lambda entry: entry[0], reverse=True):
+        yield folder, run
 
 
 def changed_flags(
@@ -66,6 +81,8 @@ def changed_flags(
     ignored = harmless_flags() | config.idle_flags().keys() | (set() if beginning else BEGINNING)
     if global_batch == config.global_batch:
         ignored |= {"training.grad_accum"}
+    if PRECISION not in config.given and not beginning:
+        ignored |= {PRECISION}  # it goes on with that of the run
     defaults, changed = default_values(config.adv.norm), []
     for section, flags in config_to_dict(config).items():
         for name, value in flags.items():
@@ -81,7 +98,7 @@ def changed_flags(
 def other_images(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences between the training images of a run and those of this start.
 
-    Both hold `images`, their number, and `classes`, their names; None, or no such key, where that is not known.
+    Both are of `data.source.facts_of`; None, or no such key, where something is not known.
     """
     differences = []
     before, images = run.get("images"), now["images"]
@@ -92,4 +109,7 @@ def other_images(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         other = next((pair for pair in zip(old, new) if pair[0] != pair[1]), None)
         what = f"{other[0]!r} is now {other[1]!r}" if other else f"they were {len(old)} and are {len(new)}"
         differences.append(f"data.train_dataset has other classes: {what}")
+    before, sample = run.get("sample"), now.get("sample")
+    if not differences and None not in (before, sample) and before != sample:
+        differences.append("data.train_dataset has other images (as a sample of their files shows)")
     return differences

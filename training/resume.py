@@ -14,6 +14,7 @@ from common.errors import UserError, blame
 from common.files import take_folder, writable
 from common.processes import Processes
 from common.provenance import PROVENANCE_KEY
+from data.source import facts_of
 from training.build import open_sources
 from training.checkpoint import LAST, PREVIOUS, DamagedState, newest_state, read_state
 from training.config import TrainConfig
@@ -158,7 +159,10 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
 
 def _own_start(config: TrainConfig, folder: Path) -> Start:
     if is_finished(folder):
-        _check_finished(folder, config)
+        if changed := _changed_since_finished(folder, config):
+            return Start(
+                notes=[f"{folder} is finished with other flags ({'; '.join(changed)}), so this run starts anew"]
+            )
         return Start(own=True, finished=True)
     found = newest_state(folder) if folder.is_dir() else None
     if found is None:
@@ -171,22 +175,28 @@ def _own_start(config: TrainConfig, folder: Path) -> Start:
     return Start(state, source, True, False, notes)
 
 
-def _check_finished(folder: Path, config: TrainConfig) -> None:
-    """Refuse a run that was finished on other images than those of `data.train_dataset`; they are opened if that has changed."""
+def _changed_since_finished(folder: Path, config: TrainConfig) -> list[str]:
+    """Flags that alter the numbers, and with which the finished run was not trained.
+
+    Raises:
+        UserError: it was finished on other images than those of `data.train_dataset`, which are opened if that has changed.
+    """
     try:
         params = json.loads((folder / "params.json").read_text())
         before, provenance = params["data"]["train_dataset"], params[PROVENANCE_KEY]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # damaged
-    if os.path.normpath(before) == os.path.normpath(config.data.train_dataset):
-        return
+        changed = changed_flags(params, config, global_batch=provenance["global_batch"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # damaged
+    if changed or os.path.normpath(before) == os.path.normpath(config.data.train_dataset):
+        return changed
     source, _ = open_sources(dataclasses.replace(config, data=dataclasses.replace(config.data, in_memory=False)))
-    differences = other_images(provenance, {"images": len(source), "classes": source.class_names})
+    differences = other_images(provenance, facts_of(source))
     if differences:
         raise UserError(
             f"logging.folder: {folder} holds this run, finished, and {'; '.join(differences)}. Give --logging.addendum=… for a "
             "second run, or --training.resume=none to train this one from scratch."
         )
+    return []
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from common.flags import config_to_dict
 from common.provenance import PROVENANCE_KEY
 from training.config import TrainConfig
 from training.curves import draw_curves
-from training.status import STATUS, write_status
+from training.status import STATUS, read_log, write_status
 
 WEIGHTS_NAMES = {"raw": "weights", "ema": "weights_ema"}  # kind of network → beginning of its files' names
 
@@ -89,7 +89,7 @@ class RunFolder(NoRunFolder):
             if resume is not None:
                 for unfinished in self.path.glob(".*.part"):  # of a process that was killed while it wrote
                     unfinished.unlink()
-                self._cut_log(resume["log_bytes"])
+                self._cut_log(resume["log_bytes"], resume.get("log_lines", []))
                 for name, epochs in resume["saved"].items():
                     self._saved[name] = [epoch for epoch in epochs if (self.path / f"{name}_{epoch}.pt").exists()]
                 provenance = self._with_earlier_starts(provenance)
@@ -169,10 +169,10 @@ class RunFolder(NoRunFolder):
                 self._events.add_text("notes", config.misc.notes, 0)
             return
         # Events of the state's own step, which may have been validated after the state was saved, are hidden with the later ones.
-        for line in (self.path / "log").read_text().splitlines():
-            record = json.loads(line)
-            if record.get("kind") in ("step", "epoch") and record["step"] >= resume["step"]:
-                self._add_numbers(record)
+        for kind in ("step", "epoch"):
+            for record in read_log(self.path / "log", kind):
+                if record["step"] >= resume["step"]:
+                    self._add_numbers(record | {"kind": kind})
 
     def _write(self, record: dict[str, Any]) -> None:
         self._append(record)
@@ -222,8 +222,8 @@ class RunFolder(NoRunFolder):
             )
             return dict(provenance) | {"resumed": [dict(provenance)]}
 
-    def _cut_log(self, size: int) -> None:
-        """Keep the whole lines of the log's first `size` bytes."""
+    def _cut_log(self, size: int, lines: list[str]) -> None:
+        """Keep the whole lines of the log's first `size` bytes, and add those that earlier versions kept in the training state."""
         path = self.path / "log"
         content = path.read_bytes()[:size] if path.exists() else b""
         kept = content[: content.rfind(b"\n") + 1]
@@ -233,6 +233,7 @@ class RunFolder(NoRunFolder):
             )
         with open(path, "ab") as file:
             file.truncate(len(kept))
+            file.write("".join(line.rstrip("\n") + "\n" for line in lines).encode())
 
     def _save(self, network: nn.Module, path: Path) -> bool:
         """Write the weights; False, with a warning, where that fails."""

@@ -39,6 +39,20 @@ def write_status(folder: Path, content: Mapping[str, Any]) -> None:
     write_atomically(folder / STATUS, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
+def read_log(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind (start, step, epoch) of a run's log; lines that are damaged are left out.
+
+    Earlier versions wrote no kind.
+    """
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("kind", "epoch" if "top1" in record else "step") == kind:
+                records.append(record)
+    return records
+
+
 def is_finished(folder: Path) -> bool:
     """Whether the run has come to its end."""
     status = read_status(folder)

@@ -19,6 +19,7 @@ from common.flags import config_to_dict
 from common.processes import Processes
 from common.provenance import provenance
 from data.loader import dead_worker
+from data.source import facts_of
 from data.transforms import Mixup
 from training.build import build_parts
 from training.checkpoint import Checkpointer, StateFiles
@@ -59,15 +60,19 @@ class Trainer:
         self.accum = accumulation(saved, config, processes.world_size) if self.resumes else config.training.grad_accum
         parts = build_parts(config, processes, accum=self.accum, initial=not self.resumes, once=processes.once_here)
         self.loader, self.state = parts.loader, parts.state
-        self.class_names, self.images = parts.train_source.class_names, len(parts.train_source)
+        self.data_facts = facts_of(parts.train_source)
         self.attack, self.mixup = build_attack(config.adv), None
         if config.data.augmentations == 1:
             self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
         self.origin, self.progress, notes = "", Progress(), list(start.notes)
         idle = config.idle_flags()
         notes += [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & config.given)]
-        if processes.device.type == "cpu" and "training.precision" not in config.given:
-            notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
+        if "training.precision" not in config.given:
+            precision = config.training.precision
+            if precision != config.on(processes.device.type).training.precision:
+                notes.append(f"training.precision: {precision}, with which this run began")
+            elif processes.device.type == "cpu":
+                notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
         if self.resumes:
             # A run that began at another's state resumes from its own when the same command is given again.
             self.origin = saved["run"]["origin"] if start.own else config.training.resume
@@ -359,8 +364,7 @@ class Trainer:
     def _run_facts(self) -> dict[str, Any]:
         """What a later start is checked against, beside the flags."""
         return {
-            "images": self.images,
-            "classes": self.class_names,
+            **self.data_facts,
             "epochs_done": self.progress.epochs_done,
             "origin": self.origin,
             "steps_per_epoch": self.loader.steps_per_epoch,
@@ -374,8 +378,8 @@ class Trainer:
     def _provenance(self) -> dict[str, Any]:
         rendezvous = f"{self.config.dist.address}:{self.config.dist.port}" if self.processes.world_size > 1 else None
         return provenance() | {
-            "images": self.images,
-            "classes": self.class_names,
+            "given": sorted(self.config.given),
+            **self.data_facts,
             "processes": self.processes.world_size,
             "rendezvous": rendezvous,
             "global_batch": self.images_per_step,

@@ -133,6 +133,23 @@ def test_config_file(tmp_path):
     assert (config.lr.lr, config.lr.lr_peak_epoch, config.adv.eps, config.training.batch_size) == (0.25, 3, 8 / 255, 4)
 
 
+def test_params_of_a_run_as_a_config_file(tmp_path):
+    """They hold all flags; given are those that were given to the run, or differ from their defaults."""
+    run, file = load("--lr.lr=1", "--adv.alpha=1"), tmp_path / "params.json"
+    for provenance, given in (({"given": ["adv.alpha", "lr.lr"]}, {"adv.alpha", "lr.lr"}), ({}, {"lr.lr"})):
+        file.write_text(json.dumps(config_to_dict(run) | {"provenance": provenance}))
+        again = load("--config-file", str(file), "--training.epochs=30")
+        assert again.given - {"data.train_dataset", "data.val_dataset", "training.epochs"} >= given
+        assert not again.given & {"training.precision", "training.momentum", "validation.precision"}
+        assert ("adv.alpha" in again.given) == ("adv.alpha" in given)
+
+
+def test_learning_rate_that_never_falls():
+    with pytest.raises(UserError, match="Give --lr.lr_peak_epoch=2"):
+        load("--training.epochs=10")
+    assert load("--training.epochs=10", "--training.resume_force=1").lr.lr_peak_epoch == 10  # an earlier version's run
+
+
 @pytest.mark.parametrize(
     "text,words",
     [

@@ -17,10 +17,13 @@ def config(folder: Path, *flags: str) -> TrainConfig:
     return load_config(TrainConfig, [*given, *flags])
 
 
-def leave(folder: Path, config: TrainConfig, *, status: str = "stopped", step: int = 5, batch: int = 512) -> Path:
+def leave(
+    folder: Path, config: TrainConfig, *, status: str = "stopped", step: int = 5, batch: int = 512, **provenance
+) -> Path:
     """A run's folder, as a start with these flags leaves it."""
     folder.mkdir()
-    (folder / "params.json").write_text(json.dumps(config_to_dict(config) | {"provenance": {"global_batch": batch}}))
+    params = config_to_dict(config) | {"provenance": {"global_batch": batch} | provenance}
+    (folder / "params.json").write_text(json.dumps(params))
     (folder / "status.json").write_text(json.dumps({"status": status, "step": step, "epoch": 0, "reason": ""}))
     return folder
 
@@ -54,6 +57,8 @@ def test_folder_of_another_name_with_the_same_flags_is_found(tmp_path, status):
         ({"status": "stopped"}, [], True),
         ({"status": "running"}, [], True),
         ({"status": "finished"}, [], False),  # with the other batch, it is another result
+        ({"status": "finished", "resumed": [{"processes": 1}]}, [], True),  # the same command, once more
+        ({"status": "finished", "resumed": [{"processes": 2}]}, [], False),
         ({"status": "running", "step": 0}, [], False),  # nothing that could be resumed
         ({"batch": 768}, [], False),  # cannot be shared
         ({}, ["--training.grad_accum=2"], False),  # another batch was asked for
@@ -65,8 +70,38 @@ def test_unfinished_run_of_another_number_of_processes_is_found(tmp_path, left, 
     asked = config(tmp_path, *flags)
     folder, note = find_folder(asked)
     assert folder == (old if found else asked.run_folder)
-    assert ("keeps its 2048 images a step" in note) == found
+    assert ("keeps its 2048 images a step" in note) == (found and left.get("status") != "finished")
     assert ("another run" in note) == ("batch" in left)
+
+
+@pytest.mark.parametrize(
+    ("left", "asked", "found"),
+    [
+        (("fp32", []), [], True),  # on a CPU, where none was given
+        (("fp16", []), ["fp16"], True),
+        (("fp32", ["training.precision"]), [], False),
+        (("fp32", ["training.precision"]), ["fp32"], True),
+        (("fp16", None), [], True),  # of an earlier version, which did not note it
+        (("bf16", None), [], False),
+        (("bf16", None), ["bf16"], True),
+    ],
+)
+def test_precision_that_was_not_given_is_not_the_runs(tmp_path, left, asked, found):
+    """`--where` on a login node finds what a CPU or a GPU has trained."""
+    precision, given = left
+    begun = config(tmp_path, f"--training.precision={precision}")
+    old = leave(tmp_path / "old", begun, **({} if given is None else {"given": given}))
+    now = config(tmp_path, *(f"--training.precision={value}" for value in asked))
+    assert find_folder(now)[0] == (old if found else now.run_folder)
+
+
+def test_training_goes_on_in_its_precision(tmp_path):
+    saved = config_to_dict(config(tmp_path, "--training.precision=fp16"))
+    assert changed_flags(saved, config(tmp_path).on("cpu"), global_batch=512) == []
+    assert config(tmp_path).on("cpu", begun_with="fp16").training.precision == "fp16"
+    assert changed_flags(saved, config(tmp_path, "--training.precision=bf16"), global_batch=512) == [
+        "training.precision: fp16 → bf16"
+    ]
 
 
 def test_micro_batches_of_the_same_global_batch_are_no_change(tmp_path):
@@ -78,8 +113,9 @@ def test_micro_batches_of_the_same_global_batch_are_no_change(tmp_path):
 
 
 def test_other_images():
-    run = {"images": 8, "classes": ["a", "b"]}
+    run = {"sample": "1f", "images": 8, "classes": ["a", "b"]}
     assert other_images(run, run) == other_images({}, run) == other_images(run, run | {"classes": None}) == []
     assert other_images(run, {"images": 9, "classes": ["a", "b"]}) == ["data.train_dataset had 8 images and has 9"]
+    assert "other images" in other_images(run, run | {"sample": "2e"})[0]
     assert "'b' is now 'c'" in other_images(run, {"images": 8, "classes": ["a", "c"]})[0]
     assert "they were 2 and are 3" in other_images(run, {"images": 8, "classes": ["a", "b", "c"]})[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 import train
 import training.trainer
@@ -242,6 +243,11 @@ def test_other_images_are_refused(many, tmp_path, at_step, capsys):
     at_step({3: signalled})
     flags = base_flags(images, tmp_path / "runs") | RANDOM
     stopped(flags)
+    elsewhere = shutil.copytree(images, tmp_path / "elsewhere")
+    for path in elsewhere.glob("train/*/*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    assert run(flags | {"data.train_dataset": elsewhere}).status == 2
+    assert "data.train_dataset has other images" in capsys.readouterr().err
     (images / "train" / "red" / "0.png").unlink()
     assert run(flags).status == 2
     assert "data.train_dataset had 40 images and has 39" in capsys.readouterr().err
@@ -451,6 +457,9 @@ def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_ste
     outcome = read_outcome(folder)
     assert largest_difference(outcome.weights, expected.weights) < 1e-9
     assert [r["step"] for r in outcome.steps] == [*range(1, 11)]
+    # Both commands mean this run, though it is named after two processes; so it is finished for both.
+    assert folder_of(flags) == folder_of(two(flags)) == folder
+    assert run(flags).steps == outcome.steps and len(list(folder.parent.iterdir())) == 1
 
 
 def test_a_number_of_processes_that_does_not_divide(many, tmp_path, at_step, capfd):

@@ -24,7 +24,7 @@ from common.provenance import PROVENANCE_KEY
 from tests.training.helpers import base_flags
 from training.config import TrainConfig
 from training.run_folder import RunFolder
-from training.status import read_status
+from training.status import read_log, read_status
 from zoo.runs import find_weights
 
 
@@ -284,7 +284,7 @@ def test_really_full_file_system(tmp_path):
 @pytest.mark.curves
 def test_close_survives_broken_curves(runs):
     folder = runs.start()
-    (folder.path / "log").write_text("edited by hand")
+    (folder.path / "log").write_text('edited by hand\n{"kind": "epoch", "top1": 0.5}\n')
     folder.close()
     assert "curves.png: cannot be written" in runs.warnings[0] and not (folder.path / "curves.png").exists()
 
@@ -296,6 +296,20 @@ def test_non_finite_numbers_are_strings(runs):
     assert steps_of(folder) == [1]
     record = json.loads((folder.path / "log").read_text())
     assert record["loss"] == "nan" and record["attack"] == [{"loss": "-inf", "acc": 0.5}] and record["shape"] == [1, 2]
+
+
+def test_log_of_an_earlier_version_goes_on(runs):
+    """Its records have no kind, and lines that the disk did not take are in the training state."""
+    folder = runs.start()
+    folder.close()
+    lines = ['{"step": 1, "lr": 1.0}', '{"epoch": 1, "step": 2, "top1": 0.5}', '{"step": 3, "lr": 0.5}']
+    size = (folder.path / "log").write_bytes("".join(f"{line}\n" for line in lines[:2]).encode())
+    folder = runs.start({"step": 3, "log_bytes": size, "log_lines": lines[2:], "saved": {}})
+    folder.close()
+    log = folder.path / "log"
+    assert log.read_text().splitlines() == lines
+    assert [r["step"] for r in read_log(log, "step")] == [1, 3] and [r["step"] for r in read_log(log, "epoch")] == [2]
+    assert not runs.warnings
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_at_the_start(runs, tmp_path):
