@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         from training.launch import launch
 
         return launch(
-            train,
+            run_process,
             config,
             world_size=dist.world_size,
             address=dist.address,
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def train(config: TrainConfig, processes: Processes) -> None:
+def run_process(config: TrainConfig, processes: Processes) -> None:
     """One process of the run."""
     from training.resume import begin
 
@@ -144,12 +144,12 @@ def check(config: TrainConfig) -> None:
     with problems.caught(), writable("logging.folder", folder := Path(config.logging.folder)):
         folder.mkdir(parents=True, exist_ok=True)
     # Nothing is loaded into memory and nothing downloaded for a check.
-    start = config.model.ckpt_path
-    known = not Path(start).exists() and find_published(split_kind(start)[0]) is not None
+    weights = config.model.ckpt_path
+    known = not Path(weights).exists() and find_published(split_kind(weights)[0]) is not None
     quick = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, in_memory=False),
-        model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if known else start),
+        model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if known else weights),
     )
     with problems.caught():
         build_parts(quick, Processes(rank=0, world_size=world_size, device=torch.device("cpu")))

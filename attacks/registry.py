@@ -1,29 +1,85 @@
-"""The attacks that training knows by name. A new one is a function and a line in `ATTACKS`."""
+"""The attacks that training knows by name: `ATTACKS` is all there is to extend. Imports no PyTorch: command lines read it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from attacks.norms import NORMS
 
-from attacks.apgd import apgd
-from attacks.fgsm import fgsm
-from attacks.gradients import Model
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attacks.gradients import Model
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of `adv.attack`.
+
+    Attributes:
+        build: flags `adv.*` → the attack itself, called as (model, x, y, eps=…); where `evaluates_last`, with `on_step` and
+            `evaluate_last` too, both as in `attacks.apgd`.
+        flags: names of those `adv.*` that this attack reads beside norm and eps. In a run with another attack they are idle: a
+            warning says so, and they count neither for the run's name nor when it resumes.
+        norms: the threat models that it is defined for; the command line refuses others.
+        evaluates_last: it reports every evaluation to `on_step`, and lets the caller evaluate the last iterate.
+    """
+
+    build: Callable[[Any], Callable[..., Tensor]]
+    flags: tuple[str, ...] = ()
+    norms: tuple[str, ...] = NORMS
+    evaluates_last: bool = False
+
+
+# The attacks are imported when they are built, as that imports PyTorch.
+def _none(adv: Any) -> Callable[..., Tensor]:
+    return lambda model, x, y, *, eps: x
+
+
+def _apgd(adv: Any) -> Callable[..., Tensor]:
+    from attacks.apgd import apgd
+
+    def run(model: Model, x: Tensor, y: Tensor, **call: Any) -> Tensor:
+        return apgd(model, x, y, norm=adv.norm, n_iter=adv.n_iter, **call).x_best
+
+    return run
+
+
+def _fgsm(adv: Any) -> Callable[..., Tensor]:
+    from attacks.fgsm import fgsm
+
+    def run(model: Model, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+        return fgsm(
+            model,
+            x,
+            y,
+            norm=adv.norm,
+            eps=eps,
+            alpha=adv.alpha,
+            noise_level=adv.noise_level,
+            skip_projection=adv.skip_projection,
+        )
+
+    return run
+
+
+ATTACKS = {
+    "none": Entry(_none),
+    "apgd": Entry(_apgd, flags=("n_iter", "verbose"), evaluates_last=True),
+    "fgsm": Entry(_fgsm, flags=("alpha", "noise_level", "skip_projection"), norms=("Linf",)),
+}
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Images (B, C, H, W) in [0, 1] and labels → the images to train on, within `eps` of them.
-
-    Attributes:
-        evaluates_last: whether it evaluates its last iterate, and can let the caller do that (`evaluate_last` of `attacks.apgd`).
+    """Images (B, C, H, W) in [0, 1] and labels → the images to train on, within `eps` of them. `run` and `evaluates_last` as in
+    `Entry`.
     """
 
     run: Callable[..., Tensor]
-    evaluates_last: bool = False
+    evaluates_last: bool
 
     def __call__(
         self,
@@ -35,30 +91,10 @@ class Attack:
         on_step: Callable[[int, Tensor, Tensor], None] | None = None,
         evaluate_last: Model | None = None,
     ) -> Tensor:
-        """`on_step` and `evaluate_last` as in `attacks.apgd`; attacks without several steps do without."""
+        """`on_step` and `evaluate_last` are left out for attacks that do not take them."""
         if not self.evaluates_last:
             return self.run(model, x, y, eps=eps)
         return self.run(model, x, y, eps=eps, on_step=on_step, evaluate_last=evaluate_last)
-
-
-def _apgd(model: Model, x: Tensor, y: Tensor, **settings: Any) -> Tensor:
-    return apgd(model, x, y, **settings).x_best
-
-
-# Value of `adv.attack` → what makes the attack of the flags `adv.*`.
-ATTACKS: dict[str, Callable[[Any], Attack]] = {
-    "none": lambda adv: Attack(lambda model, x, y, eps: x),
-    "apgd": lambda adv: Attack(partial(_apgd, norm=adv.norm, n_iter=adv.n_iter), evaluates_last=True),
-    "fgsm": lambda adv: Attack(
-        partial(
-            fgsm,
-            norm=adv.norm,
-            alpha=adv.alpha,
-            noise_level=adv.noise_level,
-            skip_projection=adv.skip_projection,
-        )
-    ),
-}
 
 
 def build_attack(adv: Any) -> Attack:
@@ -67,4 +103,5 @@ def build_attack(adv: Any) -> Attack:
     Raises:
         KeyError: no attack has the name `adv.attack`.
     """
-    return ATTACKS[adv.attack](adv)
+    entry = ATTACKS[adv.attack]
+    return Attack(entry.build(adv), entry.evaluates_last)

@@ -35,7 +35,7 @@ from training.compiled import prepare_networks, wants_compiled
 from training.config import TrainConfig
 from training.shortcuts import asked_for, trim_last_block
 from training.state import TrainState
-from training.step import autocast, image_dtype, train_step, update
+from training.step import autocast, image_dtype, optimizer_step, train_step
 from utils_architecture import ARCHITECTURES
 
 N_ITER = 2
@@ -160,7 +160,7 @@ def parts(
             images,
             attack,
             train,
-            lambda: update(state, grad_clip=0.0),
+            lambda: optimizer_step(state, grad_clip=0.0),
             lambda: state.ema.update(state.model, 1),
         )
         for name, action in zip(found, actions):

@@ -15,6 +15,7 @@ from data.datasets import open_source
 from data.loader import TrainLoader
 from data.memory import Once, alone
 from data.source import Source, StreamSource
+from data.transforms import Mixup
 from training.config import TrainConfig
 from training.ema import EMA
 from training.optim import build_optimizer
@@ -125,6 +126,13 @@ def build_train_loader(
         crop_pct=config.validation.crop_pct,
         pin_memory=processes.device.type == "cuda",
     )
+
+
+def build_mixup(config: TrainConfig) -> Mixup | None:
+    """What mixes images and makes soft labels; None without `data.augmentations=1`."""
+    if config.data.augmentations != 1:
+        return None
+    return Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
 
 
 def build_state(config: TrainConfig, processes: Processes, *, initial: bool = True) -> TrainState:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from attacks.norms import DEFAULT_EPS, NORMS, check_radius
+from attacks.registry import ATTACKS
 from common.errors import Problems, blame
 from common.flags import REQUIRED, Config, config_to_dict, flag, sections_of
+from training.schedule import SCHEDULES, WITH_PEAK
 
 # fp64 is for comparing runs to the last digits, not for training.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp64")
@@ -89,7 +91,7 @@ class LRConfig:
     """Learning rate."""
 
     lr: float = flag(1e-3, "peak learning rate; not scaled with the batch size", above=0)
-    lr_schedule_type: str = flag("cosine", "shape by epoch", choices=("cosine", "step", "cyclic"))
+    lr_schedule_type: str = flag("cosine", "shape by epoch", choices=tuple(SCHEDULES))
     lr_peak_epoch: int = flag(10, "epoch at which cosine and cyclic reach the peak", at_least=0)
     step_ratio: float = flag(0.1, "step: factor every step_length epochs", above=0)
     step_length: int = flag(30, "step: epochs between two factors", at_least=1)
@@ -222,7 +224,7 @@ class DistConfig:
 class AdvConfig:
     """The attack trained against."""
 
-    attack: str = flag("none", "none: clean training", choices=("none", "apgd", "fgsm"))
+    attack: str = flag("none", "none: clean training", choices=tuple(ATTACKS))
     norm: str = flag("Linf", "threat model", choices=NORMS)
     eps: float | None = flag(None, "radius, fractions allowed; unset: 4/255 (Linf), 2 (L2), 75 (L1)", above=0)
     n_iter: int = flag(2, "updates of APGD", at_least=1)
@@ -267,9 +269,10 @@ class TrainConfig(Config):
         problems = Problems()
         with problems.caught(), blame("adv.eps"):
             check_radius(self.adv.norm, self.adv.eps, size=self.resolution.min_res)
-        if self.adv.attack == "fgsm" and self.adv.norm != "Linf":
+        if self.adv.norm not in (norms := ATTACKS[self.adv.attack].norms):
             problems.found.append(
-                f"adv.norm: adv.attack=fgsm is defined for Linf only, got {self.adv.norm!r}; use adv.attack=apgd."
+                f"adv.norm: adv.attack={self.adv.attack} is defined for {' and '.join(norms)} only, got {self.adv.norm!r}; use "
+                "adv.attack=apgd."
             )
         if self.data.augmentations == 1 and self.training.batch_size % 2:
             problems.found.append(
@@ -287,7 +290,7 @@ class TrainConfig(Config):
                 f"got {self.resolution.max_res}."
             )
         if (
-            self.lr.lr_schedule_type != "step"
+            self.lr.lr_schedule_type in WITH_PEAK
             and self.lr.lr_peak_epoch >= self.training.epochs
             and not (self.training.eval_only or self.training.resume_force)
         ):
@@ -335,13 +338,33 @@ class TrainConfig(Config):
             },
         )
 
+    def notes_for(self, device_type: str) -> list[str]:
+        """Sentences for the user: flags that were given and have no effect, a precision that was not given and is not fp16.
+
+        The config is the one that `on` returned.
+        """
+        idle, precision = self.idle_flags(), self.training.precision
+        notes = [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & self.given)]
+        if "training.precision" not in self.given:
+            if precision != self.on(device_type).training.precision:
+                notes.append(f"training.precision: {precision}, with which this run began")
+            elif device_type == "cpu":
+                notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
+        return notes
+
     def idle_flags(self) -> dict[str, str]:
-        """Flags that have no effect in this run → what gives them one."""
+        """Flags that have no effect in this run → what gives them one.
+
+        One that was given is told. None of them counts for the run's name or when it resumes, so a flag belongs here only if the
+        weights cannot depend on it.
+        """
         m, lr, adv, training, validation = self.model, self.lr, self.adv, self.training, self.validation
-        attacked = validation.adv_n_ex > 0
-        used_with = [
-            ("adv.alpha adv.noise_level adv.skip_projection", adv.attack == "fgsm", "adv.attack=fgsm"),
-            ("adv.n_iter adv.verbose training.reuse_forward", adv.attack == "apgd", "adv.attack=apgd"),
+        attacked, attack, used_with = validation.adv_n_ex > 0, ATTACKS[adv.attack], []
+        for flag_ in sorted({name for entry in ATTACKS.values() for name in entry.flags}):
+            names = [name for name, entry in ATTACKS.items() if flag_ in entry.flags]
+            used_with.append((f"adv.{flag_}", flag_ in attack.flags, f"adv.attack={' or '.join(names)}"))
+        used_with += [
+            ("training.reuse_forward", attack.evaluates_last, "adv.attack=apgd"),
             ("adv.eps_warmup_epochs", adv.attack != "none", "an attack (adv.attack)"),
             ("adv.norm adv.eps", adv.attack != "none" or attacked, "adv.attack or validation.adv_n_ex"),
             ("validation.adv_n_iter", attacked, "validation.adv_n_ex above 0"),
@@ -354,7 +377,7 @@ class TrainConfig(Config):
             ("training.label_smoothing", self.data.augmentations == 1, "mixup (data.augmentations=1)"),
             ("model.ema_decay model.ema_warmup", m.model_ema, "model.model_ema=1"),
             ("model.early", m.freeze_some, "model.freeze_some=1"),
-            ("lr.lr_peak_epoch", lr.lr_schedule_type != "step", "lr.lr_schedule_type=cosine or cyclic"),
+            ("lr.lr_peak_epoch", lr.lr_schedule_type in WITH_PEAK, f"lr.lr_schedule_type={' or '.join(WITH_PEAK)}"),
             ("lr.step_ratio lr.step_length", lr.lr_schedule_type == "step", "lr.lr_schedule_type=step"),
             ("data.min_scale data.flip", self.data.augmentations != 2, "data.augmentations=0 or 1"),
             (
@@ -380,7 +403,7 @@ class TrainConfig(Config):
         stem = "_cvst" if self.model.not_original else ""
         parts = [self.model.arch.replace("/", "-") + stem]
         if self.adv.attack != "none":
-            steps = self.adv.n_iter if self.adv.attack == "apgd" else ""
+            steps = self.adv.n_iter if "n_iter" in ATTACKS[self.adv.attack].flags else ""
             parts.append(f"{self.adv.attack}{steps}_{self.adv.norm}_{self.adv.eps:.4g}")
         else:
             parts.append("clean")

@@ -34,6 +34,9 @@ def build_optimizer(model: nn.Module, *, arch: str, training: TrainingConfig) ->
     """AdamW or SGD over the groups of `model`; the learning rate is set at every step.
 
     Fused: one kernel for all weights, and a step can be skipped on the device.
+
+    Raises:
+        ValueError: no optimiser has the name `training.optimizer`.
     """
     groups = parameter_groups(model, arch=arch, weight_decay=training.weight_decay)
     if training.optimizer == "sgd":
@@ -43,4 +46,6 @@ def build_optimizer(model: nn.Module, *, arch: str, training: TrainingConfig) ->
             for parameter in (p for group in groups for p in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    return torch.optim.AdamW(groups, lr=0.0, betas=ADAMW_BETAS, fused=True)
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=ADAMW_BETAS, fused=True)
+    raise ValueError(f"training.optimizer: {training.optimizer!r} builds no optimiser")

@@ -26,7 +26,7 @@ from training.status import is_finished, mark_status
 STATE_FORMAT = 1  # of a training state; changes when an older one cannot be read any more
 # What a training state holds; see `Trainer`.
 STATE_KEYS = {"format", "step", "train", "config", "run", "progress", "log"}
-STOP = "stop"  # file in the run folder that asks for a stop
+STOP_FILE = "stop"  # file in the run folder that asks for a stop
 PATIENCE = 15.0  # seconds that a run which is ending has to leave its folder
 
 
@@ -108,7 +108,7 @@ def _take_folder(config: TrainConfig, folder: Path) -> Start:
     with writable("logging.folder", folder):
         with blame("logging.folder"):
             lock = take_folder(folder, patience=PATIENCE)
-        (folder / STOP).unlink(missing_ok=True)  # meant for a run before this one
+        (folder / STOP_FILE).unlink(missing_ok=True)  # meant for a run before this one
     try:
         start = find_start(config, folder)
     except UserError as error:

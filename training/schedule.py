@@ -1,26 +1,54 @@
-"""Learning rate, image size and eps as functions of training progress. Facts: reference recipe of Singh et al. 2023."""
+"""Learning rate, image size and eps as functions of training progress. Facts: reference recipe of Singh et al. 2023.
+
+Imports no PyTorch: command lines read `SCHEDULES`.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from training.config import LRConfig, ResolutionConfig
+if TYPE_CHECKING:
+    from training.config import LRConfig, ResolutionConfig
 
-LR_FLOOR = 5e-6  # where cosine ends
 LR_START = 1e-4  # share of the peak at which cosine and cyclic begin
+COSINE_END = 5e-6  # learning rate at which cosine ends, whatever its peak
+
+
+def _cosine(epoch: int, lr: LRConfig, epochs: int) -> float:
+    """Up to the peak in a line, then half a cosine down."""
+    if epoch < lr.lr_peak_epoch:
+        return _warmup(epoch, lr)
+    return COSINE_END + 0.5 * (lr.lr - COSINE_END) * (1 + math.cos(math.pi * _after_peak(epoch, lr, epochs)))
+
+
+def _cyclic(epoch: int, lr: LRConfig, epochs: int) -> float:
+    """Up to the peak in a line, then down to 0 in a line."""
+    return _warmup(epoch, lr) if epoch < lr.lr_peak_epoch else lr.lr * (1 - _after_peak(epoch, lr, epochs))
+
+
+def _step(epoch: int, lr: LRConfig, epochs: int) -> float:
+    """Times `step_ratio` every `step_length` epochs."""
+    return lr.lr * lr.step_ratio ** (epoch // lr.step_length)
+
+
+def _warmup(epoch: int, lr: LRConfig) -> float:
+    return lr.lr * (LR_START + (1 - LR_START) * epoch / lr.lr_peak_epoch)
+
+
+def _after_peak(epoch: int, lr: LRConfig, epochs: int) -> float:
+    """Share in [0, 1] of the way from the peak to the end."""
+    return (epoch - lr.lr_peak_epoch) / max(epochs - lr.lr_peak_epoch, 1)
+
+
+# Value of `lr.lr_schedule_type` → learning rate at the beginning of an epoch.
+SCHEDULES = {"cosine": _cosine, "step": _step, "cyclic": _cyclic}
+WITH_PEAK = ("cosine", "cyclic")  # those that use `lr.lr_peak_epoch`
 
 
 def lr_at_epoch(epoch: int, *, lr: LRConfig, epochs: int) -> float:
     """Learning rate at the beginning of `epoch` (0 … `epochs`, the latter being the end of training)."""
-    if lr.lr_schedule_type == "step":
-        return lr.lr * lr.step_ratio ** (epoch // lr.step_length)
-    peak = lr.lr_peak_epoch
-    if epoch < peak:
-        return lr.lr * (LR_START + (1 - LR_START) * epoch / peak)
-    progress = (epoch - peak) / max(epochs - peak, 1)
-    if lr.lr_schedule_type == "cyclic":
-        return lr.lr * (1 - progress)
-    return LR_FLOOR + 0.5 * (lr.lr - LR_FLOOR) * (1 + math.cos(math.pi * progress))
+    return SCHEDULES[lr.lr_schedule_type](epoch, lr, epochs)
 
 
 def lr_at(progress: float, *, lr: LRConfig, epochs: int) -> float:

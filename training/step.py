@@ -46,9 +46,10 @@ def train_step(
 ) -> Tensor:
     """One optimiser step over the micro-batches of this process; advances `state`.
 
-    The attack runs on the network itself, so that DistributedDataParallel sees only the passes of training, one or two forward
-    and one backward of each micro-batch, and averages gradients once, at the last one. Nothing is read back from the device, but
-    one number a micro-batch where the attack's last forward pass is that of training (`training.loss`).
+    The attack calls `state.attacked`, never the wrapped network, so that DistributedDataParallel sees only the passes of
+    training, one or two forward and one backward of each micro-batch, and averages gradients once, at the last one. Nothing is
+    read back from the device, but one number a micro-batch where the attack's last forward pass is that of training
+    (`training.loss`).
 
     Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
     (seed, step, block): as many blocks on another number of processes see the same.
@@ -89,11 +90,12 @@ def train_step(
             with autocast(device, precision):
                 loss = training_loss(state, x, y, attack=attack, eps=eps, on_attack_step=on_attack_step)
             loss = loss / len(batches)
-            # A loss that is not finite makes every gradient so: averaged, it tells all processes to skip the step.
-            poison = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
-            state.scaler.scale(loss).backward(poison)
+            # backward() starts from 1, or from NaN where the loss is not finite. That makes every gradient NaN, and averaging
+            # spreads it: all processes skip the step, without a message of their own.
+            seed_gradient = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
+            state.scaler.scale(loss).backward(seed_gradient)
         total += loss.detach()
-    skipped = update(state, grad_clip=config.training.grad_clip)
+    skipped = optimizer_step(state, grad_clip=config.training.grad_clip)
     if statistics:
         for buffer, before in statistics:
             buffer.copy_(torch.where(skipped, before, buffer))
@@ -103,8 +105,8 @@ def train_step(
     return torch.stack([total, skipped.double()])
 
 
-def update(state: TrainState, *, grad_clip: float) -> Tensor:
-    """Optimiser and scaler; returns whether the step was skipped, a bool on the device."""
+def optimizer_step(state: TrainState, *, grad_clip: float) -> Tensor:
+    """Clip, let optimiser and scaler do their step, count it; returns whether the step was skipped, a bool on the device."""
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Sums of absolute values are finite if and only if all are; a sum that overflows belongs to a step to skip as well.

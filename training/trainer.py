@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from attacks.registry import build_attack
 from common.errors import UserError
@@ -20,20 +18,20 @@ from common.processes import Processes
 from common.provenance import provenance
 from data.loader import dead_worker
 from data.source import facts_of
-from data.transforms import Mixup
-from training.build import build_parts
+from training.build import build_mixup, build_parts
 from training.checkpoint import Checkpointer, StateFiles
 from training.compiled import prepare_networks, prepare_size
 from training.config import TrainConfig
+from training.console import epoch_line, forecast, headline, progress_bar, say, warn
 from training.guard import Diverged, Guard
 from training.meter import AttackLog, Meter, Synced
 from training.progress import Progress
-from training.resume import STATE_FORMAT, STOP, Start, accumulation, check_run, restore
+from training.resume import STATE_FORMAT, STOP_FILE, Start, accumulation, check_run, restore
 from training.run_folder import NoRunFolder, RunFolder
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.step import train_step
 from training.stop import StopRequest, end_of_job
-from training.validation import Validator
+from training.validation import PREFIX, Validator
 
 
 class Stopped(Exception):
@@ -60,22 +58,14 @@ class Trainer:
         self.accum = accumulation(saved, config, processes.world_size) if self.resumes else config.training.grad_accum
         parts = build_parts(config, processes, accum=self.accum, initial=not self.resumes, once=processes.once_here)
         self.loader, self.state = parts.loader, parts.state
+        self.attack = build_attack(config.adv)
+        self.mixup = build_mixup(config)
         self.data_facts = facts_of(parts.train_source)
-        self.attack, self.mixup = build_attack(config.adv), None
-        if config.data.augmentations == 1:
-            self.mixup = Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
-        self.origin, self.progress, notes = "", Progress(), list(start.notes)
-        idle = config.idle_flags()
-        notes += [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & config.given)]
-        if "training.precision" not in config.given:
-            precision = config.training.precision
-            if precision != config.on(processes.device.type).training.precision:
-                notes.append(f"training.precision: {precision}, with which this run began")
-            elif processes.device.type == "cpu":
-                notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
+        # A run that began at another's state resumes from its own when the same command is given again.
+        self.origin = "" if not self.resumes else saved["run"]["origin"] if start.own else config.training.resume
+        self.progress = Progress()
+        notes = [*start.notes, *config.notes_for(processes.device.type)]
         if self.resumes:
-            # A run that began at another's state resumes from its own when the same command is given again.
-            self.origin = saved["run"]["origin"] if start.own else config.training.resume
             notes += check_run(
                 saved["run"],
                 self._run_facts(),
@@ -85,12 +75,12 @@ class Trainer:
                 on_cpu=processes.device.type == "cpu",
             )
             self.progress = restore(saved, self.state, steps_per_epoch=self.loader.steps_per_epoch, source=start.source)
-        self.stop = StopRequest(
+        self.stop_request = StopRequest(
             processes,
-            file=start.folder / STOP if processes.is_first else None,
+            file=start.folder / STOP_FILE if processes.is_first else None,
             end_time=end_of_job(config.dist.end_margin_minutes),
         )
-        self.validator = Validator(config, processes, parts.val_source, stop=self.stop, warn=warn)
+        self.validator = Validator(config, processes, parts.val_source, stop=self.stop_request, warn=warn)
         if not config.training.eval_only and not self.keeps_best:
             notes.append(
                 "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"
@@ -119,7 +109,7 @@ class Trainer:
     @property
     def keeps_best(self) -> bool:
         """Whether there are best weights: clean accuracy does not tell which ones of an adversarial run are."""
-        return self.validator.watches_attack or self.config.adv.attack == "none"
+        return self.validator.measures_training_attack or self.config.adv.attack == "none"
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -134,7 +124,7 @@ class Trainer:
         """
         if self.processes.is_first:
             self.say(self._headline())
-        with self.stop, self._reported():
+        with self.stop_request, self._reported():
             if self.config.training.eval_only:
                 self.validate(epoch=0, metrics={})
             else:
@@ -171,7 +161,11 @@ class Trainer:
         lr, eps = self.schedule(epoch, max(first - 1, 0))
         self.meter.start_epoch()
         loaded = self.loader.epoch(epoch, size, first)
-        with self._bar(epoch, first) as bar, self.meter.watch(loaded, accum=self.accum) as groups:
+        images, shown = self.images_per_step, self.processes.is_first
+        bar = progress_bar(
+            epoch=epoch + 1, epochs=config.training.epochs, images=steps * images, done=first * images, shown=shown
+        )
+        with bar, self.meter.watch(loaded, accum=self.accum) as groups:
             for step, batches in enumerate(groups, first):
                 lr, eps = self.schedule(epoch, step)
                 attack_log = AttackLog() if config.adv.verbose else None
@@ -189,11 +183,11 @@ class Trainer:
                 told = {"attack": attack_log.lines()} if attack_log else {}
                 shape = [config.training.batch_size, 3, size, size]
                 self.meter.add(result, epoch=epoch, step=state.step, shape=shape, lr=lr, **told)
-                bar.update(self.images_per_step)
+                bar.update(images)
                 if self.meter.is_due or step + 1 == steps or self._must_sync():
                     synced = self.sync()
                     bar.set_postfix(loss=f"{synced.loss:.3f}", lr=f"{lr:.2g}", refresh=False)
-        return self.meter.summary(images=steps * self.images_per_step) | {"lr": lr, "eps": eps, "resolution": size}
+        return self.meter.summary(images=steps * images) | {"lr": lr, "eps": eps, "resolution": size}
 
     def schedule(self, epoch: int, step: int) -> tuple[float, float]:
         """Learning rate and radius of one step of an epoch."""
@@ -204,13 +198,23 @@ class Trainer:
 
     def sync(self) -> Synced:
         """All that the processes agree on about once a second: the losses, and whether to go on, stop or save."""
-        synced = self.meter.sync(stop=self.stop.here() is not None)
+        synced = self.meter.sync(stop=self.stop_request.here() is not None)
         self.guard.count(synced)
         self.run_folder.log_steps(synced.steps)
         if self.checkpointer.has_stored():
             self._set_status("running")
         if (speed := self.meter.take_speed()) is not None:
-            self.say(self._forecast(speed))
+            self.say(
+                forecast(
+                    self.config,
+                    self.processes,
+                    speed=speed,
+                    epochs_done=self.progress.epochs_done,
+                    step=self.state.step,
+                    steps_per_epoch=self.loader.steps_per_epoch,
+                    images_per_step=self.images_per_step,
+                )
+            )
         self.guard.check()
         if synced.stop:
             self.leave()
@@ -227,15 +231,14 @@ class Trainer:
         record = {"epoch": epoch, "step": self.state.step} | metrics | found
         record["validation_seconds"] = round(time.perf_counter() - begin, 3)
         lost = None
-        if metrics and self.validator.watches_attack:
-            lost = self.guard.overfitting(record, epoch=epoch, images=self.validator.attacked)
+        if metrics and self.validator.measures_training_attack:
+            lost = self.guard.overfitting(record, epoch=epoch, images=self.validator.n_attacked)
         if lost:
             record["overfitting"] = lost
             if self.processes.is_first:
                 warn(f"{lost} The weights before are weights_best.pt.")
         self.run_folder.log_epoch(record)
-        shown = {k: v for k, v in record.items() if k.endswith(("loss", "top1", "per_second"))}
-        self.say(f"epoch {epoch}/{self.config.training.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        self.say(epoch_line(record, epochs=self.config.training.epochs))
         if metrics and self.keeps_best:
             self._save_best(record)
         if lost and self.config.validation.stop_on_overfitting:
@@ -243,10 +246,10 @@ class Trainer:
 
     def _save_best(self, record: dict[str, Any]) -> None:
         """Keep the weights of each network that are better than all before: by robust accuracy, in clean training by clean."""
-        key, best = "adv_top1" if self.validator.watches_attack else "top1", self.progress.best
+        key, best = "adv_top1" if self.validator.measures_training_attack else "top1", self.progress.best
         improved = {}
         for kind, network in self.state.networks().items():
-            value = record[key if kind == "raw" else f"{kind}_{key}"]
+            value = record[PREFIX[kind] + key]
             if kind not in best or value > best[kind]["value"]:
                 best[kind] = {"epoch": record["epoch"], "value": value}
                 improved[kind] = network
@@ -256,7 +259,7 @@ class Trainer:
         """Whether something is known to be up after this step; the same on all processes."""
         every = self.config.logging.ckpt_steps
         alone = self.processes.world_size == 1
-        return bool(every and self.state.step % every == 0) or (alone and self.stop.here() is not None)
+        return bool(every and self.state.step % every == 0) or (alone and self.stop_request.here() is not None)
 
     # --- saving and leaving -------------------------------------------------------------------------------------------
 
@@ -279,7 +282,7 @@ class Trainer:
 
     def leave(self) -> None:
         """Save everything and end."""
-        reason = self.stop.here() or "another process was asked to stop"
+        reason = self.stop_request.here() or "another process was asked to stop"
         if self.config.training.eval_only:
             raise Stopped(f"{reason}: nothing was validated")
         self.save_state(wait=True)
@@ -303,9 +306,9 @@ class Trainer:
         except Stopped as reason:
             self._end("stopped", str(reason))
             try:
-                self.stop.clear_file()
+                self.stop_request.clear_file()
             except OSError as error:
-                warn(f"{self.run_folder.path / STOP} cannot be removed ({error.strerror}).")
+                warn(f"{self.run_folder.path / STOP_FILE} cannot be removed ({error.strerror}).")
             raise
         except Diverged as reason:
             self._end("diverged", str(reason))
@@ -388,54 +391,22 @@ class Trainer:
             "trained_parameters": sum(p.numel() for p in self.state.model.parameters() if p.requires_grad),
         }
 
-    def _bar(self, epoch: int, first: int) -> tqdm:
-        """Progress in images, with the rate and the remaining time; on a log file one line a minute at most."""
-        tqdm.monitor_interval = 0  # no thread that refreshes bars
-        return tqdm(
-            total=self.loader.steps_per_epoch * self.images_per_step,
-            initial=first * self.images_per_step,
-            desc=f"epoch {epoch + 1}/{self.config.training.epochs}",
-            unit="img",
-            disable=not self.processes.is_first,
-            mininterval=0.5 if sys.stderr.isatty() else 60.0,
-            delay=0.0 if sys.stderr.isatty() else 60.0,
-            dynamic_ncols=True,
-            leave=False,
-        )
+    def say(self, text: str) -> None:
+        """Print a line, on the first process alone."""
+        if self.processes.is_first:
+            say(text)
 
     def _headline(self) -> str:
-        c, start = self.config, self.start
         aside = ""
         if self.resumes:
-            aside = f"; goes on after step {self.state.step} from {start.source}"
+            aside = f"; goes on after step {self.state.step} from {self.start.source}"
         elif self.run_folder.set_aside:
             aside = f"; the earlier run of this name is now {self.run_folder.set_aside}"
-        attack = "clean" if c.adv.attack == "none" else f"{c.adv.attack} {c.adv.norm} eps {c.adv.eps:.4g}"
-        return (
-            f"{self.run_folder.path.name}: {c.model.arch}{' with ConvStem' if c.model.not_original else ''}, {attack}, "
-            f"{self.loader.steps_per_epoch} steps an epoch of {self.images_per_step} images on {self.processes.world_size} × "
-            f"{self.processes.device.type}{aside}"
+        return headline(
+            self.config,
+            self.processes,
+            name=self.run_folder.path.name,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            images_per_step=self.images_per_step,
+            aside=aside,
         )
-
-    def _forecast(self, speed: float) -> str:
-        """What is left, at so many steps a second; a step takes time by its images' pixels."""
-        epochs = range(self.progress.epochs_done, self.config.training.epochs)
-        pixels = [resolution_at_epoch(epoch, resolution=self.config.resolution) ** 2 for epoch in epochs]
-        steps = self.loader.steps_per_epoch
-        done = self.state.step - self.progress.epochs_done * steps
-        hours = (sum(pixels) / pixels[0] * steps - done) / speed / 3600
-        kind = "GPU" if self.processes.device.type == "cuda" else "process"
-        return (
-            f"{speed * self.images_per_step:.4g} images/s: {hours:.3g} h left, {hours * self.processes.world_size:.3g} "
-            f"{kind}-hours, without validation"
-        )
-
-    def say(self, text: str) -> None:
-        """Print on the first process, above the progress bar."""
-        if self.processes.is_first:
-            tqdm.write(text)
-
-
-def warn(text: str) -> None:
-    """Print a warning to stderr, above the progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -20,6 +20,8 @@ from training.config import TrainConfig
 from training.step import autocast, image_dtype
 from training.stop import StopRequest
 
+PREFIX = {"raw": "", "ema": "ema_"}  # kind of network → beginning of its numbers' names
+
 
 class Validator:
     """Measures networks on the validation images; its loader workers live as long as it.
@@ -31,7 +33,8 @@ class Validator:
         warn: takes one sentence for the user.
 
     Attributes:
-        attacked: number of images under attack; 0: none.
+        n_attacked: number of images under attack; 0: none.
+        measures_training_attack: whether accuracy under the attack of training is measured beside that under APGD.
     """
 
     def __init__(
@@ -57,7 +60,8 @@ class Validator:
             keep_workers=True,
         )
         self._subset = spread_indices(len(source), validation.adv_n_ex) if validation.adv_n_ex else []
-        self.attacked = len(self._subset)
+        self.n_attacked = len(self._subset)
+        self.measures_training_attack = self.n_attacked > 0 and config.adv.attack != "none"
         self._attack = build_attack(config.adv)
 
     def is_due(self, epoch: int) -> bool:
@@ -68,11 +72,6 @@ class Validator:
         """End the loader's workers."""
         self.loader.close()
 
-    @property
-    def watches_attack(self) -> bool:
-        """Whether the training attack is measured too."""
-        return bool(self._subset) and self.config.adv.attack != "none"
-
     def run(self, networks: Mapping[str, nn.Module]) -> dict[str, float] | None:
         """Two passes: over all images, clean, and over a subset of them, attacked. Every network sees each decoded batch.
 
@@ -80,59 +79,62 @@ class Validator:
             networks: "raw", and "ema" where there is one; left in eval mode.
 
         Returns:
-            top1, top5 (shares in [0, 1]), loss (nats), adv_top1 and train_attack_top1, those of the EMA with the prefix `ema_`;
-            None where a process was asked to stop meanwhile.
+            Means over the images by name: top1, top5 (shares in [0, 1]) and loss (nats) of each network, adv_top1 of each where
+            images are attacked, with the prefix `ema_` for those of the EMA; train_attack_top1 of the raw network. None where a
+            process was asked to stop meanwhile.
 
         Raises:
             UserError: no image can be decoded.
         """
         for network in networks.values():
             network.eval()
-        names = [f"{_prefix(kind)}{name}" for kind in networks for name in ("top1", "top5", "loss")]
-        metrics = self._mean_over_images(names, lambda x, y: self._clean(networks, x, y), images=None)
+        metrics = self._mean_over_images(lambda x, y: self._clean(networks, x, y), images=None)
         if metrics is None or not self._subset:
             return metrics
-        names = [f"{_prefix(kind)}adv_top1" for kind in networks] + ["train_attack_top1"] * self.watches_attack
         # The random starts of the training attack are the same in every validation.
         torch.manual_seed(derive_seed("validation", self.config.data.seed, self.processes.rank))
-        found = self._mean_over_images(names, lambda x, y: self._attacked(networks, x, y), images=self._subset)
+        found = self._mean_over_images(lambda x, y: self._under_attack(networks, x, y), images=self._subset)
         return None if found is None else metrics | found
 
-    def _clean(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> list[Tensor]:
+    def _clean(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Sums over the batch: right predictions, labels among the best five, cross-entropy; of each network."""
-        sums = []
-        for network in networks.values():
+        sums = {}
+        for kind, network in networks.items():
             with torch.no_grad():
                 logits = network(x)
                 if self.config.validation.lr_tta:
                     logits = (logits + network(x.flip(dims=[3]))) / 2
             logits = logits.float()
             top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-            sums += [(top5[:, 0] == y).sum(), (top5 == y[:, None]).sum(), loss]
+            sums[f"{PREFIX[kind]}top1"] = (top5[:, 0] == y).sum()
+            sums[f"{PREFIX[kind]}top5"] = (top5 == y[:, None]).sum()
+            sums[f"{PREFIX[kind]}loss"] = nn.functional.cross_entropy(logits, y, reduction="sum")
         return sums
 
-    def _attacked(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> list[Tensor]:
-        """Images that each network classifies correctly on every iterate of a quick APGD; then the raw one under training's attack.
+    def _under_attack(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Images that each network classifies correctly on every iterate of a quick APGD, the clean image included; and those that
+        the raw one classifies correctly after the attack of training.
 
         A few-step, single-loss attack gives an upper bound of robust accuracy to watch training by, not a number to report.
         """
         adv, n_iter = self.config.adv, self.config.validation.adv_n_iter
-        sums = [
-            apgd(network, x, y, norm=adv.norm, eps=adv.eps, n_iter=n_iter).acc.sum() for network in networks.values()
-        ]
-        if self.watches_attack:
+        sums = {
+            f"{PREFIX[kind]}adv_top1": apgd(network, x, y, norm=adv.norm, eps=adv.eps, n_iter=n_iter).acc.sum()
+            for kind, network in networks.items()
+        }
+        if self.measures_training_attack:
             x_adv = self._attack(networks["raw"], x, y, eps=adv.eps)
             with torch.no_grad():
-                sums.append((networks["raw"](x_adv).argmax(1) == y).sum())
+                sums["train_attack_top1"] = (networks["raw"](x_adv).argmax(1) == y).sum()
         return sums
 
     def _mean_over_images(
-        self, names: list[str], measure: Callable[[Tensor, Tensor], list[Tensor]], *, images: list[int] | None
+        self, measure: Callable[[Tensor, Tensor], dict[str, Tensor]], *, images: list[int] | None
     ) -> dict[str, float] | None:
         """Sums of `measure` over all images of all processes, divided by their number; None after a request to stop."""
         precision, device = self.config.validation.precision, self.processes.device
-        sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
+        sums: dict[str, Tensor] = {}
+        count, stopped = 0, False
         for batch in self.loader.batches(images):
             for name, reason in batch.failures:
                 self.warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
@@ -146,19 +148,16 @@ class Validator:
                 )
                 y = batch.y.to(device, non_blocking=True)
                 with float32_matmul(tf32=precision == "tf32"), autocast(device, precision):
-                    values = measure(x, y)
-                sums[:-2] += torch.stack([value.double() for value in values])
-                sums[-2] += len(y)
-            if self.stop.anywhere() is not None:
-                sums[-1] = 1
+                    for name, value in measure(x, y).items():
+                        sums[name] = sums.get(name, 0) + value.double()
+                count += len(y)
+            if stopped := self.stop.anywhere() is not None:
                 break
-        *totals, count, stopped = self.processes.sum(sums).tolist()
-        if stopped:
+        # By name, as a process without images knows none.
+        shares = self.processes.gather(({name: value.item() for name, value in sums.items()}, count, stopped))
+        if any(stopped for _, _, stopped in shares):
             return None
-        if not count:
+        if not (images_seen := sum(count for _, count, _ in shares)):
             raise UserError("data.val_dataset: none of its images can be decoded; there is nothing to validate on.")
-        return {name: total / count for name, total in zip(names, totals, strict=True)}
-
-
-def _prefix(kind: str) -> str:
-    return "" if kind == "raw" else f"{kind}_"
+        names = dict.fromkeys(name for share, _, _ in shares for name in share)
+        return {name: sum(share.get(name, 0.0) for share, _, _ in shares) / images_seen for name in names}

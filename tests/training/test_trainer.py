@@ -421,7 +421,7 @@ def test_no_thread_is_left_by_a_run_of_two_processes(images, tmp_path):
 
 def train_and_count(config: TrainConfig, processes: Processes) -> None:
     """A run, and the names of the threads that are left when it has ended."""
-    train.train(config, processes)
+    train.run_process(config, processes)
     threads = [thread.name for thread in threading.enumerate()]
     Path(config.logging.folder, f"threads{processes.rank}").write_text(str(threads))
 
