@@ -11,8 +11,8 @@ from YAML, and flags override the file.
     python train.py --check …                                           checks flags, files and folders, starts nothing
     python train.py --where …                                           prints the run's folder
 
-A run: images in [0, 1] → mixup → attack on the network in eval mode → forward, loss, backward → optimiser → EMA; after every
-epoch validation on clean and attacked images; weights, log and training state in <logging.folder>/<run name>.
+A run: images in [0, 1] → mixup → attack on the network in eval mode → forward, loss, backward → optimiser → EMA; every
+`validation.freq` epochs validation on clean and attacked images; weights, log and training state in <logging.folder>/<run name>.
 
 SIGTERM, SIGINT, SIGUSR1, a file `stop` in the run's folder, or the end of a Slurm job: the step is finished, the state saved. The
 same command resumes from there, and after any crash from the state saved last (`training.resume`).

@@ -1,4 +1,8 @@
-"""The attacks that training knows by name: `ATTACKS` is all there is to extend. Imports no PyTorch: command lines read it."""
+"""The attacks that training knows by name.
+
+A new one is a function and an entry of `ATTACKS`; a flag of its own also goes to `training.config.AdvConfig`. Choices, refusals,
+idle flags and the run's name follow from the entry. Imports no PyTorch: command lines read this file.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,18 @@ class Entry:
     """One value of `adv.attack`.
 
     Attributes:
-        build: flags `adv.*` → the attack itself, called as (model, x, y, eps=…); where `evaluates_last`, with `on_step` and
-            `evaluate_last` too, both as in `attacks.apgd`.
-        flags: names of those `adv.*` that this attack reads beside norm and eps. In a run with another attack they are idle: a
-            warning says so, and they count neither for the run's name nor when it resumes.
+        build: flags `adv.*` → the attack itself, called as (model, x, y, eps=…).
+        flags: names of all `adv.*` that `build` or the attack reads, beside norm and eps. In a run with another attack they are
+            idle: a warning says so, and they count neither for the run's name nor when it resumes.
         norms: the threat models that it is defined for; the command line refuses others.
-        evaluates_last: it reports every evaluation to `on_step`, and lets the caller evaluate the last iterate.
+        reports_steps: it takes `on_step`, as in `attacks.apgd`, and calls it after each evaluation.
+        evaluates_last: it takes `evaluate_last`, as in `attacks.apgd`, and always calls it.
     """
 
     build: Callable[[Any], Callable[..., Tensor]]
     flags: tuple[str, ...] = ()
     norms: tuple[str, ...] = NORMS
+    reports_steps: bool = False
     evaluates_last: bool = False
 
 
@@ -67,18 +72,23 @@ def _fgsm(adv: Any) -> Callable[..., Tensor]:
 
 ATTACKS = {
     "none": Entry(_none),
-    "apgd": Entry(_apgd, flags=("n_iter", "verbose"), evaluates_last=True),
+    "apgd": Entry(_apgd, flags=("n_iter",), reports_steps=True, evaluates_last=True),
     "fgsm": Entry(_fgsm, flags=("alpha", "noise_level", "skip_projection"), norms=("Linf",)),
 }
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Images (B, C, H, W) in [0, 1] and labels → the images to train on, within `eps` of them. `run` and `evaluates_last` as in
-    `Entry`.
+    """Images (B, C, H, W) in [0, 1] and labels → the images to train on: within `eps` of them and in [0, 1], unless the attack's
+    own flags say otherwise (`adv.skip_projection`).
+
+    Attributes:
+        run: what `Entry.build` made.
+        reports_steps, evaluates_last: as in `Entry`.
     """
 
     run: Callable[..., Tensor]
+    reports_steps: bool
     evaluates_last: bool
 
     def __call__(
@@ -92,9 +102,9 @@ class Attack:
         evaluate_last: Model | None = None,
     ) -> Tensor:
         """`on_step` and `evaluate_last` are left out for attacks that do not take them."""
-        if not self.evaluates_last:
-            return self.run(model, x, y, eps=eps)
-        return self.run(model, x, y, eps=eps, on_step=on_step, evaluate_last=evaluate_last)
+        taken = {"on_step": on_step} if self.reports_steps else {}
+        taken |= {"evaluate_last": evaluate_last} if self.evaluates_last else {}
+        return self.run(model, x, y, eps=eps, **taken)
 
 
 def build_attack(adv: Any) -> Attack:
@@ -104,4 +114,4 @@ def build_attack(adv: Any) -> Attack:
         KeyError: no attack has the name `adv.attack`.
     """
     entry = ATTACKS[adv.attack]
-    return Attack(entry.build(adv), entry.evaluates_last)
+    return Attack(entry.build(adv), entry.reports_steps, entry.evaluates_last)

@@ -1,6 +1,7 @@
 """The geometry of the threat models: Linf, L2 and L1 balls of perturbations, intersected with the image box [0, 1].
 
-One class a norm, three short methods each: `project` a point, take a unit `direction` of steepest ascent, measure a `norm`.
+One class a norm: `project` a point, take a unit `direction` of steepest ascent, measure a `norm`. That of L1 is sparse, and is
+told how many coordinates to keep.
 Linf and L2 follow Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
 attacks" (2020); L1 follows Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers" (2021).
 """

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from attacks.norms import DEFAULT_EPS, NORMS, check_radius
 from attacks.registry import ATTACKS
 from common.errors import Problems, blame
 from common.flags import REQUIRED, Config, config_to_dict, flag, sections_of
-from training.schedule import SCHEDULES, WITH_PEAK
+from training.schedule import SCHEDULES
 
 # fp64 is for comparing runs to the last digits, not for training.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp64")
@@ -90,8 +91,12 @@ class DataConfig:
 class LRConfig:
     """Learning rate."""
 
-    lr: float = flag(1e-3, "peak learning rate; not scaled with the batch size", above=0)
-    lr_schedule_type: str = flag("cosine", "shape by epoch", choices=tuple(SCHEDULES))
+    lr: float = flag(1e-3, "highest learning rate; not scaled with the batch size", above=0)
+    lr_schedule_type: str = flag(
+        "cosine",
+        "cosine: warm-up to the peak, then half a cosine; cyclic: then a line to 0; step: a factor every step_length epochs",
+        choices=tuple(SCHEDULES),
+    )
     lr_peak_epoch: int = flag(10, "epoch at which cosine and cyclic reach the peak", at_least=0)
     step_ratio: float = flag(0.1, "step: factor every step_length epochs", above=0)
     step_length: int = flag(30, "step: epochs between two factors", at_least=1)
@@ -124,7 +129,7 @@ class ValidationConfig:
 
     batch_size: int = flag(64, "images a process", at_least=1, harmless=True)
     resolution: int = flag(224, "image size in pixels", at_least=8, harmless=True)
-    lr_tta: bool = flag(False, "1: add the logits of the mirrored image", harmless=True)
+    lr_tta: bool = flag(False, "1: average the logits with those of the mirrored image", harmless=True)
     precision: str = flag("fp16", "autocast of validation", choices=PRECISIONS, harmless=True)
     freq: int = flag(1, "epochs between two validations; the last epoch is always validated", at_least=1, harmless=True)
     adv_n_ex: int = flag(
@@ -290,7 +295,7 @@ class TrainConfig(Config):
                 f"got {self.resolution.max_res}."
             )
         if (
-            self.lr.lr_schedule_type in WITH_PEAK
+            "lr_peak_epoch" in SCHEDULES[self.lr.lr_schedule_type].flags
             and self.lr.lr_peak_epoch >= self.training.epochs
             and not (self.training.eval_only or self.training.resume_force)
         ):
@@ -359,12 +364,16 @@ class TrainConfig(Config):
         weights cannot depend on it.
         """
         m, lr, adv, training, validation = self.model, self.lr, self.adv, self.training, self.validation
-        attacked, attack, used_with = validation.adv_n_ex > 0, ATTACKS[adv.attack], []
-        for flag_ in sorted({name for entry in ATTACKS.values() for name in entry.flags}):
-            names = [name for name, entry in ATTACKS.items() if flag_ in entry.flags]
-            used_with.append((f"adv.{flag_}", flag_ in attack.flags, f"adv.attack={' or '.join(names)}"))
-        used_with += [
-            ("training.reuse_forward", attack.evaluates_last, "adv.attack=apgd"),
+        attacked, attack = validation.adv_n_ex > 0, ATTACKS[adv.attack]
+        used_with = [
+            *_own_flags("adv.attack", adv.attack, ATTACKS),
+            *_own_flags("lr.lr_schedule_type", lr.lr_schedule_type, SCHEDULES),
+            ("adv.verbose", attack.reports_steps, "an attack that reports its steps (adv.attack=apgd)"),
+            (
+                "training.reuse_forward",
+                attack.evaluates_last,
+                "an attack that can leave its last evaluation (adv.attack=apgd)",
+            ),
             ("adv.eps_warmup_epochs", adv.attack != "none", "an attack (adv.attack)"),
             ("adv.norm adv.eps", adv.attack != "none" or attacked, "adv.attack or validation.adv_n_ex"),
             ("validation.adv_n_iter", attacked, "validation.adv_n_ex above 0"),
@@ -377,8 +386,6 @@ class TrainConfig(Config):
             ("training.label_smoothing", self.data.augmentations == 1, "mixup (data.augmentations=1)"),
             ("model.ema_decay model.ema_warmup", m.model_ema, "model.model_ema=1"),
             ("model.early", m.freeze_some, "model.freeze_some=1"),
-            ("lr.lr_peak_epoch", lr.lr_schedule_type in WITH_PEAK, f"lr.lr_schedule_type={' or '.join(WITH_PEAK)}"),
-            ("lr.step_ratio lr.step_length", lr.lr_schedule_type == "step", "lr.lr_schedule_type=step"),
             ("data.min_scale data.flip", self.data.augmentations != 2, "data.augmentations=0 or 1"),
             (
                 "resolution.start_ramp resolution.end_ramp",
@@ -434,6 +441,15 @@ class TrainConfig(Config):
     def run_folder(self) -> Path:
         """Where the run leaves everything."""
         return Path(self.logging.folder) / self.run_name
+
+
+def _own_flags(flag: str, value: str, table: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
+    """Flags that only some values of `flag` read, whether `value` does, and which do; `table`: values → what has their `flags`."""
+    rows = []
+    for own in sorted({name for entry in table.values() for name in entry.flags}):
+        readers = [name for name, entry in table.items() if own in entry.flags]
+        rows.append((f"{flag.split('.')[0]}.{own}", value in readers, f"{flag}={' or '.join(readers)}"))
+    return rows
 
 
 def harmless_flags() -> frozenset[str]:

@@ -10,13 +10,11 @@ from tqdm import tqdm
 
 from common.processes import Processes
 from training.config import TrainConfig
+from training.curves import CURVES
 from training.schedule import resolution_at_epoch
 
-# Numbers of an epoch that the console shows; the log holds all.
-SHOWN = (
-    *("train_loss", "images_per_second", "loss", "top1", "adv_top1", "train_attack_top1"),
-    *("ema_loss", "ema_top1", "ema_adv_top1"),
-)
+# Numbers of an epoch that the console shows: those that are drawn, and the speed. The log holds all.
+SHOWN = [*(name for panel in CURVES.values() for name, _ in panel), "images_per_second"]
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ CURVES = {
     "accuracy": (
         ("top1", "clean"),
         ("adv_top1", "quick adversarial"),
+        ("train_attack_top1", "training attack"),
         ("ema_top1", "clean, EMA"),
         ("ema_adv_top1", "quick adversarial, EMA"),
     ),

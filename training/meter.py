@@ -1,4 +1,4 @@
-"""What the steps of an epoch say: losses, times, images that cannot be decoded. During an epoch processes talk here alone."""
+"""What the steps of an epoch say: losses, times, images that cannot be decoded, added up over all processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data.loader import Batch
 from data.prefetch import prefetch
 from training.progress import Progress
 
-# Between two syncs processes only meet in the gradients: reading losses makes the host wait for the device.
+# Between two syncs processes only meet in gradients and running statistics: reading losses makes the host wait for the device.
 SYNC_SECONDS = 1.0
 MAX_PENDING = 50
 # Compilation, cuDNN's choice of algorithms and the loader's start lie in the first syncs.

@@ -1,17 +1,19 @@
 """Learning rate, image size and eps as functions of training progress. Facts: reference recipe of Singh et al. 2023.
 
-Imports no PyTorch: command lines read `SCHEDULES`.
+A new schedule is a function and an entry of `SCHEDULES`. Imports no PyTorch: command lines read this file.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from training.config import LRConfig, ResolutionConfig
 
-LR_START = 1e-4  # share of the peak at which cosine and cyclic begin
+START_SHARE = 1e-4  # of the peak: where cosine and cyclic begin
 COSINE_END = 5e-6  # learning rate at which cosine ends, whatever its peak
 
 
@@ -28,12 +30,12 @@ def _cyclic(epoch: int, lr: LRConfig, epochs: int) -> float:
 
 
 def _step(epoch: int, lr: LRConfig, epochs: int) -> float:
-    """Times `step_ratio` every `step_length` epochs."""
+    """Times `step_ratio` every `step_length` epochs; as every schedule is linear between two epochs, within one."""
     return lr.lr * lr.step_ratio ** (epoch // lr.step_length)
 
 
 def _warmup(epoch: int, lr: LRConfig) -> float:
-    return lr.lr * (LR_START + (1 - LR_START) * epoch / lr.lr_peak_epoch)
+    return lr.lr * (START_SHARE + (1 - START_SHARE) * epoch / lr.lr_peak_epoch)
 
 
 def _after_peak(epoch: int, lr: LRConfig, epochs: int) -> float:
@@ -41,14 +43,29 @@ def _after_peak(epoch: int, lr: LRConfig, epochs: int) -> float:
     return (epoch - lr.lr_peak_epoch) / max(epochs - lr.lr_peak_epoch, 1)
 
 
-# Value of `lr.lr_schedule_type` → learning rate at the beginning of an epoch.
-SCHEDULES = {"cosine": _cosine, "step": _step, "cyclic": _cyclic}
-WITH_PEAK = ("cosine", "cyclic")  # those that use `lr.lr_peak_epoch`
+@dataclass(frozen=True)
+class Schedule:
+    """One value of `lr.lr_schedule_type`.
+
+    Attributes:
+        at_epoch: (epoch, flags `lr.*`, epochs of the run) → learning rate at the beginning of that epoch.
+        flags: names of all `lr.*` that it reads, beside lr. With another schedule they are idle, as in `attacks.registry`.
+    """
+
+    at_epoch: Callable[[int, LRConfig, int], float]
+    flags: tuple[str, ...]
+
+
+SCHEDULES = {
+    "cosine": Schedule(_cosine, flags=("lr_peak_epoch",)),
+    "step": Schedule(_step, flags=("step_ratio", "step_length")),
+    "cyclic": Schedule(_cyclic, flags=("lr_peak_epoch",)),
+}
 
 
 def lr_at_epoch(epoch: int, *, lr: LRConfig, epochs: int) -> float:
     """Learning rate at the beginning of `epoch` (0 … `epochs`, the latter being the end of training)."""
-    return SCHEDULES[lr.lr_schedule_type](epoch, lr, epochs)
+    return SCHEDULES[lr.lr_schedule_type].at_epoch(epoch, lr, epochs)
 
 
 def lr_at(progress: float, *, lr: LRConfig, epochs: int) -> float:

@@ -46,10 +46,10 @@ def train_step(
 ) -> Tensor:
     """One optimiser step over the micro-batches of this process; advances `state`.
 
-    The attack calls `state.attacked`, never the wrapped network, so that DistributedDataParallel sees only the passes of
-    training, one or two forward and one backward of each micro-batch, and averages gradients once, at the last one. Nothing is
-    read back from the device, but one number a micro-batch where the attack's last forward pass is that of training
-    (`training.loss`).
+    The attack calls `state.attacked`, so that DistributedDataParallel sees only the passes of training, one or two forward and one
+    backward of each micro-batch, and averages gradients once, at the last one. Where the attack's last forward pass is that of
+    training (`training.loss`), it calls `state.parallel` there, and one number a micro-batch is read back from the device; else
+    nothing is.
 
     Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
     (seed, step, block): as many blocks on another number of processes see the same.
@@ -59,7 +59,7 @@ def train_step(
 
     Args:
         state: changed in place.
-        batches: `training.grad_accum` batches of equal size.
+        batches: micro-batches of equal size, as many as make this process's share of a step (`Trainer.accum`).
         config, processes: of the run.
         attack: of `config.adv`.
         mixup: mixes images and makes soft labels; None for hard labels.

@@ -7,16 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from attacks.registry import build_attack
 from common.errors import UserError
 from common.flags import config_to_dict
 from common.processes import Processes
 from common.provenance import provenance
-from data.loader import dead_worker
+from data.loader import Batch, dead_worker
 from data.source import facts_of
 from training.build import build_mixup, build_parts
 from training.checkpoint import Checkpointer, StateFiles
@@ -54,7 +55,8 @@ class Trainer:
         self.config, self.processes, self.start = config, processes, start
         # By default PyTorch rounds the inputs of "fp32" convolutions.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
-        self.resumes, saved = start.state is not None, start.hand_over()
+        saved = start.hand_over()
+        self.resumes = saved is not None
         self.accum = accumulation(saved, config, processes.world_size) if self.resumes else config.training.grad_accum
         parts = build_parts(config, processes, accum=self.accum, initial=not self.resumes, once=processes.once_here)
         self.loader, self.state = parts.loader, parts.state
@@ -63,17 +65,10 @@ class Trainer:
         self.data_facts = facts_of(parts.train_source)
         # A run that began at another's state resumes from its own when the same command is given again.
         self.origin = "" if not self.resumes else saved["run"]["origin"] if start.own else config.training.resume
-        self.progress = Progress()
         notes = [*start.notes, *config.notes_for(processes.device.type)]
+        self.progress = Progress()
         if self.resumes:
-            notes += check_run(
-                saved["run"],
-                self._run_facts(),
-                config=config,
-                start=start,
-                any_workers=self.loader.repeatable_for_any_workers,
-                on_cpu=processes.device.type == "cpu",
-            )
+            notes += self._check(saved["run"])
             self.progress = restore(saved, self.state, steps_per_epoch=self.loader.steps_per_epoch, source=start.source)
         self.stop_request = StopRequest(
             processes,
@@ -142,7 +137,11 @@ class Trainer:
             if self.validator.is_due(epoch):
                 self.validate(epoch, metrics)
             self.progress.finish_epoch()
-        if complete:  # else the state before stays the newest, and the next start makes the weights again
+        self._finish(complete)
+
+    def _finish(self, complete: bool) -> None:
+        """Save the last state, unless a file of weights is missing: then the next start goes on from the one before."""
+        if complete:
             self.save_state(wait=True)
         if self.processes.is_first and self.checkpointer.stored_step != self.state.step:
             raise UserError(
@@ -151,50 +150,64 @@ class Trainer:
             )
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train on what is left of one pass over the images; returns the epoch's numbers."""
-        config, state, steps = self.config, self.state, self.loader.steps_per_epoch
-        size = resolution_at_epoch(epoch, resolution=config.resolution)
-        if size not in self.prepared:
-            prepare_size(state, config, self.processes, size=size)
-            self.prepared.add(size)
-        first = state.step - epoch * steps
-        lr, eps = self.schedule(epoch, max(first - 1, 0))
+        """Train on what is left of one pass over the images, the one after `epoch` others; returns the epoch's numbers."""
+        steps, size = self.loader.steps_per_epoch, self._image_size(epoch)
+        first = self.state.step - epoch * steps  # not 0 where a run goes on within an epoch
+        lr, eps = self.lr_and_eps(epoch, max(first - 1, 0))  # of the last step, where none is left
         self.meter.start_epoch()
         loaded = self.loader.epoch(epoch, size, first)
-        images, shown = self.images_per_step, self.processes.is_first
-        bar = progress_bar(
-            epoch=epoch + 1, epochs=config.training.epochs, images=steps * images, done=first * images, shown=shown
-        )
-        with bar, self.meter.watch(loaded, accum=self.accum) as groups:
+        with self._bar(epoch, first) as bar, self.meter.watch(loaded, accum=self.accum) as groups:
             for step, batches in enumerate(groups, first):
-                lr, eps = self.schedule(epoch, step)
-                attack_log = AttackLog() if config.adv.verbose else None
-                result = train_step(
-                    state,
-                    batches,
-                    config=config,
-                    processes=self.processes,
-                    attack=self.attack,
-                    mixup=self.mixup,
-                    lr=lr,
-                    eps=eps,
-                    on_attack_step=attack_log,
-                )
-                told = {"attack": attack_log.lines()} if attack_log else {}
-                shape = [config.training.batch_size, 3, size, size]
-                self.meter.add(result, epoch=epoch, step=state.step, shape=shape, lr=lr, **told)
-                bar.update(images)
+                lr, eps = self.lr_and_eps(epoch, step)
+                self._step(batches, epoch=epoch, size=size, lr=lr, eps=eps)
+                bar.update(self.images_per_step)
                 if self.meter.is_due or step + 1 == steps or self._must_sync():
                     synced = self.sync()
                     bar.set_postfix(loss=f"{synced.loss:.3f}", lr=f"{lr:.2g}", refresh=False)
-        return self.meter.summary(images=steps * images) | {"lr": lr, "eps": eps, "resolution": size}
+        numbers = self.meter.summary(images=steps * self.images_per_step)
+        return numbers | {"lr": lr, "eps": eps, "resolution": size}
 
-    def schedule(self, epoch: int, step: int) -> tuple[float, float]:
+    def _image_size(self, epoch: int) -> int:
+        """Image size of an epoch, for which the networks are ready then."""
+        size = resolution_at_epoch(epoch, resolution=self.config.resolution)
+        if size not in self.prepared:
+            prepare_size(self.state, self.config, self.processes, size=size)
+            self.prepared.add(size)
+        return size
+
+    def _step(self, batches: list[Batch], *, epoch: int, size: int, lr: float, eps: float) -> None:
+        """One optimiser step, given to the meter."""
+        attack_log = AttackLog() if self.config.adv.verbose and self.attack.reports_steps else None
+        result = train_step(
+            self.state,
+            batches,
+            config=self.config,
+            processes=self.processes,
+            attack=self.attack,
+            mixup=self.mixup,
+            lr=lr,
+            eps=eps,
+            on_attack_step=attack_log,
+        )
+        told = {"attack": attack_log.lines()} if attack_log else {}
+        shape = [self.config.training.batch_size, 3, size, size]
+        self.meter.add(result, epoch=epoch + 1, step=self.state.step, shape=shape, lr=lr, **told)
+
+    def lr_and_eps(self, epoch: int, step: int) -> tuple[float, float]:
         """Learning rate and radius of one step of an epoch."""
         config, steps = self.config, self.loader.steps_per_epoch
         lr = lr_at(epoch + step / steps, lr=config.lr, epochs=config.training.epochs)
         # eps grows to the step's end, so that the very first step has a ball to search.
         return lr, eps_at(epoch + (step + 1) / steps, eps=config.adv.eps, warmup_epochs=config.adv.eps_warmup_epochs)
+
+    def _bar(self, epoch: int, first: int) -> tqdm:
+        return progress_bar(
+            epoch=epoch + 1,
+            epochs=self.config.training.epochs,
+            images=self.loader.steps_per_epoch * self.images_per_step,
+            done=first * self.images_per_step,
+            shown=self.processes.is_first,
+        )
 
     def sync(self) -> Synced:
         """All that the processes agree on about once a second: the losses, and whether to go on, stop or save."""
@@ -223,15 +236,20 @@ class Trainer:
         return synced
 
     def validate(self, epoch: int, metrics: dict[str, Any]) -> None:
-        """Measure the networks, log it with the epoch's `metrics`, and keep the best weights."""
-        begin = time.perf_counter()
+        """Measure the networks, log it with the epoch's `metrics`, and keep the best weights.
+
+        Raises:
+            Stopped: on request, meanwhile.
+            Diverged: overfitting, with `validation.stop_on_overfitting`.
+        """
+        trains, begin = not self.config.training.eval_only, time.perf_counter()
         found = self.validator.run(self.state.networks())
         if found is None:
             self.leave()
         record = {"epoch": epoch, "step": self.state.step} | metrics | found
         record["validation_seconds"] = round(time.perf_counter() - begin, 3)
         lost = None
-        if metrics and self.validator.measures_training_attack:
+        if trains and self.validator.measures_training_attack:
             lost = self.guard.overfitting(record, epoch=epoch, images=self.validator.n_attacked)
         if lost:
             record["overfitting"] = lost
@@ -239,7 +257,7 @@ class Trainer:
                 warn(f"{lost} The weights before are weights_best.pt.")
         self.run_folder.log_epoch(record)
         self.say(epoch_line(record, epochs=self.config.training.epochs))
-        if metrics and self.keeps_best:
+        if trains and self.keeps_best:
             self._save_best(record)
         if lost and self.config.validation.stop_on_overfitting:
             raise Diverged(lost)
@@ -280,7 +298,7 @@ class Trainer:
         if wait and self.checkpointer.has_stored(wait=True):
             self._set_status("running")
 
-    def leave(self) -> None:
+    def leave(self) -> NoReturn:
         """Save everything and end."""
         reason = self.stop_request.here() or "another process was asked to stop"
         if self.config.training.eval_only:
@@ -363,6 +381,17 @@ class Trainer:
         for note in notes:
             warn(note)
         return folder
+
+    def _check(self, run: dict[str, Any]) -> list[str]:
+        """Hold what a training state says of its run against this start; returns sentences for the user."""
+        return check_run(
+            run,
+            self._run_facts(),
+            config=self.config,
+            start=self.start,
+            any_workers=self.loader.repeatable_for_any_workers,
+            on_cpu=self.processes.device.type == "cpu",
+        )
 
     def _run_facts(self) -> dict[str, Any]:
         """What a later start is checked against, beside the flags."""

@@ -88,13 +88,13 @@ class Validator:
         """
         for network in networks.values():
             network.eval()
-        metrics = self._mean_over_images(lambda x, y: self._clean(networks, x, y), images=None)
-        if metrics is None or not self._subset:
-            return metrics
+        clean = self._sums_over_images(lambda x, y: self._clean(networks, x, y), images=None)
+        if clean is None or not self._subset:
+            return None if clean is None else _means(*clean)
         # The random starts of the training attack are the same in every validation.
         torch.manual_seed(derive_seed("validation", self.config.data.seed, self.processes.rank))
-        found = self._mean_over_images(lambda x, y: self._under_attack(networks, x, y), images=self._subset)
-        return None if found is None else metrics | found
+        attacked = self._sums_over_images(lambda x, y: self._under_attack(networks, x, y), images=self._subset)
+        return None if attacked is None else _means(*clean) | _means(*attacked)
 
     def _clean(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Sums over the batch: right predictions, labels among the best five, cross-entropy; of each network."""
@@ -128,10 +128,10 @@ class Validator:
                 sums["train_attack_top1"] = (networks["raw"](x_adv).argmax(1) == y).sum()
         return sums
 
-    def _mean_over_images(
+    def _sums_over_images(
         self, measure: Callable[[Tensor, Tensor], dict[str, Tensor]], *, images: list[int] | None
-    ) -> dict[str, float] | None:
-        """Sums of `measure` over all images of all processes, divided by their number; None after a request to stop."""
+    ) -> tuple[dict[str, Tensor], int] | None:
+        """Sums of `measure` over all images of all processes, on the CPU, and their number; None after a request to stop."""
         precision, device = self.config.validation.precision, self.processes.device
         sums: dict[str, Tensor] = {}
         count, stopped = 0, False
@@ -154,10 +154,14 @@ class Validator:
             if stopped := self.stop.anywhere() is not None:
                 break
         # By name, as a process without images knows none.
-        shares = self.processes.gather(({name: value.item() for name, value in sums.items()}, count, stopped))
+        shares = self.processes.gather(({name: value.cpu() for name, value in sums.items()}, count, stopped))
         if any(stopped for _, _, stopped in shares):
             return None
-        if not (images_seen := sum(count for _, count, _ in shares)):
+        if not (total := sum(count for _, count, _ in shares)):
             raise UserError("data.val_dataset: none of its images can be decoded; there is nothing to validate on.")
         names = dict.fromkeys(name for share, _, _ in shares for name in share)
-        return {name: sum(share.get(name, 0.0) for share, _, _ in shares) / images_seen for name in names}
+        return {name: sum(share[name] for share, _, _ in shares if name in share) for name in names}, total
+
+
+def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    return {name: (value / count).item() for name, value in sums.items()}

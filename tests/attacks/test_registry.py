@@ -12,27 +12,55 @@ import torch
 from torch import nn
 
 from attacks.registry import ATTACKS, Entry, build_attack
-from training.config import AdvConfig, TrainingConfig
+from training.config import AdvConfig, LRConfig, TrainingConfig
 from training.optim import build_optimizer
-from training.schedule import lr_at_epoch
+from training.schedule import SCHEDULES, lr_at_epoch
 
 X, Y = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+MODEL = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
 
 
-def test_flags_of_the_attacks_exist_and_belong_to_the_attack_alone():
-    known = {f.name for f in dataclasses.fields(AdvConfig)} - {"attack", "norm", "eps"}
-    assert {flag for entry in ATTACKS.values() for flag in entry.flags} <= known
+class Reads:
+    """Flags that note which of them are read."""
+
+    def __init__(self, flags):
+        self._flags, self.read = flags, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self._flags, name)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_entry_names_the_flags_that_its_attack_reads(name):
+    """One that is forgotten would be idle: two different trainings would share a folder."""
+    adv = Reads(AdvConfig(attack=name))
+    build_attack(adv)(MODEL, X, Y, eps=0.05)
+    assert adv.read - {"attack", "norm"} == set(ATTACKS[name].flags)
+    assert adv.read <= {f.name for f in dataclasses.fields(AdvConfig)}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_entry_names_the_flags_that_its_schedule_reads(name):
+    lr = Reads(LRConfig(lr_schedule_type=name))
+    for epoch in range(101):
+        lr_at_epoch(epoch, lr=lr, epochs=100)
+    assert lr.read - {"lr", "lr_schedule_type"} == set(SCHEDULES[name].flags)
 
 
 @pytest.mark.parametrize(("name", "norm"), [(name, norm) for name, entry in ATTACKS.items() for norm in entry.norms])
 def test_every_attack_is_what_training_calls(name, norm):
-    model, adv = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), AdvConfig(attack=name, norm=norm)
-    attack, eps = build_attack(adv), 0.05
-    x = attack(model, X, Y, eps=eps, on_step=lambda *_: None)
+    attack, eps, steps, last = build_attack(AdvConfig(attack=name, norm=norm)), 0.05, [], []
+
+    def evaluate_last(x):
+        last.append(x)
+        return MODEL(x)
+
+    x = attack(MODEL, X, Y, eps=eps, on_step=lambda *step: steps.append(step), evaluate_last=evaluate_last)
     change = (x - X).flatten(1).norm(p={"Linf": torch.inf, "L2": 2, "L1": 1}[norm], dim=1)
     assert x.shape == X.shape and x.min() >= 0 and x.max() <= 1 and change.max() <= eps + 1e-5
     assert (change.max() > 0) == (name != "none")
-    assert attack.evaluates_last == ATTACKS[name].evaluates_last
+    assert (bool(steps), len(last)) == (ATTACKS[name].reports_steps, int(ATTACKS[name].evaluates_last))
 
 
 def test_an_attack_is_a_line(monkeypatch):
