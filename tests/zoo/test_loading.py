@@ -288,7 +288,10 @@ def changed(arch="convnext_micro", **values):
 
 def flipped():
     data = bytearray(saved(state()))
-    data[len(data) // 2] ^= 0x40
+    middle = len(data) // 2
+    data[middle : middle + 256] = bytes(
+        byte ^ 0x40 for byte in data[middle : middle + 256]
+    )  # more than a record's padding
     return bytes(data)
 
 
