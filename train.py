@@ -123,12 +123,15 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
 
 
 def check(config: TrainConfig) -> None:
-    """Raise the UserError that starting this run would meet: data folders, classes, architecture, weights, processes."""
+    """Raise the UserError that starting this run would meet: data folders, classes, architecture, weights, a
+    state to resume from, processes.
+    """
     import torch
 
     from common.files import writable
     from common.processes import Processes, check_processes, check_rendezvous, under_torchrun
     from training.build import build_parts
+    from training.resume import find_start
     from utils_architecture import check_pretrained
     from zoo.names import split_kind
     from zoo.published import find_published
@@ -141,6 +144,9 @@ def check(config: TrainConfig) -> None:
     if config.model.pretrained and not config.model.ckpt_path:
         with problems.caught():
             check_pretrained(config.model.arch)
+    if config.training.resume not in ("auto", "none"):
+        with problems.caught():
+            find_start(config, find_folder(config)[0])
     with problems.caught(), writable("logging.folder", folder := Path(config.logging.folder)):
         folder.mkdir(parents=True, exist_ok=True)
     # Nothing is loaded into memory and nothing downloaded for a check.

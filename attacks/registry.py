@@ -1,7 +1,7 @@
 """The attacks that training knows by name.
 
-A new one is a function and an entry of `ATTACKS`; a flag of its own also goes to `training.config.AdvConfig`. Choices, refusals,
-idle flags and the run's name follow from the entry. Imports no PyTorch: command lines read this file.
+A new one is a function and an entry of `ATTACKS`; a flag of its own also goes to `training.config.AdvConfig`. The choices of
+`adv.attack`, refused norms, idle flags and the run's name follow from the entry. Imports no PyTorch: command lines read this file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
+class AttackEntry:
     """One value of `adv.attack`.
 
     Attributes:
-        build: flags `adv.*` → the attack itself, called as (model, x, y, eps=…).
+        build: flags `adv.*` → the attack itself, called as (model, x, y, eps=…) like `attacks.fgsm`: y may be soft labels, the
+            model may be in training mode (`attacks.gradients.under_attack` gives everything back as it was), autocast may be
+            active, and random numbers come from PyTorch's default generator, which `train_step` seeds for each micro-batch.
         flags: names of all `adv.*` that `build` or the attack reads, beside norm and eps. In a run with another attack they are
             idle: a warning says so, and they count neither for the run's name nor when it resumes.
         norms: the threat models that it is defined for; the command line refuses others.
@@ -71,9 +73,9 @@ def _fgsm(adv: Any) -> Callable[..., Tensor]:
 
 
 ATTACKS = {
-    "none": Entry(_none),
-    "apgd": Entry(_apgd, flags=("n_iter",), reports_steps=True, evaluates_last=True),
-    "fgsm": Entry(_fgsm, flags=("alpha", "noise_level", "skip_projection"), norms=("Linf",)),
+    "none": AttackEntry(_none),
+    "apgd": AttackEntry(_apgd, flags=("n_iter",), reports_steps=True, evaluates_last=True),
+    "fgsm": AttackEntry(_fgsm, flags=("alpha", "noise_level", "skip_projection"), norms=("Linf",)),
 }
 
 
@@ -83,8 +85,8 @@ class Attack:
     own flags say otherwise (`adv.skip_projection`).
 
     Attributes:
-        run: what `Entry.build` made.
-        reports_steps, evaluates_last: as in `Entry`.
+        run: what `AttackEntry.build` made.
+        reports_steps, evaluates_last: as in `AttackEntry`.
     """
 
     run: Callable[..., Tensor]

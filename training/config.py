@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from attacks.norms import DEFAULT_EPS, NORMS, check_radius
 from attacks.registry import ATTACKS
 from common.errors import Problems, blame
 from common.flags import REQUIRED, Config, config_to_dict, flag, sections_of
+from training.idle import attacks_that, idle_flags
 from training.schedule import SCHEDULES
 
 # fp64 is for comparing runs to the last digits, not for training.
@@ -232,7 +232,7 @@ class AdvConfig:
     attack: str = flag("none", "none: clean training", choices=tuple(ATTACKS))
     norm: str = flag("Linf", "threat model", choices=NORMS)
     eps: float | None = flag(None, "radius, fractions allowed; unset: 4/255 (Linf), 2 (L2), 75 (L1)", above=0)
-    n_iter: int = flag(2, "updates of APGD", at_least=1)
+    n_iter: int = flag(2, "updates of an attack of several steps", at_least=1)
     verbose: bool = flag(
         False, "1: log loss and accuracy of every attack step (synchronises with the GPU)", harmless=True
     )
@@ -277,7 +277,7 @@ class TrainConfig(Config):
         if self.adv.norm not in (norms := ATTACKS[self.adv.attack].norms):
             problems.found.append(
                 f"adv.norm: adv.attack={self.adv.attack} is defined for {' and '.join(norms)} only, got {self.adv.norm!r}; use "
-                "adv.attack=apgd."
+                f"adv.attack={attacks_that(lambda entry: self.adv.norm in entry.norms)}."
             )
         if self.data.augmentations == 1 and self.training.batch_size % 2:
             problems.found.append(
@@ -348,7 +348,7 @@ class TrainConfig(Config):
 
         The config is the one that `on` returned.
         """
-        idle, precision = self.idle_flags(), self.training.precision
+        idle, precision = idle_flags(self), self.training.precision
         notes = [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & self.given)]
         if "training.precision" not in self.given:
             if precision != self.on(device_type).training.precision:
@@ -357,43 +357,10 @@ class TrainConfig(Config):
                 notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
         return notes
 
-    def idle_flags(self) -> dict[str, str]:
-        """Flags that have no effect in this run → what gives them one.
-
-        One that was given is told. None of them counts for the run's name or when it resumes, so a flag belongs here only if the
-        weights cannot depend on it.
-        """
-        m, lr, adv, training, validation = self.model, self.lr, self.adv, self.training, self.validation
-        attacked, attack = validation.adv_n_ex > 0, ATTACKS[adv.attack]
-        used_with = [
-            *_own_flags("adv.attack", adv.attack, ATTACKS),
-            *_own_flags("lr.lr_schedule_type", lr.lr_schedule_type, SCHEDULES),
-            ("adv.verbose", attack.reports_steps, "an attack that reports its steps (adv.attack=apgd)"),
-            (
-                "training.reuse_forward",
-                attack.evaluates_last,
-                "an attack that can leave its last evaluation (adv.attack=apgd)",
-            ),
-            ("adv.eps_warmup_epochs", adv.attack != "none", "an attack (adv.attack)"),
-            ("adv.norm adv.eps", adv.attack != "none" or attacked, "adv.attack or validation.adv_n_ex"),
-            ("validation.adv_n_iter", attacked, "validation.adv_n_ex above 0"),
-            (
-                "validation.stop_on_overfitting",
-                attacked and adv.attack != "none",
-                "an attack and validation.adv_n_ex above 0",
-            ),
-            ("training.momentum", training.optimizer == "sgd", "training.optimizer=sgd"),
-            ("training.label_smoothing", self.data.augmentations == 1, "mixup (data.augmentations=1)"),
-            ("model.ema_decay model.ema_warmup", m.model_ema, "model.model_ema=1"),
-            ("model.early", m.freeze_some, "model.freeze_some=1"),
-            ("data.min_scale data.flip", self.data.augmentations != 2, "data.augmentations=0 or 1"),
-            (
-                "resolution.start_ramp resolution.end_ramp",
-                self.resolution.min_res != self.resolution.max_res,
-                "resolution.min_res below resolution.max_res",
-            ),
-        ]
-        return {name: needed for names, used, needed in used_with if not used for name in names.split()}
+    def uncounted(self) -> set[str]:
+        """Flags that cannot alter the weights of this run: harmless ones, idle ones, the radius of a validation alone."""
+        validated_only = {"adv.norm", "adv.eps"} if self.adv.attack == "none" else set()
+        return harmless_flags() | idle_flags(self).keys() | validated_only
 
     @property
     def global_batch(self) -> int:
@@ -431,7 +398,7 @@ class TrainConfig(Config):
             f"{section}.{name}": v for section, flags in config_to_dict(self).items() for name, v in flags.items()
         }
         values["model.ckpt_path"] = self.model.ckpt_path.rstrip("/")
-        uncounted = harmless_flags() | self.idle_flags().keys() | {"logging.addendum", "training.grad_accum"}
+        uncounted = self.uncounted() | {"logging.addendum", "training.grad_accum"}
         if "training.precision" not in self.given:  # the device decides
             uncounted |= {"training.precision"}
         defaults = default_values(self.adv.norm)
@@ -441,15 +408,6 @@ class TrainConfig(Config):
     def run_folder(self) -> Path:
         """Where the run leaves everything."""
         return Path(self.logging.folder) / self.run_name
-
-
-def _own_flags(flag: str, value: str, table: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
-    """Flags that only some values of `flag` read, whether `value` does, and which do; `table`: values → what has their `flags`."""
-    rows = []
-    for own in sorted({name for entry in table.values() for name in entry.flags}):
-        readers = [name for name, entry in table.items() if own in entry.flags]
-        rows.append((f"{flag.split('.')[0]}.{own}", value in readers, f"{flag}={' or '.join(readers)}"))
-    return rows
 
 
 def harmless_flags() -> frozenset[str]:

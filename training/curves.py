@@ -7,6 +7,7 @@ from pathlib import Path
 from common.files import write_atomically
 from training.status import read_log
 
+# Panel → (key of an epoch's record, label). The console prints these numbers too.
 CURVES = {
     "loss": (("train_loss", "training"), ("loss", "validation"), ("ema_loss", "validation, EMA")),
     "accuracy": (
@@ -16,12 +17,12 @@ CURVES = {
         ("ema_top1", "clean, EMA"),
         ("ema_adv_top1", "quick adversarial, EMA"),
     ),
-    "learning rate": (("lr", "at the end of the epoch"),),
+    "learning rate": (("lr", "last step of the epoch"),),
 }
 
 
 def draw_curves(log: Path, picture: Path) -> None:
-    """Draw loss, accuracy and learning rate by epoch from the epoch records of `log` into a PNG."""
+    """Draw `CURVES` by epoch from the epoch records of `log` into a PNG."""
     # Here, as their import takes most of a second of every start.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.flags import config_to_dict
 from common.provenance import PROVENANCE_KEY
-from training.config import TrainConfig, default_values, harmless_flags
+from training.config import TrainConfig, default_values
 from training.status import is_finished, read_status
 
 # Flags that only the very beginning of a run uses, and its name.
@@ -78,7 +78,7 @@ def changed_flags(
         global_batch: of the run; micro-batches that make the same one are no change.
         beginning: flags that only the beginning of a run uses count too.
     """
-    ignored = harmless_flags() | config.idle_flags().keys() | (set() if beginning else BEGINNING)
+    ignored = config.uncounted() | (set() if beginning else BEGINNING)
     if global_batch == config.global_batch:
         ignored |= {"training.grad_accum"}
     if PRECISION not in config.given and not beginning:

@@ -171,7 +171,10 @@ class Meter:
 
 
 class AttackLog:
-    """Mean best loss and share of samples still correct after each evaluation of one attack (`adv.verbose`)."""
+    """Mean best loss and share of images still correct after each evaluation of the attack (`adv.verbose`).
+
+    Of the images of this process; of its micro-batches one after the other.
+    """
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, Tensor, Tensor]] = []

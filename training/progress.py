@@ -11,7 +11,7 @@ class Progress:
     """Where a run is, apart from its weights: what a training state keeps beside them.
 
     Attributes:
-        epochs_done: epochs trained, saved, validated and logged.
+        epochs_done: epochs trained, and saved, validated and logged where that was due.
         loss_sum, loss_count: of the present epoch's steps, without skipped ones.
         seconds, waiting, bad_images, skipped: of the present epoch: training time, time of it waiting for images, undecodable
             images met, steps skipped.

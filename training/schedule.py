@@ -30,7 +30,7 @@ def _cyclic(epoch: int, lr: LRConfig, epochs: int) -> float:
 
 
 def _step(epoch: int, lr: LRConfig, epochs: int) -> float:
-    """Times `step_ratio` every `step_length` epochs; as every schedule is linear between two epochs, within one."""
+    """Times `step_ratio` every `step_length` epochs; `lr_at` spreads each drop over the epoch before it."""
     return lr.lr * lr.step_ratio ** (epoch // lr.step_length)
 
 
@@ -48,7 +48,7 @@ class Schedule:
     """One value of `lr.lr_schedule_type`.
 
     Attributes:
-        at_epoch: (epoch, flags `lr.*`, epochs of the run) → learning rate at the beginning of that epoch.
+        at_epoch: (epoch, flags `lr.*`, epochs of the run) → learning rate at the beginning of that epoch, 0 … epochs.
         flags: names of all `lr.*` that it reads, beside lr. With another schedule they are idle, as in `attacks.registry`.
     """
 

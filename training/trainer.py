@@ -82,8 +82,8 @@ class Trainer:
             )
         self.meter = Meter(processes, self.progress, warn=warn)
         self.guard = Guard(config, self.progress, warn=warn if processes.is_first else lambda text: None)
-        first = min(self.progress.epochs_done, config.training.epochs - 1)
-        size = resolution_at_epoch(first, resolution=config.resolution)
+        epoch = min(self.progress.epochs_done, config.training.epochs - 1)
+        size = resolution_at_epoch(epoch, resolution=config.resolution)
         prepare_networks(self.state, config, processes, size=size)
         self.prepared = {size}  # image sizes
         self.run_folder = processes.on_first(lambda: self._open_folder(saved, notes)) or NoRunFolder()
@@ -109,7 +109,9 @@ class Trainer:
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to the last epoch (or only validate, with `training.eval_only`). Every exit leaves a state to resume from.
+        """Train to the last epoch (or only validate, with `training.eval_only`).
+
+        A stop and the end save the state; a failure leaves the one saved last.
 
         Raises:
             Stopped: on request; the state is saved.
@@ -150,7 +152,7 @@ class Trainer:
             )
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train on what is left of one pass over the images, the one after `epoch` others; returns the epoch's numbers."""
+        """Train on what is left of epoch `epoch` (from 0 on), a pass over the images; returns the epoch's numbers."""
         steps, size = self.loader.steps_per_epoch, self._image_size(epoch)
         first = self.state.step - epoch * steps  # not 0 where a run goes on within an epoch
         lr, eps = self.lr_and_eps(epoch, max(first - 1, 0))  # of the last step, where none is left
@@ -194,7 +196,7 @@ class Trainer:
         self.meter.add(result, epoch=epoch + 1, step=self.state.step, shape=shape, lr=lr, **told)
 
     def lr_and_eps(self, epoch: int, step: int) -> tuple[float, float]:
-        """Learning rate and radius of one step of an epoch."""
+        """Learning rate and radius of step `step` of epoch `epoch`, both from 0 on."""
         config, steps = self.config, self.loader.steps_per_epoch
         lr = lr_at(epoch + step / steps, lr=config.lr, epochs=config.training.epochs)
         # eps grows to the step's end, so that the very first step has a ball to search.

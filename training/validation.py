@@ -34,7 +34,8 @@ class Validator:
 
     Attributes:
         n_attacked: number of images under attack; 0: none.
-        measures_training_attack: whether accuracy under the attack of training is measured beside that under APGD.
+        measures_training_attack: whether images are attacked and training attacks too: then accuracy under its attack is measured
+            beside that under APGD, and the best weights go by the latter.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Validator:
         self.loader.close()
 
     def run(self, networks: Mapping[str, nn.Module]) -> dict[str, float] | None:
-        """Two passes: over all images, clean, and over a subset of them, attacked. Every network sees each decoded batch.
+        """A pass over all images, clean, and one over the subset under attack, if any. Every network sees each decoded batch.
 
         Args:
             networks: "raw", and "ema" where there is one; left in eval mode.

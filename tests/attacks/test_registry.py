@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from attacks.registry import ATTACKS, Entry, build_attack
+from attacks.registry import ATTACKS, AttackEntry, build_attack
 from training.config import AdvConfig, LRConfig, TrainingConfig
 from training.optim import build_optimizer
 from training.schedule import SCHEDULES, lr_at_epoch
@@ -64,7 +64,7 @@ def test_every_attack_is_what_training_calls(name, norm):
 
 
 def test_an_attack_is_a_line(monkeypatch):
-    monkeypatch.setitem(ATTACKS, "dark", Entry(lambda adv: lambda model, x, y, *, eps: (x - eps).clamp(min=0)))
+    monkeypatch.setitem(ATTACKS, "dark", AttackEntry(lambda adv: lambda model, x, y, *, eps: (x - eps).clamp(min=0)))
     assert torch.equal(build_attack(AdvConfig(attack="dark"))(None, X, Y, eps=0.5), (X - 0.5).clamp(min=0))
 
 

@@ -95,6 +95,15 @@ def test_precision_that_was_not_given_is_not_the_runs(tmp_path, left, asked, fou
     assert find_folder(now)[0] == (old if found else now.run_folder)
 
 
+def test_radius_of_a_validation_alone_is_not_the_runs(tmp_path):
+    clean = config(tmp_path, "--adv.attack=none", "--adv.eps=0.01")
+    assert clean.run_name == config(tmp_path, "--adv.attack=none").run_name
+    assert (
+        config(tmp_path, "--adv.attack=apgd", "--adv.eps=0.01").run_name
+        != config(tmp_path, "--adv.attack=apgd").run_name
+    )
+
+
 def test_training_goes_on_in_its_precision(tmp_path):
     saved = config_to_dict(config(tmp_path, "--training.precision=fp16"))
     assert changed_flags(saved, config(tmp_path).on("cpu"), global_batch=512) == []

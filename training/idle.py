@@ -1,0 +1,59 @@
+"""Flags that have no effect in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from attacks.registry import ATTACKS, AttackEntry
+from training.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+
+
+def idle_flags(config: TrainConfig) -> dict[str, str]:
+    """Flags that have no effect in this run → what gives them one.
+
+    One that was given is told. None of them counts for the run's name or when it resumes, so a flag belongs here only if the
+    weights cannot depend on it.
+    """
+    m, lr, adv, training, validation = config.model, config.lr, config.adv, config.training, config.validation
+    attack, trained_on = ATTACKS[adv.attack], adv.attack != "none"
+    attacked, augmentations = validation.adv_n_ex > 0, config.data.augmentations
+    ramp = config.resolution.min_res != config.resolution.max_res
+    used_with = [
+        *_own_flags("adv.attack", adv.attack, ATTACKS),
+        *_own_flags("lr.lr_schedule_type", lr.lr_schedule_type, SCHEDULES),
+        ("adv.verbose", attack.reports_steps, f"adv.attack={attacks_that(lambda entry: entry.reports_steps)}"),
+        (
+            "training.reuse_forward",
+            attack.evaluates_last,
+            f"adv.attack={attacks_that(lambda entry: entry.evaluates_last)}",
+        ),
+        ("adv.eps_warmup_epochs", trained_on, "an attack (adv.attack)"),
+        ("adv.norm adv.eps", trained_on or attacked, "adv.attack or validation.adv_n_ex"),
+        ("validation.adv_n_iter", attacked, "validation.adv_n_ex above 0"),
+        ("validation.stop_on_overfitting", attacked and trained_on, "an attack and validation.adv_n_ex above 0"),
+        ("training.momentum", training.optimizer == "sgd", "training.optimizer=sgd"),
+        ("training.label_smoothing", augmentations == 1, "mixup (data.augmentations=1)"),
+        ("model.ema_decay model.ema_warmup", m.model_ema, "model.model_ema=1"),
+        ("model.early", m.freeze_some, "model.freeze_some=1"),
+        ("data.min_scale data.flip", augmentations != 2, "data.augmentations=0 or 1"),
+        ("resolution.start_ramp resolution.end_ramp", ramp, "resolution.min_res below resolution.max_res"),
+    ]
+    return {name: needed for names, used, needed in used_with if not used for name in names.split()}
+
+
+def attacks_that(fit: Callable[[AttackEntry], bool]) -> str:
+    """Values of `adv.attack` that fit, for a message."""
+    return " or ".join(name for name, entry in ATTACKS.items() if name != "none" and fit(entry))
+
+
+def _own_flags(flag: str, value: str, table: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
+    """Flags that only some values of `flag` read, whether `value` does, and which do; `table`: values → what has their `flags`."""
+    rows = []
+    for own in sorted({name for entry in table.values() for name in entry.flags}):
+        readers = [name for name, entry in table.items() if own in entry.flags]
+        rows.append((f"{flag.split('.')[0]}.{own}", value in readers, f"{flag}={' or '.join(readers)}"))
+    return rows
