@@ -123,8 +123,8 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
 
 
 def check(config: TrainConfig) -> None:
-    """Raise the UserError that starting this run would meet: data folders, classes, architecture, weights, a
-    state to resume from, processes.
+    """Raise the UserError that starting this run would meet: data folders, classes, architecture, weights, the
+    state that `training.resume` names, processes.
     """
     import torch
 

@@ -77,6 +77,15 @@ def train_status(cell: Cell) -> str:
     return str(json_or_nothing(cell.run_folder / "status.json").get("status", ""))
 
 
+def has_its_images(cell: Cell) -> bool:
+    """Whether the run was trained on images that lie where the cell's do; else train.py has to look at them."""
+    try:
+        before = json_or_nothing(cell.run_folder / "params.json")["data"]["train_dataset"]
+    except (KeyError, TypeError):  # damaged
+        return True
+    return os.path.normpath(before) == os.path.normpath(cell.config.data.train_dataset)
+
+
 def evaluation_summary(cell: Cell, entry: Entry) -> dict[str, Any] | None:
     """summary.json of a finished evaluation; None where there is none, or a damaged one."""
     summary = json_or_nothing(cell.eval_folder(entry) / "summary.json")
@@ -104,7 +113,8 @@ def _is_report(report: Any) -> bool:
 
 
 def is_finished(cell: Cell) -> bool:
-    return train_status(cell) == "finished" and all(evaluation_summary(cell, e) is not None for e in cell.entries())
+    trained = train_status(cell) == "finished" and has_its_images(cell)
+    return trained and all(evaluation_summary(cell, e) is not None for e in cell.entries())
 
 
 # --------------------------------------------------------------------------------------------------- scheduling
@@ -191,7 +201,7 @@ class Runner:
 
     def _train(self, cell: Cell, slot: Place, lock: BinaryIO) -> bool:
         status = train_status(cell)
-        if status == "finished":
+        if status == "finished" and has_its_images(cell):
             return True
         if status == "diverged":
             return False

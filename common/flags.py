@@ -122,8 +122,8 @@ class _FlagChecker(fastargs.validation.Checker):
 
     def _check_one(self, value: Any) -> Any:
         meta = self.meta
-        if isinstance(value, bool) and "1" in (meta["choices"] or ()):  # YAML's true
-            value = str(int(value))
+        if "1" in (meta["choices"] or ()):  # a switch with more values
+            value = {"true": "1", "false": "0"}.get(str(value).lower(), value)
         result = self.convert(value)
         if meta["choices"] is not None and result not in meta["choices"]:
             raise ValueError
@@ -346,7 +346,8 @@ def _read_config_file(path: Path, config: fastargs.Config) -> tuple[dict[str, An
             raise UserError(f"{path}: {name} has no value; expected one, or no such line.")
     if provenance is None:
         return values, frozenset(values)
-    if isinstance(provenance, dict) and "given" in provenance:
-        return values, values.keys() & set(provenance["given"])
+    # What differs from a default was given, or is what the run made of its device; where there is no default, of its machine.
     defaults = {".".join(name): param.default for name, param in config.entries.items()}
-    return values, frozenset(name for name, value in values.items() if value != defaults[name])
+    given = {name for name, value in values.items() if defaults[name] is not None and value != defaults[name]}
+    given |= set(provenance.get("given", ())) if isinstance(provenance, dict) else set()
+    return values, values.keys() & given

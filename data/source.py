@@ -7,7 +7,6 @@ import importlib
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import ModuleType
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
-from data.decoding import decode
+from data.decoding import DECODE_ERRORS, decode
 
 SAMPLED = 16  # images that stand for a data set
 
@@ -159,18 +158,25 @@ def facts_of(source: Source | StreamSource) -> dict[str, Any]:
     """What tells a data set from another, wherever it lies.
 
     `images`, their number; `classes`, their names, None where they have none; `sample`, a digest of up to 16 images and their
-    labels, None where images are only read in order.
+    labels, None where they are only read in order or cannot be read.
     """
     facts: dict[str, Any] = {"images": len(source), "classes": source.class_names, "sample": None}
     if isinstance(source, Source):
         digest, count = hashlib.sha256(), min(SAMPLED, len(source))
-        for i in range(count):
-            index = i * len(source) // count
-            with suppress(OSError, ValueError, UserError):  # a damaged image may be met in training, or not
-                digest.update(encoded(source, index))
-            digest.update(f" {source.labels[index]} ".encode())
+        try:
+            for index in (i * len(source) // count for i in range(count)):
+                digest.update(_content(source.image(index)) + f" {source.labels[index]} ".encode())
+        except (*DECODE_ERRORS, UserError):  # training, which may meet that image or not, deals with it
+            return facts
         facts["sample"] = digest.hexdigest()[:16]
     return facts
+
+
+def _content(image: bytes | Image.Image) -> bytes:
+    """What is the same on every machine: decoders of lossy files differ in the last bit."""
+    if isinstance(image, bytes):
+        return image
+    return repr((image.size, image.mode)).encode() + (image.tobytes() if image.format in (None, "PNG") else b"")
 
 
 def encoded(source: Source, i: int) -> bytes:

@@ -358,9 +358,12 @@ class TrainConfig(Config):
         return notes
 
     def uncounted(self) -> set[str]:
-        """Flags that cannot alter the weights of this run: harmless ones, idle ones, the radius of a validation alone."""
-        validated_only = {"adv.norm", "adv.eps"} if self.adv.attack == "none" else set()
-        return harmless_flags() | idle_flags(self).keys() | validated_only
+        """Flags that cannot alter what this run computes: harmless ones, idle ones, and where it trains, those of validation."""
+        validation = {name for name in harmless_flags() if name.startswith(("validation.", "data.val_"))}
+        if self.adv.attack == "none":
+            validation |= {"adv.norm", "adv.eps"}
+        uncounted = harmless_flags() | validation | idle_flags(self).keys()
+        return uncounted - validation if self.training.eval_only else uncounted
 
     @property
     def global_batch(self) -> int:
@@ -386,9 +389,12 @@ class TrainConfig(Config):
         parts.append(f"batch{self.global_batch}")
         settings = json.dumps(self.settings(), sort_keys=True)
         parts.append(hashlib.sha256(settings.encode()).hexdigest()[:6])
-        if self.logging.addendum:
-            parts.append("".join(c if c.isalnum() or c in "-_.=" else "-" for c in self.logging.addendum))
-        return "_".join(parts)
+        return "_".join([*parts, *filter(None, [self.addendum])])
+
+    @property
+    def addendum(self) -> str:
+        """`logging.addendum` as it stands in the name."""
+        return "".join(c if c.isalnum() or c in "-_.=" else "-" for c in self.logging.addendum)
 
     def settings(self) -> dict[str, Any]:
         """What makes the run the one it is: dotted names and values of the flags that alter its result and differ from their
@@ -397,7 +403,8 @@ class TrainConfig(Config):
         values = {
             f"{section}.{name}": v for section, flags in config_to_dict(self).items() for name, v in flags.items()
         }
-        values["model.ckpt_path"] = self.model.ckpt_path.rstrip("/")
+        for path in ("model.ckpt_path", "data.val_dataset"):
+            values[path] = values[path].rstrip("/")
         uncounted = self.uncounted() | {"logging.addendum", "training.grad_accum"}
         if "training.precision" not in self.given:  # the device decides
             uncounted |= {"training.precision"}

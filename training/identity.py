@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -23,15 +24,22 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
     """The run's folder, and a sentence for the user where it has another name than `config.run_folder`.
 
     That is a folder of the same flags that an earlier version of the project named, or of a run on another number of processes: an
-    unfinished one, whose global batch these can share, or one that as many processes have taken part in.
+    unfinished one, whose global batch these can share, or one that as many processes have taken part in. A run that begins at
+    another's state has a folder of its own, or that in which it has begun so; unless that state is the folder's own.
     """
     named, note = config.run_folder, ""
     if named.exists() or config.training.resume == "none" or config.training.eval_only:
         return named, ""
     for folder, run in _runs_of_these_flags(config):
         batch = run["global_batch"]
+        state = Path(asked := config.training.resume).resolve()
+        if asked not in ("auto", run.get("origin")) and folder.resolve() not in (state, state.parent):
+            continue
         if batch == config.global_batch:
-            return folder, f"{folder} holds this run; an earlier version of the project named it so"
+            return (
+                folder,
+                f"{folder} holds this run, under a name that an earlier version of the project, or you, gave it",
+            )
         shared = batch % (config.training.batch_size * config.dist.processes) == 0
         if is_finished(folder):
             if shared and config.dist.processes in [start["processes"] for start in run.get("resumed", [])]:
@@ -53,14 +61,19 @@ def _runs_of_these_flags(config: TrainConfig) -> Iterator[tuple[Path, Mapping[st
     """Folders in `logging.folder` whose runs differ in the global batch at most, with their provenance; the newest first."""
     found = []
     for path in Path(config.logging.folder).glob("*/params.json"):
-        if re.search(r"\.\d+$", path.parent.name):  # set aside
+        # A copy, or one that was set aside: more follows on the name's digest, and addendum.
+        if re.search(r"_[0-9a-f]{6}.+$|\.\d+$", path.parent.name.removesuffix(f"_{config.addendum}")):
             continue
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or no run's
             params, written = json.loads(path.read_text()), path.stat().st_mtime
             run = params[PROVENANCE_KEY]
-            # What was not given is the device's, not the run's.
-            if PRECISION not in run.get("given", [PRECISION]):
+            # What was not given is the device's, not the run's; but who asks for the same means the same.
+            if PRECISION not in run.get("given", [PRECISION]) and PRECISION not in config.given:
                 params["training"]["precision"] = default_values(config.adv.norm)[PRECISION]
+            # Earlier versions named a run by the place of its images, and did not note how many they were.
+            moved = os.path.normpath(params["data"]["train_dataset"]) != os.path.normpath(config.data.train_dataset)
+            if moved and "images" not in run:
+                continue
             if not changed_flags(params, config, global_batch=run["global_batch"], beginning=True):
                 found.append((written, path.parent, run))
     for _, folder, run in sorted(found, key=lambda entry: entry[0], reverse=True):

@@ -76,9 +76,12 @@ def lr_at(progress: float, *, lr: LRConfig, epochs: int) -> float:
 
 
 def resolution_at_epoch(epoch: int, *, resolution: ResolutionConfig) -> int:
-    """Training image size in pixels: `min_res` up to `start_ramp`, `max_res` from `end_ramp`, multiples of 32 between."""
+    """Training image size in pixels: `min_res` up to `start_ramp`, `max_res` from `end_ramp`, multiples of 32 between.
+
+    Where both are the same, that one, whatever the ramp.
+    """
     r = resolution
-    if epoch <= r.start_ramp:
+    if epoch <= r.start_ramp or r.min_res == r.max_res:
         return r.min_res
     if epoch >= r.end_ramp:
         return r.max_res

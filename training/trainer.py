@@ -88,7 +88,7 @@ class Trainer:
         self.prepared = {size}  # image sizes
         self.run_folder = processes.on_first(lambda: self._open_folder(saved, notes)) or NoRunFolder()
         self.checkpointer = Checkpointer(
-            StateFiles(self.run_folder.path) if processes.is_first else None,
+            processes.on_first(lambda: StateFiles(self.run_folder.path)),
             minutes=config.logging.ckpt_minutes,
             steps=config.logging.ckpt_steps,
             step=self.state.step,
@@ -413,6 +413,7 @@ class Trainer:
         rendezvous = f"{self.config.dist.address}:{self.config.dist.port}" if self.processes.world_size > 1 else None
         return provenance() | {
             "given": sorted(self.config.given),
+            "origin": self.origin,
             **self.data_facts,
             "processes": self.processes.world_size,
             "rendezvous": rendezvous,

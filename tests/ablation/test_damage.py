@@ -75,6 +75,13 @@ def summary_of(grid: Grid) -> Summary:
     return summary
 
 
+def test_a_run_of_images_elsewhere_is_looked_at_again(grid: Grid) -> None:
+    cell = grid.cells[0]
+    for images, finished in ((cell.config.data.train_dataset + "/", True), ("elsewhere", False)):
+        write(place(cell, "params.json"), {"data": {"train_dataset": images}, "provenance": PROVENANCE})
+        assert is_finished(cell) == finished
+
+
 def test_nothing_is_wrong_with_whole_files(grid: Grid) -> None:
     summary = summary_of(grid)
     assert not summary.problems() and all(map(is_finished, grid.cells))

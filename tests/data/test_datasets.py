@@ -25,7 +25,7 @@ from data import folders, memory
 from data.datasets import open_source
 from data.decoding import DECODE_ERRORS, decode
 from data.memory import MemorySource
-from data.source import Source, StreamSource
+from data.source import Source, StreamSource, facts_of
 from tests.data import encoded, picture, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -658,3 +658,31 @@ class TestDecode:
             except DECODE_ERRORS:
                 broken += 1
         assert 500 < broken < 1500
+
+
+# --- what tells a data set from another -------------------------------------------------------------------------------
+
+
+class Pictures(Source):
+    def __init__(self, images: list, labels: list[int]) -> None:
+        super().__init__(labels, ["a", "b"])
+        self.images = images
+
+    def image(self, i: int) -> bytes | Image.Image:
+        if isinstance(self.images[i], Exception):
+            raise self.images[i]
+        return self.images[i]
+
+
+def test_facts_tell_images_labels_and_order():
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    facts = facts_of(Pictures([red, blue], [0, 1]))
+    assert facts | {"sample": None} == {"images": 2, "classes": ["a", "b"], "sample": None}
+    assert facts == facts_of(Pictures([red.copy(), blue.copy()], [0, 1]))
+    others = [Pictures([blue, red], [0, 1]), Pictures([red, blue], [1, 0]), Pictures([red, red], [0, 1])]
+    assert len({facts_of(other)["sample"] for other in others} | {facts["sample"]}) == 4
+
+
+@pytest.mark.parametrize("error", [OSError("stale"), SyntaxError("broken PNG"), Image.DecompressionBombError("large")])
+def test_facts_of_images_that_cannot_be_read_are_unknown(error):
+    assert facts_of(Pictures([b"x", error], [0, 1]))["sample"] is None

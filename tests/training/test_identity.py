@@ -36,7 +36,7 @@ def test_new_run_has_the_folder_of_its_name(tmp_path):
 @pytest.mark.parametrize("status", ["stopped", "finished"])
 def test_folder_of_another_name_with_the_same_flags_is_found(tmp_path, status):
     elsewhere = ("--data.train_dataset=/scratch/1/images", "--validation.freq=3", "--data.num_workers=1")
-    old = leave(tmp_path / "as_it_was_called", config(tmp_path, *elsewhere), status=status)
+    old = leave(tmp_path / "as_it_was_called", config(tmp_path, *elsewhere), status=status, images=8)
     leave(tmp_path / "other", config(tmp_path, "--lr.lr=0.5"))
     leave(tmp_path / "as_it_was_called.1", config(tmp_path))  # put aside by a later start
     (tmp_path / "damaged").mkdir()
@@ -49,6 +49,43 @@ def test_folder_of_another_name_with_the_same_flags_is_found(tmp_path, status):
     asked.run_folder.mkdir()
     config(tmp_path).run_folder.mkdir()
     assert find_folder(config(tmp_path))[0] == config(tmp_path).run_folder  # its own name comes first
+
+
+def test_run_of_an_earlier_version_is_that_of_the_same_images(tmp_path):
+    """It was named after their place, and did not note how many they were."""
+    ours = leave(tmp_path / "a_0123ab", config(tmp_path, "--data.train_dataset=images/"))
+    leave(tmp_path / "b_0123ab", config(tmp_path, "--data.train_dataset=other"), status="finished")
+    assert find_folder(config(tmp_path))[0] == ours
+
+
+@pytest.mark.parametrize("addendum", ["", "v1.0", "x_y"])
+@pytest.mark.parametrize("more", [".1", "_backup", "-old", " copy"])
+def test_copies_are_not_found(tmp_path, addendum, more):
+    asked = config(tmp_path, f"--logging.addendum={addendum}")
+    named = asked.run_folder.name
+    leave(tmp_path / f"{named}{more}", asked, status="finished")
+    assert find_folder(asked) == (asked.run_folder, "")
+    earlier = leave(tmp_path / named.replace("_batch512", ""), asked)
+    assert find_folder(asked)[0] == earlier
+
+
+def test_run_that_begins_at_anothers_state_has_its_folder(tmp_path):
+    other = leave(tmp_path / "other_0123ab", config(tmp_path), batch=1024)
+    begun = config(tmp_path, f"--training.resume={tmp_path}/elsewhere/last.pt")
+    assert find_folder(begun)[0] == begun.run_folder and find_folder(config(tmp_path))[0] == other
+    for own in (other, other / "last.pt"):
+        assert find_folder(config(tmp_path, f"--training.resume={own}"))[0] == other
+    moved = leave(tmp_path / "begun_0123ab", begun, batch=1024, origin=begun.training.resume)
+    assert find_folder(begun)[0] == moved
+
+
+def test_validation_alone_is_what_it_validates(tmp_path):
+    def name(*flags):
+        return config(tmp_path, "--training.eval_only=1", *flags).run_name
+
+    assert name() == name("--data.val_dataset=images/") == name("--data.num_workers=7")
+    names = {name(), name("--data.val_dataset=other"), name("--adv.eps=0.5"), name("--validation.resolution=64")}
+    assert len(names) == 4
 
 
 @pytest.mark.parametrize(
@@ -79,6 +116,8 @@ def test_unfinished_run_of_another_number_of_processes_is_found(tmp_path, left, 
     [
         (("fp32", []), [], True),  # on a CPU, where none was given
         (("fp16", []), ["fp16"], True),
+        (("fp32", []), ["fp32"], True),  # the same weights
+        (("fp32", []), ["bf16"], False),
         (("fp32", ["training.precision"]), [], False),
         (("fp32", ["training.precision"]), ["fp32"], True),
         (("fp16", None), [], True),  # of an earlier version, which did not note it

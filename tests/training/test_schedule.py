@@ -55,3 +55,8 @@ def test_resolution():
 def test_eps_warmup():
     assert [eps_at(p, eps=8.0, warmup_epochs=4) for p in (0, 1, 3.5, 4, 100)] == [0, 2, 7, 8, 8]
     assert eps_at(0.0, eps=8.0, warmup_epochs=0) == 8.0
+
+
+def test_same_sizes_need_no_ramp():
+    sizes = ResolutionConfig(min_res=200, max_res=200, start_ramp=0, end_ramp=20)
+    assert {resolution_at_epoch(epoch, resolution=sizes) for epoch in range(30)} == {200}
