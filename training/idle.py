@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attacks.registry import ATTACKS, AttackEntry
 from training.schedule import SCHEDULES
 
-if TYPE_CHECKING:
-    from training.config import TrainConfig
 
-
-def idle_flags(config: TrainConfig) -> dict[str, str]:
-    """Flags that have no effect in this run → what gives them one.
+def idle_flags(config: Any) -> dict[str, str]:
+    """Flags of a `training.config.TrainConfig` that have no effect in its run → what gives them one.
 
     One that was given is told. None of them counts for the run's name or when it resumes, so a flag belongs here only if the
     weights cannot depend on it.
