@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.losses import cross_entropy
-from attacks.registry import build_attack
+from attacks.registry import ATTACKS, build_attack
 from common.processes import Processes
 from data.loader import Batch
 from data.prefetch import finish_augmentation
@@ -76,7 +76,7 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
 def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> bool:
     """Whether `training.reuse_forward` asks for it and the network is the same function in training as under attack."""
     asked, device, precision = config.training.reuse_forward, processes.device, config.training.precision
-    if not build_attack(config.adv).evaluates_last or not asked_for(asked, device):
+    if not ATTACKS[config.adv.attack].evaluates_last or not asked_for(asked, device):
         return False
     x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     x[2] *= 0.3

@@ -63,7 +63,7 @@ class DataConfig:
     val_dataset: str = flag(REQUIRED, "validation images, likewise", harmless=True)
     num_workers: int | None = flag(
         None,
-        "loader processes of each training process; unset: its share of the cores, at most 12",
+        "loader processes of each training process, and as many for validation; unset: its share of the cores, at most 12",
         at_least=0,
         harmless=True,
     )

@@ -75,7 +75,9 @@ class Trainer:
             file=start.folder / STOP_FILE if processes.is_first else None,
             end_time=end_of_job(config.dist.end_margin_minutes),
         )
-        self.validator = Validator(config, processes, parts.val_source, stop=self.stop_request, warn=warn)
+        self.validator = Validator(
+            config, processes, parts.val_source, attack=self.attack, stop=self.stop_request, warn=warn
+        )
         if not config.training.eval_only and not self.keeps_best:
             notes.append(
                 "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import apgd
-from attacks.registry import build_attack
+from attacks.registry import Attack
 from common.errors import UserError
 from common.precision import float32_matmul
 from common.processes import Processes
@@ -29,6 +29,7 @@ class Validator:
     Args:
         config, processes: of the run.
         source: the validation images.
+        attack: of training.
         stop: ends a validation that is running.
         warn: takes one sentence for the user.
 
@@ -44,6 +45,7 @@ class Validator:
         processes: Processes,
         source: Source | StreamSource,
         *,
+        attack: Attack,
         stop: StopRequest,
         warn: Callable[[str], None],
     ) -> None:
@@ -63,7 +65,7 @@ class Validator:
         self._subset = spread_indices(len(source), validation.adv_n_ex) if validation.adv_n_ex else []
         self.n_attacked = len(self._subset)
         self.measures_training_attack = self.n_attacked > 0 and config.adv.attack != "none"
-        self._attack = build_attack(config.adv)
+        self._attack = attack
 
     def is_due(self, epoch: int) -> bool:
         """Whether epoch `epoch` (from 1 on) is validated."""
