@@ -359,11 +359,11 @@ class TrainConfig(Config):
 
     def uncounted(self) -> set[str]:
         """Flags that cannot alter what this run computes: harmless ones, idle ones, and where it trains, those of validation."""
-        validation = {name for name in harmless_flags() if name.startswith(("validation.", "data.val_"))}
-        if self.adv.attack == "none":
-            validation |= {"adv.norm", "adv.eps"}
-        uncounted = harmless_flags() | validation | idle_flags(self).keys()
-        return uncounted - validation if self.training.eval_only else uncounted
+        idle = idle_flags(self).keys()
+        if self.training.eval_only:
+            counted = ("model.", "validation.", "adv.", "data.val_", "data.seed", "misc.use_", "training.eval_only")
+            return {name for name, _ in _fields() if not name.startswith(counted)} | idle
+        return harmless_flags() | idle | ({"adv.norm", "adv.eps"} if self.adv.attack == "none" else set())
 
     @property
     def global_batch(self) -> int:
@@ -384,9 +384,12 @@ class TrainConfig(Config):
             parts.append(f"{self.adv.attack}{steps}_{self.adv.norm}_{self.adv.eps:.4g}")
         else:
             parts.append("clean")
-        parts.append(("basic", "heavy", "plain")[self.data.augmentations])
-        parts.append(f"{self.training.epochs}ep_{self.resolution.max_res}px_seed{self.data.seed}")
-        parts.append(f"batch{self.global_batch}")
+        if self.training.eval_only:
+            parts.append(f"eval_{self.validation.resolution}px_seed{self.data.seed}")
+        else:
+            parts.append(("basic", "heavy", "plain")[self.data.augmentations])
+            parts.append(f"{self.training.epochs}ep_{self.resolution.max_res}px_seed{self.data.seed}")
+            parts.append(f"batch{self.global_batch}")
         settings = json.dumps(self.settings(), sort_keys=True)
         parts.append(hashlib.sha256(settings.encode()).hexdigest()[:6])
         return "_".join([*parts, *filter(None, [self.addendum])])

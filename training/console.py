@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -18,13 +18,20 @@ SHOWN = [*(name for panel in CURVES.values() for name, _ in panel), "images_per_
 
 
 def say(text: str) -> None:
-    """Print a line above the progress bar."""
-    tqdm.write(text)
+    """Print a line, on a terminal above the progress bar."""
+    _write(text, sys.stdout)
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr, above the progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    """Print a warning to stderr, on a terminal above the progress bar."""
+    _write(f"warning: {text}", sys.stderr)
+
+
+def _write(text: str, file: TextIO) -> None:
+    if sys.stderr.isatty():
+        tqdm.write(text, file=file)
+    else:  # tqdm would draw its bar anew
+        print(text, file=file, flush=True)
 
 
 def headline(

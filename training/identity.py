@@ -32,7 +32,7 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
         return named, ""
     for folder, run in _runs_of_these_flags(config):
         batch = run["global_batch"]
-        state = Path(asked := config.training.resume).resolve()
+        state = Path(asked := config.training.resume.rstrip("/")).resolve()
         if asked not in ("auto", run.get("origin")) and folder.resolve() not in (state, state.parent):
             continue
         if batch == config.global_batch:
@@ -58,11 +58,14 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
 
 
 def _runs_of_these_flags(config: TrainConfig) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Folders in `logging.folder` whose runs differ in the global batch at most, with their provenance; the newest first."""
+    """Folders in `logging.folder` whose runs differ in the global batch at most, with their provenance.
+
+    First those that have the name with which their run began, or begin as the run's own would; then the newest first.
+    """
     found = []
     for path in Path(config.logging.folder).glob("*/params.json"):
         # A copy, or one that was set aside: more follows on the name's digest, and addendum.
-        if re.search(r"_[0-9a-f]{6}.+$|\.\d+$", path.parent.name.removesuffix(f"_{config.addendum}")):
+        if re.search(r"_[0-9a-f]{6}[^0-9A-Za-z].*$|\.\d+$", path.parent.name.removesuffix(f"_{config.addendum}")):
             continue
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or no run's
             params, written = json.loads(path.read_text()), path.stat().st_mtime
@@ -75,7 +78,8 @@ def _runs_of_these_flags(config: TrainConfig) -> Iterator[tuple[Path, Mapping[st
             if moved and "images" not in run:
                 continue
             if not changed_flags(params, config, global_batch=run["global_batch"], beginning=True):
-                found.append((written, path.parent, run))
+                name, arch = path.parent.name, config.run_name.split("_")[0]
+                found.append(((name == run.get("folder"), name.startswith(arch), written), path.parent, run))
     for _, folder, run in sorted(found, key=lambda entry: entry[0], reverse=True):
         yield folder, run
 

@@ -135,7 +135,7 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
         return _own_start(config, folder)
     if folder.is_dir() and (own := newest_state(folder)) is not None:
         _check_keys(own[0], own[1])
-        if own[0]["run"]["origin"] == asked:  # the same command once more
+        if own[0]["run"]["origin"] == asked.rstrip("/"):  # the same command once more
             return _own_start(config, folder)
     path = Path(asked)
     if path.is_dir():
@@ -154,7 +154,16 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
         )
     notes += [f"going on with changed flags: {'; '.join(changed)}"] if changed else []
     own = folder.exists() and source.parent.resolve() == folder.resolve()
+    _check_epochs(state, source, config, own=own)
     return Start(state, source, own, own and is_finished(folder), notes)
+
+
+def _check_epochs(state: Mapping[str, Any], source: Path, config: TrainConfig, *, own: bool) -> None:
+    epochs, done = config.training.epochs, state["run"]["epochs_done"]
+    if epochs < done or (epochs == done and not own):
+        raise UserError(
+            f"training.epochs: {source} has {done} epochs behind it, expected more than that, got {epochs}."
+        )
 
 
 def _own_start(config: TrainConfig, folder: Path) -> Start:
@@ -172,6 +181,7 @@ def _own_start(config: TrainConfig, folder: Path) -> Start:
     changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
     if changed and not config.training.resume_force:
         return Start(notes=[*notes, f"{source} is of other flags ({'; '.join(changed)}), so this run starts anew"])
+    _check_epochs(state, source, config, own=True)
     return Start(state, source, True, False, notes)
 
 
@@ -274,11 +284,6 @@ def check_run(
         differences.append(
             f"a stream is read by {processes} processes with {workers} loader workers each, it was by {before} with "
             f"{workers_before}, which makes another order"
-        )
-    epochs = config.training.epochs
-    if epochs < run["epochs_done"] or (epochs == run["epochs_done"] and not start.own):
-        raise UserError(
-            f"training.epochs: {start.source} has {run['epochs_done']} epochs behind it, expected more than that, got {epochs}."
         )
     if differences and not config.training.resume_force:
         raise UserError(

@@ -64,7 +64,9 @@ class Trainer:
         self.mixup = build_mixup(config)
         self.data_facts = facts_of(parts.train_source)
         # A run that began at another's state resumes from its own when the same command is given again.
-        self.origin = "" if not self.resumes else saved["run"]["origin"] if start.own else config.training.resume
+        self.origin = (
+            "" if not self.resumes else saved["run"]["origin"] if start.own else config.training.resume.rstrip("/")
+        )
         notes = [*start.notes, *config.notes_for(processes.device.type)]
         self.progress = Progress()
         if self.resumes:
@@ -416,6 +418,7 @@ class Trainer:
         return provenance() | {
             "given": sorted(self.config.given),
             "origin": self.origin,
+            "folder": self.start.folder.name,
             **self.data_facts,
             "processes": self.processes.world_size,
             "rendezvous": rendezvous,

@@ -66,6 +66,7 @@ class Validator:
         self.n_attacked = len(self._subset)
         self.measures_training_attack = self.n_attacked > 0 and config.adv.attack != "none"
         self._attack = attack
+        self._told: set[str] = set()  # images whose damage was told
 
     def is_due(self, epoch: int) -> bool:
         """Whether epoch `epoch` (from 1 on) is validated."""
@@ -140,6 +141,9 @@ class Validator:
         count, stopped = 0, False
         for batch in self.loader.batches(images):
             for name, reason in batch.failures:
+                if name in self._told:
+                    continue
+                self._told.add(name)
                 self.warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
             if len(batch.y):
                 # A network trained in float64 is validated in it, whatever the precision asked for.
@@ -161,7 +165,8 @@ class Validator:
         if any(stopped for _, _, stopped in shares):
             return None
         if not (total := sum(count for _, count, _ in shares)):
-            raise UserError("data.val_dataset: none of its images can be decoded; there is nothing to validate on.")
+            which = "its images" if images is None else f"the {len(images)} images under attack (validation.adv_n_ex)"
+            raise UserError(f"data.val_dataset: none of {which} can be decoded; there is nothing to validate on.")
         names = dict.fromkeys(name for share, _, _ in shares for name in share)
         return {name: sum(share[name] for share, _, _ in shares if name in share) for name in names}, total
 

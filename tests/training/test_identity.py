@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_run_of_an_earlier_version_is_that_of_the_same_images(tmp_path):
     assert find_folder(config(tmp_path))[0] == ours
 
 
+def test_the_original_comes_before_a_copy_by_another_name(tmp_path):
+    original = leave(tmp_path / "convnext_tiny_a_0123ab", config(tmp_path))
+    copy = leave(tmp_path / "backup_convnext_tiny_a_0123ab", config(tmp_path))
+    assert find_folder(config(tmp_path))[0] == original
+    os.utime(copy / "params.json", (0, 2**31))
+    assert find_folder(config(tmp_path))[0] == original
+    for folder in (original, copy):
+        params = json.loads((folder / "params.json").read_text())
+        params["provenance"]["folder"] = "kept_20261129"
+        (folder / "params.json").write_text(json.dumps(params))
+    kept = original.rename(tmp_path / "kept_20261129")
+    assert find_folder(config(tmp_path))[0] == kept
+
+
 @pytest.mark.parametrize("addendum", ["", "v1.0", "x_y"])
 @pytest.mark.parametrize("more", [".1", "_backup", "-old", " copy"])
 def test_copies_are_not_found(tmp_path, addendum, more):
@@ -73,17 +88,19 @@ def test_run_that_begins_at_anothers_state_has_its_folder(tmp_path):
     other = leave(tmp_path / "other_0123ab", config(tmp_path), batch=1024)
     begun = config(tmp_path, f"--training.resume={tmp_path}/elsewhere/last.pt")
     assert find_folder(begun)[0] == begun.run_folder and find_folder(config(tmp_path))[0] == other
-    for own in (other, other / "last.pt"):
+    for own in (other, f"{other}/", other / "last.pt"):
         assert find_folder(config(tmp_path, f"--training.resume={own}"))[0] == other
     moved = leave(tmp_path / "begun_0123ab", begun, batch=1024, origin=begun.training.resume)
     assert find_folder(begun)[0] == moved
+    assert find_folder(config(tmp_path, f"--training.resume={tmp_path}/elsewhere/last.pt/"))[0] == moved
 
 
 def test_validation_alone_is_what_it_validates(tmp_path):
     def name(*flags):
         return config(tmp_path, "--training.eval_only=1", *flags).run_name
 
-    assert name() == name("--data.val_dataset=images/") == name("--data.num_workers=7")
+    assert name() == name("--data.val_dataset=images/") == name("--data.num_workers=7") == name("--lr.lr=0.5")
+    assert name() == name("--training.epochs=7", "--training.distributed=1", "--dist.world_size=2")
     names = {name(), name("--data.val_dataset=other"), name("--adv.eps=0.5"), name("--validation.resolution=64")}
     assert len(names) == 4
 
