@@ -358,10 +358,11 @@ class TrainConfig(Config):
         return notes
 
     def uncounted(self) -> set[str]:
-        """Flags that cannot alter what this run computes: harmless ones, idle ones, and where it trains, those of validation."""
+        """Flags that cannot alter what this run computes: the weights, or with eval_only the numbers of validation."""
         idle = idle_flags(self).keys()
         if self.training.eval_only:
             counted = ("model.", "validation.", "adv.", "data.val_", "data.seed", "misc.use_", "training.eval_only")
+            counted += ("training.use_blurpool", "training.precision")
             return {name for name, _ in _fields() if not name.startswith(counted)} | idle
         return harmless_flags() | idle | ({"adv.norm", "adv.eps"} if self.adv.attack == "none" else set())
 
