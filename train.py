@@ -54,12 +54,14 @@ def main(argv: Sequence[str]) -> int:
     switches.add_argument("--where", action="store_true", help="print the run's folder, and start nothing")
     asked, flags = switches.parse_known_args(argv)
     try:
-        config = load_config(TrainConfig, flags, switches=switches)
+        problems = Problems()
+        config = load_config(TrainConfig, flags, switches=switches, problems=problems)
         if "where" in asked:
+            problems.report()
             print(find_folder(config)[0])
             return 0
-        if "check" in asked:
-            check(config)
+        if "check" in asked or problems.found:
+            check(config, problems)
             return 0
         dist = config.dist
         if dist.world_size > 1 and "RANK" not in os.environ:
@@ -122,9 +124,9 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
         raise SystemExit(3) from error
 
 
-def check(config: TrainConfig) -> None:
-    """Raise the UserError that starting this run would meet: data folders, classes, architecture, weights, the
-    state that `training.resume` names, processes.
+def check(config: TrainConfig, known: Problems) -> None:
+    """Raise a UserError with the problems that are known, and with those that starting this run would meet: data folders, classes,
+    architecture, weights, the state that `training.resume` names, processes.
     """
     import torch
 
@@ -147,19 +149,22 @@ def check(config: TrainConfig) -> None:
     if config.training.resume not in ("auto", "none"):
         with problems.caught():
             find_start(config, find_folder(config)[0])
-    with problems.caught(), writable("logging.folder", folder := Path(config.logging.folder)):
-        folder.mkdir(parents=True, exist_ok=True)
     # Nothing is loaded into memory and nothing downloaded for a check.
     weights = config.model.ckpt_path
-    known = not Path(weights).exists() and find_published(split_kind(weights)[0]) is not None
+    published = not Path(weights).exists() and find_published(split_kind(weights)[0]) is not None
     quick = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, in_memory=False),
-        model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if known else weights),
+        model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if published else weights),
     )
     with problems.caught():
         build_parts(quick, Processes(rank=0, world_size=world_size, device=torch.device("cpu")))
-    problems.report()
+    told = {problem.split(":")[0] for problem in known.found}
+    known.found += [problem for problem in problems.found if problem.split(":")[0] not in told]
+    if not known.found:
+        with writable("logging.folder", folder := Path(config.logging.folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+    known.report()
 
 
 if __name__ == "__main__":

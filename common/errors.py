@@ -37,7 +37,7 @@ class Problems:
     def report(self) -> None:
         """Raise one `UserError` for all that was found, if any was."""
         if self.found:
-            raise UserError(*self.found)
+            raise UserError(*dict.fromkeys(self.found))
 
 
 @contextmanager

@@ -63,6 +63,10 @@ class Config:
 
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
+    def problems(self) -> list[str]:
+        """A sentence for each way in which flags do not go together."""
+        return []
+
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
@@ -149,11 +153,18 @@ _BOUND_WORDS = {"above": "above", "at_least": "at least", "at_most": "at most"}
 
 
 def load_config(
-    config_class: type[ConfigT], argv: Sequence[str], *, switches: argparse.ArgumentParser | None = None
+    config_class: type[ConfigT],
+    argv: Sequence[str],
+    *,
+    switches: argparse.ArgumentParser | None = None,
+    problems: Problems | None = None,
 ) -> ConfigT:
     """Read a command line (without the program's name) and the config files it names.
 
-    `switches`: options that the caller has read; `--help` lists them too.
+    Args:
+        switches: options that the caller has read; `--help` lists them too.
+        problems: gets what is wrong, so that the caller can look for more; wrong flags have their defaults then. Missing ones
+            and unreadable files are raised all the same.
 
     Raises:
         UserError: unknown flag or key, missing required flag, wrong type or range, unreadable file.
@@ -162,7 +173,7 @@ def load_config(
     arguments, unknown = _parser(config_class, [] if switches is None else [switches]).parse_known_args(list(argv))
     values = vars(arguments)
     files = values.pop("config_file")
-    problems, given = Problems(), set()
+    report, problems, given = problems is None, problems or Problems(), set()
     config = _fastargs_config(config_class)
     for path in files:
         with problems.caught(), blame("--config-file"):
@@ -175,12 +186,20 @@ def load_config(
         problems.found.append(f"command line: unknown flag {option!r}{_did_you_mean(option.split('=')[0], options)}.")
     values = {name: value for name, value in values.items() if value is not None}
     config.collect(values)
-    _check(config, problems)
-    problems.report()
+    wrong = _check(config, problems)
     sections = {}
     for name, cls in sections_of(config_class):
-        sections[name] = cls(**{f.name: config[(name, f.name)] for f in dataclasses.fields(cls)})
-    return config_class(**sections, given=frozenset(given | values.keys()))
+        fields = dataclasses.fields(cls)
+        sections[name] = cls(
+            **{f.name: f.default if (name, f.name) in wrong else config[(name, f.name)] for f in fields}
+        )
+    loaded = config_class(**sections, given=frozenset(given | values.keys()))
+    # A default in place of a wrong value may not go together with the rest either, which is no news.
+    names = list(map(".".join, wrong))
+    problems.found += [text for text in loaded.problems() if not any(name in text for name in names)]
+    if report:
+        problems.report()
+    return loaded
 
 
 def config_to_dict(config: Any) -> dict[str, dict[str, Any]]:
@@ -210,16 +229,21 @@ def _fastargs_config(config_class: type) -> fastargs.Config:
     return config
 
 
-def _check(config: fastargs.Config, problems: Problems) -> None:
+def _check(config: fastargs.Config, problems: Problems) -> set[tuple[str, str]]:
+    """Note missing and wrong flags; returns the wrong ones. Raises where one is missing."""
     missing = [p for p, param in config.entries.items() if param.required and config.content.get(p) is None]
     if missing:
         names = ", ".join(sorted(map(".".join, missing)))
         problems.found.append(f"{names}: required, but neither given as a flag nor in a config file.")
-    for path in sorted(config.validate(mode="errordict").keys() - set(missing)):
+    wrong = config.validate(mode="errordict").keys() - set(missing)
+    for path in sorted(wrong):
         checker, value = config.entries[path].checker, config.content[path]
         problems.found.append(
             f"{'.'.join(path)}: expected {checker.help()}, got {value!r}{_nearest_choice(checker, value)}."
         )
+    if missing:
+        problems.report()
+    return wrong
 
 
 def converted(section: type, given: Mapping[str, Any]) -> dict[str, Any]:

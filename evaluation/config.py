@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attacks.norms import DEFAULT_EPS, NORMS, check_radius
-from common.errors import UserError, blame
+from common.errors import Problems, UserError, blame
 from common.flags import REQUIRED, Config, converted, flag, read_yaml
 from zoo.description import NetworkDescription
 
@@ -87,27 +87,32 @@ class EvalConfig(Config):
     eval: EvalAttackConfig
 
     def __post_init__(self) -> None:
-        settings = self.eval
+        if self.eval.eps is None:
+            eps = tuple(DEFAULT_EPS[norm] for norm in self.eval.norms)
+            object.__setattr__(self, "eval", dataclasses.replace(self.eval, eps=eps))
+
+    def problems(self) -> list[str]:
+        settings, problems = self.eval, Problems()
         norms, eps = settings.norms, settings.eps
         for name, values in (("norms", norms), ("img_size", settings.img_size), ("model_in", settings.model_in)):
             if len(set(values)) != len(values):
-                raise UserError(f"eval.{name}: expected each value once, got {','.join(map(str, values))}.")
+                problems.found.append(f"eval.{name}: expected each value once, got {','.join(map(str, values))}.")
         if "" in settings.model_in:
-            raise UserError("eval.model_in: expected a file, folder or name, got nothing (an unset shell variable?).")
+            problems.found.append(
+                "eval.model_in: expected a file, folder or name, got nothing (an unset shell variable?)."
+            )
         if not settings.model_in and not settings.models:
-            raise UserError("eval.model_in: required, but neither it nor eval.models is given.")
-        if eps is None:
-            eps = tuple(DEFAULT_EPS[n] for n in norms)
-            object.__setattr__(self, "eval", dataclasses.replace(settings, eps=eps))
-        elif len(eps) != len(norms):
-            raise UserError(
+            problems.found.append("eval.model_in: required, but neither it nor eval.models is given.")
+        if len(eps) != len(norms):
+            problems.found.append(
                 f"eval.eps: expected one radius for each of eval.norms={','.join(norms)}, separated by commas, got {len(eps)}."
             )
         for norm, radius in zip(norms, eps):
-            with blame("eval.eps"):
+            with problems.caught(), blame("eval.eps"):
                 check_radius(norm, radius, size=min(settings.img_size))
         if settings.gpus not in ("auto", "none") and not re.fullmatch(r"\d+(,\d+)*", settings.gpus):
-            raise UserError(f"eval.gpus: expected auto, none, or GPU numbers such as 0,1; got {settings.gpus!r}.")
+            problems.found.append(f"eval.gpus: expected auto, none, or GPU numbers such as 0,1; got {settings.gpus!r}.")
+        return problems.found
 
     def networks(self) -> list[ModelEntry]:
         """The networks of `eval.model_in`, then those of the file `eval.models`; `model.*` flags hold where an entry says nothing.

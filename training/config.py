@@ -271,6 +271,8 @@ class TrainConfig(Config):
             object.__setattr__(self, "data", dataclasses.replace(self.data, num_workers=workers))
         if self.adv.eps is None:
             object.__setattr__(self, "adv", dataclasses.replace(self.adv, eps=DEFAULT_EPS[self.adv.norm]))
+
+    def problems(self) -> list[str]:
         problems = Problems()
         with problems.caught(), blame("adv.eps"):
             check_radius(self.adv.norm, self.adv.eps, size=self.resolution.min_res)
@@ -318,7 +320,7 @@ class TrainConfig(Config):
                 f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; "
                 "give --training.distributed=1."
             )
-        problems.report()
+        return problems.found
 
     @property
     def label_smoothing(self) -> float:

@@ -436,3 +436,29 @@ def test_three_flags_suffice_for_ones_own_images(tmp_path, capsys):
     assert "2 problems:" in problems and "model.num_classes=4" in problems and "training.batch_size" in problems
     assert train.main(["--check", *own, "--model.num_classes=4"]) == 0
     assert train.main([*own, "--model.num_classes=4", "--training.epochs=5", "--validation.adv_n_iter=1"]) == 0
+
+
+def test_all_problems_of_a_command_line_at_once(tmp_path, capsys):
+    """Of single flags, of flags together, of files and names; nothing is written."""
+    argv = [
+        "--adv.attack=apgdd",
+        "--training.epochs=5",
+        "--model.arch=convnet_micro",
+        "--no.such=1",
+        "--dist.world_size=2",
+    ]
+    argv += [f"--data.{name}_dataset={tmp_path}/{name}" for name in ("train", "val")]
+    for more in ([], ["--check"]):
+        assert train.main([*argv, f"--logging.folder={tmp_path}/runs", *more]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        named = [line.split(":")[0].strip() for line in lines[lines.index("error: 7 problems:") + 1 :]]
+        flags = [
+            "adv.attack",
+            "lr.lr_peak_epoch",
+            "dist.world_size",
+            "model.arch",
+            "data.train_dataset",
+            "data.val_dataset",
+        ]
+        assert sorted(named) == sorted(["command line", *flags])
+    assert not (tmp_path / "runs").exists()
