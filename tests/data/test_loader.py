@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.forkserver import SIGNALS
 from data.augment import concatenated
 from data.datasets import open_source
-from data.loader import Batch, EvalLoader, TrainLoader, dead_worker
+from data.loader import Batch, EvalLoader, TrainLoader, _batches_of, dead_worker
 from data.source import Collected, Source, StreamSource
 from data.transforms import eval_transform
 from tests.data import encoded, picture, write_folder
@@ -238,6 +238,20 @@ class Defect(Pictures):
         raise ZeroDivisionError(f"picture {i}")
 
 
+class LateDeath:
+    """A DataLoader whose worker breaks a connection 0.3 s before it ends."""
+
+    num_workers = 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        context = multiprocessing.get_context("fork")
+        context.Process(target=lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGKILL))).start()
+        return map(self.broken, range(1))
+
+    def broken(self, _: int) -> Batch:
+        raise ConnectionResetError("Connection reset by peer")
+
+
 def workers() -> list[psutil.Process]:
     return psutil.Process().children()
 
@@ -287,6 +301,14 @@ class TestDeadWorkers:
             return EvalLoader(source, size=8, batch_size=2, num_workers=2)
 
         assert "is killed by signal: Killed" in death_in(batches, kill=True)
+
+    def test_death_that_shows_after_the_broken_connection_is_told(self) -> None:
+        def read() -> str | None:
+            with pytest.raises(RuntimeError) as caught:
+                list(_batches_of(LateDeath()))
+            return dead_worker(caught.value)
+
+        assert str(in_a_child(read)).endswith("is killed by signal: Killed")
 
     @pytest.mark.parametrize("training", [True, False])
     def test_defect_of_a_worker_is_raised_as_it_is(self, training: bool) -> None:
