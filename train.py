@@ -34,7 +34,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import Problems, UserError
+from common.errors import Problems, UserError, blame, blame_arguments
 from common.flags import load_config
 from common.forkserver import SIGNALS, start_fork_server
 from training.config import TrainConfig
@@ -132,7 +132,7 @@ def check(config: TrainConfig, known: Problems) -> None:
 
     from common.files import writable
     from common.processes import Processes, check_processes, check_rendezvous, under_torchrun
-    from training.build import build_parts
+    from training.build import MODEL_FLAGS, build_parts
     from training.resume import find_start
     from utils_architecture import check_pretrained
     from zoo.names import split_kind
@@ -140,11 +140,13 @@ def check(config: TrainConfig, known: Problems) -> None:
 
     problems, world_size = Problems(), 1
     with problems.caught():
-        world_size = check_processes(config.dist.world_size)
+        with blame("dist.world_size"):
+            world_size = check_processes(config.dist.world_size)
         if config.dist.world_size > 1 and not under_torchrun():
-            check_rendezvous(config.dist.address, config.dist.port)
+            with blame("dist.address, dist.port"):
+                check_rendezvous(config.dist.address, config.dist.port)
     if config.model.pretrained and not config.model.ckpt_path:
-        with problems.caught():
+        with problems.caught(), blame_arguments(MODEL_FLAGS):
             check_pretrained(config.model.arch)
     if config.training.resume not in ("auto", "none"):
         with problems.caught():

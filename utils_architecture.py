@@ -283,13 +283,13 @@ def get_new_model(
     """
     architecture = _find(name)
     if drop_path is not None and not 0 <= drop_path < 1:
-        raise UserError(f"model.drop_path: expected a rate in [0, 1), got {drop_path}.")
+        raise UserError(f"drop_path: expected a rate in [0, 1), got {drop_path}.")
     if updated:
         architecture = _widened(name, architecture)
     stem = architecture.conv_stem
     if not_original and stem is None:
         with_stem = ", ".join(key for key, entry in ARCHITECTURES.items() if entry.conv_stem)
-        raise UserError(f"model.not_original: {name!r} has no ConvStem; those that have one: {with_stem}.")
+        raise UserError(f"not_original: {name!r} has no ConvStem; those that have one: {with_stem}.")
     if pretrained:
         check_pretrained(name)
     arguments = dict(architecture.options, num_classes=num_classes)
@@ -315,8 +315,7 @@ def check_pretrained(name: str) -> None:
     """
     if not _find(name).pretrained:
         raise UserError(
-            f"model.pretrained: no published weights exist for {name!r}; give --model.pretrained=0, and a "
-            "checkpoint with --model.ckpt_path if there is one."
+            f"pretrained: no published weights exist for {name!r}; turn it off, and start from a checkpoint if there is one."
         )
 
 
@@ -333,7 +332,7 @@ def _find(name: str) -> Architecture:
         candidates = [TIMM_PREFIX + known for known in timm.list_models()]
     nearest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"model.arch: expected one of {', '.join(ARCHITECTURES)}, or {TIMM_PREFIX}<name known to timm>; "
+        f"arch: expected one of {', '.join(ARCHITECTURES)}, or {TIMM_PREFIX}<name known to timm>; "
         f"got {name!r}. The nearest name is {nearest!r}."
     )
 
@@ -344,9 +343,7 @@ def _timm_architecture(name: str, timm_name: str) -> Architecture:
     except RuntimeError as error:  # the part after the dot is not a tag
         base = timm_name.split(".")[0]
         tags = ", ".join(TIMM_PREFIX + known for known in timm.list_pretrained(base)) or "none"
-        raise UserError(
-            f"model.arch: {name!r} asks for weights timm does not list; listed for {base!r}: {tags}."
-        ) from error
+        raise UserError(f"arch: {name!r} asks for weights timm does not list; listed for {base!r}: {tags}.") from error
     # Other families with a fixed image size (Swin, for one) take the size, but cannot change it later.
     is_vit = is_model_in_modules(timm_name.split(".")[0], {"vision_transformer", "deit"})
     return Architecture(
@@ -363,7 +360,7 @@ def _widened(name: str, architecture: Architecture) -> Architecture:
     dim = architecture.updated_dim
     if dim is None:
         having = ", ".join(key for key, entry in ARCHITECTURES.items() if entry.updated_dim)
-        raise UserError(f"model.updated: {name!r} has no updated variant; those that have one: {having}.")
+        raise UserError(f"updated: {name!r} has no updated variant; those that have one: {having}.")
     options = {**architecture.options, "dim": dim}
     return replace(architecture, options=options, conv_stem=replace(architecture.conv_stem, out_channels=dim))
 
@@ -380,14 +377,13 @@ def _build(
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
-        raise UserError(f"model.drop_path: {name!r} has no stochastic depth; leave the flag out.") from error
+        raise UserError(f"drop_path: {name!r} has no stochastic depth; leave it out.") from error
     except OSError as error:  # what every failed download is: no network, no such host, no such file
         if not pretrained:
             raise
         raise UserError(
-            f"model.pretrained: the weights {builder!r} of {name!r} are not in the local cache and could not be "
-            "downloaded. Connect to the network once, or avoid the download: --model.pretrained=0 starts from "
-            f"random weights, with --model.ckpt_path from a checkpoint. The download said: {error}"
+            f"pretrained: the weights {builder!r} of {name!r} are not in the local cache and could not be downloaded. Connect to "
+            f"the network once, or turn it off, to start from random weights or a checkpoint. The download said: {error}"
         ) from error
 
 
@@ -412,8 +408,8 @@ def _check_plain(file: str, timm_name: str) -> None:
         torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"model.pretrained: the published weights of {timm_name!r} ({file}) hold Python objects or code, which are never "
-            "loaded. Give --model.pretrained=0, or other weights with --model.ckpt_path."
+            f"pretrained: the published weights of {timm_name!r} ({file}) hold Python objects or code, which are never loaded. "
+            "Turn it off, or start from a checkpoint."
         ) from error
 
 
@@ -421,9 +417,7 @@ def _check_patches(name: str, model: nn.Module, img_size: int) -> None:
     """UserError if the patches of a vision transformer do not tile the image; timm would drop what is left."""
     embed = getattr(model, "patch_embed", None)
     if isinstance(embed, PatchEmbed) and img_size % embed.patch_size[0]:
-        raise UserError(
-            f"image size: {name!r} takes multiples of its patch size, {embed.patch_size[0]}; got {img_size}."
-        )
+        raise UserError(f"img_size: {name!r} takes multiples of its patch size, {embed.patch_size[0]}; got {img_size}.")
 
 
 # ---------------------------------------------------------------------------------------------- around models

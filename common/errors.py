@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -47,6 +47,16 @@ def blame(flag: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(*(f"{flag}: {problem}" for problem in error.args)) from error
+
+
+@contextmanager
+def blame_arguments(flags: Mapping[str, str]) -> Iterator[None]:
+    """Put the flag for the argument that a problem of a `UserError` begins with; `flags`: argument → flag."""
+    try:
+        yield
+    except UserError as error:
+        parts = [str(problem).partition(":") for problem in error.args]
+        raise UserError(*(flags.get(name, name) + colon + rest for name, colon, rest in parts)) from error
 
 
 def cause_of(error: BaseException) -> str:

@@ -188,8 +188,7 @@ class Processes:
         if not silent:
             return LostProcess(f"the connection between the {self.world_size} processes broke ({error}).")
         return LostProcess(
-            f"process {silent} of {self.world_size} does not answer: it died, hangs (dist.timeout_minutes) or is cut off "
-            f"({error})."
+            f"process {silent} of {self.world_size} does not answer: it died, hangs or is cut off ({error})."
         )
 
     def _connect_again(self) -> dist.Store:
@@ -247,13 +246,11 @@ def check_processes(world_size: int) -> int:
     if under_torchrun():
         started = int(os.environ["WORLD_SIZE"])
         if world_size not in (1, started):
-            raise UserError(
-                f"dist.world_size: {world_size} was asked for, but the launcher started {started} processes; leave it out."
-            )
+            raise UserError(f"{world_size} was asked for, but the launcher started {started} processes; leave it out.")
         total, world_size = started, int(os.environ.get("LOCAL_WORLD_SIZE", started))
     gpus = usable_gpus()
     if gpus and world_size > gpus:
-        raise UserError(f"dist.world_size: {world_size} processes need as many GPUs on this machine, {gpus} visible.")
+        raise UserError(f"{world_size} processes need as many GPUs on this machine, {gpus} visible.")
     return total
 
 
@@ -275,7 +272,7 @@ def _listener(address: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise UserError(
-            f"dist.address, dist.port: the first process cannot listen on {address}:{port} ({error.strerror or error}); "
+            f"the first process cannot listen on {address}:{port} ({error.strerror or error}); "
             "expected an address of this machine and a free port."
         ) from error
     return listener

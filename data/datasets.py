@@ -79,7 +79,7 @@ def open_source(
     if not in_memory:
         return source
     if isinstance(source, StreamSource):
-        raise UserError(f"{spec} is a stream, which cannot be kept in memory. Use data.in_memory=0 or a folder.")
+        raise UserError(f"{spec} is a stream, which cannot be kept in memory. Use a folder, or leave in_memory off.")
     return load_into_memory(source, request, once=once, progress=progress)
 
 
@@ -131,7 +131,7 @@ def _open_torchvision(request: Request) -> Source:
         dataset = create_dataset(request.spec, root=request.root or ".", split=request.split_name)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"expected a data set that timm knows as {request.spec}, downloaded to data.root ({request.root or '.'}); "
+            f"expected a data set that timm knows as {request.spec}, downloaded to root ({request.root or '.'}); "
             f"its split {request.split_name} cannot be opened ({error})."
         ) from error
     return _Torchvision(request.spec, dataset)

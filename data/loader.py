@@ -125,13 +125,13 @@ class TrainLoader:
         self.steps_per_epoch = len(source) // global_batch
         if not self.steps_per_epoch:
             raise UserError(
-                f"training.batch_size: a step takes {global_batch} images ({batch_size} × {accum} micro-batches × "
+                f"batch_size: a step takes {global_batch} images ({batch_size} × {accum} micro-batches × "
                 f"{world_size} processes), expected at most the {len(source)} of the training set."
             )
         readers = world_size * max(num_workers, 1)
         if isinstance(source, StreamSource) and source.shards is not None and source.shards < readers:
             raise UserError(
-                f"data.num_workers: {source.spec} has {source.shards} shards, expected at least one for each of the "
+                f"num_workers: {source.spec} has {source.shards} shards, expected at least one for each of the "
                 f"{readers} loading processes ({max(num_workers, 1)} × {world_size} processes)."
             )
         self.repeatable_for_any_workers = not isinstance(source, StreamSource)
@@ -164,8 +164,8 @@ class TrainLoader:
         for batch in _batches_of(self._images):
             if len(batch.y) < self._batch_size:
                 name, reason = batch.failures[-1]
-                count = f"{_MAX_REPLACEMENTS} images in a row"
-                raise UserError(f"data.train_dataset: {count} cannot be decoded, the last is {name} ({reason}).")
+                count = f"{_MAX_REPLACEMENTS} training images in a row"
+                raise UserError(f"{count} cannot be decoded, the last is {name} ({reason}).")
             yield batch
 
     def close(self) -> None:

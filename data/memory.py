@@ -95,7 +95,7 @@ def load_into_memory(source: Source, request: Request, *, once: Once, progress: 
     except OSError as error:
         raise UserError(
             f"the images that another process of this machine keeps in memory ({path}) cannot be opened ({error.strerror}); the "
-            "processes have to run as one user, in one container. Use data.in_memory=0."
+            "processes have to run as one user, in one container. Otherwise leave in_memory off."
         ) from error
     return MemorySource(source, file)
 
@@ -149,7 +149,7 @@ def _check_memory(size: int, request: Request) -> None:
             f"{amount / 2**30:.2f} GiB of {where}" for where, amount in available.items() if amount < np.inf
         )
         raise UserError(
-            f"keeping {request.spec} in memory needs {size / 2**30:.2f} GiB, available are {free}. Use data.in_memory=0."
+            f"keeping {request.spec} in memory needs {size / 2**30:.2f} GiB, available are {free}. Leave in_memory off."
         )
 
 

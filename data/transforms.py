@@ -161,8 +161,6 @@ class Mixup:
             UserError: B is odd.
         """
         if len(x) % 2:
-            raise UserError(
-                f"training.batch_size: expected an even number, as mixup pairs the images of a batch, got {len(x)}."
-            )
+            raise UserError(f"expected an even number of images, as mixup pairs those of a batch, got {len(x)}.")
         with seeded("mixup", seed, step, block):
             return self._mix(x.clone(), y)  # timm mixes in place

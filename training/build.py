@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import Problems, UserError, blame
+from common.errors import Problems, UserError, blame, blame_arguments
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.datasets import open_source
@@ -23,11 +23,15 @@ from training.schedule import resolution_at_epoch
 from training.shortcuts import asked_for, trim_last_block
 from training.state import TrainState
 from training.surgery import checkpoint_blocks, freeze_parameters
+from zoo.description import DESCRIPTION
 from zoo.loading import load_weights, read_weights
 from zoo.models import build_model
 from zoo.names import locate, split_kind
 
 AnySource = Source | StreamSource
+# Argument of a network → flag that it comes from.
+MODEL_FLAGS = {name: f"{section}.{name}" for name, (section, _) in DESCRIPTION.items()}
+MODEL_FLAGS |= {name: f"model.{name}" for name in ("pretrained", "drop_path")}
 
 
 @dataclass(frozen=True)
@@ -110,22 +114,24 @@ def build_train_loader(
     config: TrainConfig, source: AnySource, processes: Processes, *, accum: int | None = None
 ) -> TrainLoader:
     """Training batches of this process; `accum` replaces `training.grad_accum`."""
-    return TrainLoader(
-        source,
-        augmentation=config.data.augmentations,
-        pipeline=config.data.pipeline,
-        # Nothing is trained on with eval_only, which may come with any batch size.
-        batch_size=1 if config.training.eval_only else config.training.batch_size,
-        accum=accum or config.training.grad_accum,
-        seed=config.data.seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        num_workers=config.data.num_workers,
-        min_scale=config.data.min_scale,
-        flip=config.data.flip,
-        crop_pct=config.validation.crop_pct,
-        pin_memory=processes.device.type == "cuda",
-    )
+    flags = {"batch_size": "training.batch_size", "num_workers": "data.num_workers"}
+    with blame_arguments(flags):
+        return TrainLoader(
+            source,
+            augmentation=config.data.augmentations,
+            pipeline=config.data.pipeline,
+            # Nothing is trained on with eval_only, which may come with any batch size.
+            batch_size=1 if config.training.eval_only else config.training.batch_size,
+            accum=accum or config.training.grad_accum,
+            seed=config.data.seed,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            num_workers=config.data.num_workers,
+            min_scale=config.data.min_scale,
+            flip=config.data.flip,
+            crop_pct=config.validation.crop_pct,
+            pin_memory=processes.device.type == "cuda",
+        )
 
 
 def build_mixup(config: TrainConfig) -> Mixup | None:
@@ -144,17 +150,18 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
     m, training = config.model, config.training
     if training.precision == "tf32" and not torch.cuda.is_available():  # --check builds on the CPU
         raise UserError("training.precision: tf32 is arithmetic of NVIDIA GPUs, and there is none; give fp32 or bf16.")
-    model = build_model(
-        m.arch,
-        # Weights that ckpt_path replaces need no download.
-        pretrained=initial and m.pretrained and not m.ckpt_path,
-        not_original=m.not_original,
-        updated=m.updated,
-        num_classes=m.num_classes,
-        drop_path=m.drop_path,
-        use_blurpool=training.use_blurpool,
-        add_normalization=m.add_normalization,
-    )
+    with blame_arguments(MODEL_FLAGS):
+        model = build_model(
+            m.arch,
+            # Weights that ckpt_path replaces need no download.
+            pretrained=initial and m.pretrained and not m.ckpt_path,
+            not_original=m.not_original,
+            updated=m.updated,
+            num_classes=m.num_classes,
+            drop_path=m.drop_path,
+            use_blurpool=training.use_blurpool,
+            add_normalization=m.add_normalization,
+        )
     if initial and m.ckpt_path:
         with blame("model.ckpt_path"):
             path = initial_weights(m.ckpt_path, processes)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from common.errors import UserError, describe
+from common.errors import UserError, blame, describe
 from common.forkserver import SIGNALS, end_children, settle, start_fork_server
 from common.processes import (
     TIMEOUT,
@@ -65,7 +65,8 @@ def launch(main: Main, config: Any, *, world_size: int, address: str, port: int,
     Raises:
         UserError: too many processes, an address that cannot be listened on; where there are no others, also from `main`.
     """
-    check_processes(world_size)
+    with blame("dist.world_size"):
+        check_processes(world_size)
     try:
         if under_torchrun():
             with joined(timeout=timeout) as processes:
@@ -73,7 +74,9 @@ def launch(main: Main, config: Any, *, world_size: int, address: str, port: int,
         elif world_size == 1:
             main(config, Processes.alone())
         else:
-            return _start(main, config, world_size, open_store(address, port, timeout), timeout)
+            with blame("dist.address, dist.port"):
+                store = open_store(address, port, timeout)
+            return _start(main, config, world_size, store, timeout)
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

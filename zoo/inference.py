@@ -114,21 +114,21 @@ def check_description(
         known = f"fits {arch}" if arch is not None else "fits a known architecture"
         raise UserError(
             f"{source} does not fit: nothing in it {known}. Nearest is {nearest}, but {listed(problems)}. Other models "
-            "of timm are loaded with --model.arch=timm_<name>."
+            "of timm have the arch timm_<name>."
         )
     wrong = [
-        f"model.{name} asks for {int(value) if isinstance(value, bool) else value}"
+        f"{name} asks for {int(value) if isinstance(value, bool) else value}"
         for name in ("arch", "not_original", "updated", "num_classes")
         if (value := asked.get(name)) is not None and value != getattr(found, name)
     ]
     if found.add_normalization and asked.get("add_normalization") is False:
-        wrong.append("model.add_normalization asks for 0")
+        wrong.append("add_normalization asks for 0")
     if wrong:
         raise UserError(f"{source} does not fit: it is {found}; {', '.join(wrong)} ({by}).")
     if not found.alike:
         raise UserError(
             f"{source} fits {' and '.join(found.candidates)}, which have the same weights and compute different "
-            "things; expected --model.arch to say which."
+            "things; expected arch to say which."
         )
     return found
 

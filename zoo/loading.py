@@ -126,7 +126,7 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
     normalized = has_normalizer(model)
     if weights.normalizer is not None and not normalized:
         raise UserError(
-            f"{source} holds an input normaliser (mean and std), the model has none; give --model.add_normalization=1."
+            f"{source} holds an input normaliser (mean and std), the model has none; build it with add_normalization."
         )
     network = model.model if normalized else model
     expected, grid = network.state_dict(), position_grid(network)
@@ -134,8 +134,7 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
     if problems:
         raise UserError(
             f"{source} does not fit the model ({len(expected)} tensors expected, {len(weights.network)} found): "
-            f"{listed(problems)}. Do model.arch, model.not_original, model.updated and model.num_classes "
-            "describe this checkpoint?"
+            f"{listed(problems)}. Do arch, not_original, updated and num_classes describe this checkpoint?"
         )
     # Such weights come from a run that diverged or a damaged file; they would show as the accuracy of a guess.
     broken = [name for name, value in weights.network.items() if not value.isfinite().all()]

@@ -34,7 +34,7 @@ def build_model(
     """
     if arch.startswith(ROBUSTBENCH_PREFIX):
         if pretrained or not_original or updated or use_blurpool or num_classes != 1000:
-            raise UserError(f"model.arch: {arch} is as RobustBench builds it; expected no other model.* flags.")
+            raise UserError(f"arch: {arch} is as RobustBench builds it; expected nothing else that describes a model.")
         return robustbench_architecture(arch.removeprefix(ROBUSTBENCH_PREFIX))
     model = get_new_model(
         arch,
@@ -66,8 +66,8 @@ def add_blurpool(model: nn.Module) -> nn.Module:
     ]
     if not strided:
         raise UserError(
-            "training.use_blurpool: expected a model with strided convolutions of at least 16 input channels, got "
-            "one without (a ViT with PatchStem has none); leave the flag out."
+            "use_blurpool: expected a model with strided convolutions of at least 16 input channels, got one without (a ViT "
+            "with PatchStem has none); leave it out."
         )
     for conv in strided:
         if not hasattr(conv, "blur_kernel"):

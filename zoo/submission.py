@@ -34,7 +34,7 @@ def check_report(report: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: expected the report.json of an evaluation.")
     wrong = []
     if list(report["attacks"] or ()) != ["apgd-ce", "apgd-t", "fab-t", "square"]:
-        wrong.append("all four attacks (eval.fullaa=1)")
+        wrong.append("all four attacks of AutoAttack")
     if report["norm"] != "Linf" or abs(report["eps"] - 4 / 255) > 1e-9:
         wrong.append(f"Linf with radius 4/255, not {report['norm']} {report['eps']:g}")
     if report["n"] != 5000:

@@ -154,7 +154,7 @@ class TestOrder:
         assert together(basic(Pictures(12)).epoch(0, 4)).index.tolist() == [9, 3, 4, 11, 7, 5, 2, 0, 6, 8, 10, 1]
 
     def test_too_few_images(self) -> None:
-        with pytest.raises(UserError, match="training.batch_size: .*12 images .*2 × 3 .* 2 processes.*11 of"):
+        with pytest.raises(UserError, match="^batch_size: .*12 images .*2 × 3 .* 2 processes.*11 of"):
             basic(Pictures(11), world_size=2, accum=3)
 
 
@@ -400,7 +400,7 @@ class TestBrokenImages:
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_nothing_but_broken_ones(self, workers: int) -> None:
-        with pytest.raises(UserError, match="64 images in a row cannot be decoded.*picture .*not an image"):
+        with pytest.raises(UserError, match="64 training images in a row cannot be decoded.*picture .*not an image"):
             list(basic(Pictures(4, broken=range(4)), num_workers=workers).epoch(0, 8))
 
     def test_a_batch_of_an_evaluation_may_become_empty(self) -> None:
@@ -551,7 +551,7 @@ class TestStreams:
         assert batch.y.tolist() == list(range(23, -1, -1))
 
     def test_errors(self, source: StreamSource, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"data.num_workers: .*4 shards.*6 loading processes \(3 × 2 processes\)"):
+        with pytest.raises(UserError, match=r"^num_workers: .*4 shards.*6 loading processes \(3 × 2 processes\)"):
             basic(source, num_workers=3, world_size=2)
         with pytest.raises(ValueError, match="no indices"):
             EvalLoader(source, size=8, batch_size=2).batches([1])

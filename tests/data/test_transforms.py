@@ -234,7 +234,7 @@ class TestMixup:
 
     def test_odd_batch(self) -> None:
         x, y = self.batch()
-        with pytest.raises(UserError, match="training.batch_size: expected an even number.*got 5"):
+        with pytest.raises(UserError, match="expected an even number.*got 5"):
             Mixup(num_classes=self.CLASSES, label_smoothing=0.0)(x[:5], y[:5], seed=0, step=0, block=0)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

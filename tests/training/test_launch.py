@@ -156,7 +156,7 @@ def test_started_processes_share_and_listen_on_loopback_only(tmp_path, monkeypat
         (
             "hangs",
             1,
-            "error: process 1 of 2 does not answer: it died, hangs (dist.timeout_minutes) or is cut off (Runtime",
+            "error: process 1 of 2 does not answer: it died, hangs or is cut off (Runtime",
         ),
         ("bad input", 2, "error: data.train_dataset: there is none."),
         ("bad input in one", 2, "error: data.train_dataset: there is none."),

@@ -360,8 +360,10 @@ WRONG = {
     "raw not there": Wrong(lambda: {"ema": state()}, ("expected raw weights", "only ema"), which="raw"),
     "two models": Wrong(lambda: {"model": state(), "state_dict": state()}, ("one model, found 2", "state_dict, model")),
     # weights of something else
-    "other architecture": Wrong(lambda: state(arch="convnext_iso_micro"), ("does not fit", "instead of", "model.arch")),
-    "other stem": Wrong(lambda: state(not_original=False), ("stem.stem.0.weight is missing", "model.not_original")),
+    "other architecture": Wrong(
+        lambda: state(arch="convnext_iso_micro"), ("does not fit", "instead of", "Do arch, not_original")
+    ),
+    "other stem": Wrong(lambda: state(not_original=False), ("stem.stem.0.weight is missing", "not_original")),
     "other classes": Wrong(lambda: state(num_classes=10), ("head.fc.weight is [10, 112] instead of [4, 112]",)),
     "missing": Wrong(lambda: changed(head__fc__bias=None), ("head.fc.bias is missing",)),
     "surplus": Wrong(lambda: changed(surplus=torch.zeros(1)), ("surplus is unexpected",)),
@@ -399,7 +401,7 @@ WRONG = {
         lambda: changed(head__fc__bias=torch.full((4,), math.inf)), ("values that are not finite: head.fc.bias",)
     ),
     # normalisers
-    "normaliser for a model without": Wrong(lambda: normalizer(THREE, THREE), ("model.add_normalization=1",)),
+    "normaliser for a model without": Wrong(lambda: normalizer(THREE, THREE), ("build it with add_normalization",)),
     "half a normaliser": Wrong(lambda: normalizer(mean=THREE), ("normalize.mean and no normalize.std",)),
     "other half": Wrong(lambda: normalizer(std=THREE), ("normalize.std and no normalize.mean",)),
     "two normalisers": Wrong(
@@ -500,7 +502,7 @@ def test_description_comes_from_the_run(images, tmp_path):
     assert trained.description["arch"] == "convnext_micro" and trained.description["not_original"] is True
     assert trained.description["num_classes"] == 4 and not trained.model.training
     assert torch.equal(trained.model.state_dict()["normalize.mean"], outcome.weights["normalize.mean"])
-    with pytest.raises(UserError, match="model.not_original"):
+    with pytest.raises(UserError, match="not_original asks for 0"):
         load_trained(outcome.folder, NetworkDescription(not_original=False))
     with pytest.raises(UserError, match="weights_<epoch>"):
         load_trained(tmp_path, NetworkDescription())
@@ -511,7 +513,7 @@ def test_run_that_says_something_else(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps({"model": {"arch": "vit_micro", "num_classes": 1000}}))
     with pytest.raises(UserError) as error:
         load_trained(tmp_path, NetworkDescription())
-    for words in ("it is convnext_micro with ConvStem and 4 classes", "model.arch asks for vit_micro", "params.json"):
+    for words in ("it is convnext_micro with ConvStem and 4 classes", "arch asks for vit_micro", "params.json"):
         assert words in str(error.value)
     trained = load_trained(tmp_path, NetworkDescription(arch="convnext_micro", num_classes=4))
     assert trained.description["arch"] == "convnext_micro"  # flags come first
