@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
             print(find_folder(config)[0])
             return 0
         if "check" in asked or problems.found:
-            check(config, problems)
+            check(config, problems.found)
             return 0
         dist = config.dist
         if dist.world_size > 1 and "RANK" not in os.environ:
@@ -124,9 +124,9 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
         raise SystemExit(3) from error
 
 
-def check(config: TrainConfig, known: Problems) -> None:
-    """Raise a UserError with the problems that are known, and with those that starting this run would meet: data folders, classes,
-    architecture, weights, the state that `training.resume` names, processes.
+def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
+    """Raise a UserError with the problems that are `known` and with those that starting this run would meet: data folders,
+    classes, architecture, weights, the state that `training.resume` names, processes.
     """
     import torch
 
@@ -161,12 +161,11 @@ def check(config: TrainConfig, known: Problems) -> None:
     )
     with problems.caught():
         build_parts(quick, Processes(rank=0, world_size=world_size, device=torch.device("cpu")))
-    told = {problem.split(":")[0] for problem in known.found}
-    known.found += [problem for problem in problems.found if problem.split(":")[0] not in told]
-    if not known.found:
-        with writable("logging.folder", folder := Path(config.logging.folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-    known.report()
+    told = {problem.split(":")[0] for problem in known}
+    problems.found = [*known, *(problem for problem in problems.found if problem.split(":")[0] not in told)]
+    problems.report()
+    with writable("logging.folder", folder := Path(config.logging.folder)):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def draw_curves(log: Path, picture: Path) -> None:
     records = read_log(log, "epoch")
     figure = Figure(figsize=(12, 3.6))
     # A layout engine takes as long as the drawing.
-    figure.subplots_adjust(left=0.05, right=0.985, bottom=0.14, top=0.91, wspace=0.25)
+    figure.subplots_adjust(left=0.05, right=0.985, bottom=0.14, top=0.91, wspace=0.3)
     FigureCanvasAgg(figure)
     for axes, (title, curves) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
         for key, label in curves:
@@ -39,7 +39,7 @@ def draw_curves(log: Path, picture: Path) -> None:
             if points:
                 axes.plot(*zip(*points), marker="o", markersize=3, label=label)
         axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
