@@ -104,11 +104,14 @@ def checksum(path: Path) -> list[float]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_golden_curve_has_not_moved(name, tmp_path):
+    """Images are resampled in float32, whose last digit is another with AVX2 than with AVX-512: losses then differ by up to 4e-8,
+    and sums of weights in which most cancels by up to 1e-6.
+    """
     expected = json.loads(GOLDEN.read_text())[name]
     found = curve(name, tmp_path)
     assert found.keys() == expected.keys() and len(found["losses"]) == STEPS
     for key, values in expected.items():
-        assert found[key] == pytest.approx(values, rel=1e-9, abs=0), key
+        assert found[key] == pytest.approx(values, rel=1e-6 if key == "losses" else 1e-5, abs=0), key
 
 
 if __name__ == "__main__":
