@@ -9,35 +9,18 @@ neither, nothing is met.
 
 from __future__ import annotations
 
-import importlib
 import sys
-from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+
+from common.provenance import installed_version
 
 OLDEST_PYTHON = (3, 10)
-
-
-def packaging_requirements() -> ModuleType:
-    """The module `packaging.requirements`, or pip's copy of it. Raises ImportError if there is neither."""
-    try:
-        return importlib.import_module("packaging.requirements")
-    except ImportError:
-        return importlib.import_module("pip._vendor.packaging.requirements")
 
 
 def read_requirements(path: Path) -> list[str]:
     """The requirements of a file in pip's format, one string each, without comments and empty lines."""
     lines = (line.split("#", maxsplit=1)[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line]
-
-
-def installed_version(name: str) -> str | None:
-    """The version of the distribution `name`; None if it is not installed, or not completely."""
-    try:
-        return metadata.metadata(name).get("Version")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def unmet_requirements(lines: list[str]) -> list[str]:
@@ -47,12 +30,15 @@ def unmet_requirements(lines: list[str]) -> list[str]:
     versions, as vendors' builds of PyTorch carry such numbers (`2.7.0a0+...` meets `torch>=2.6`).
     """
     try:
-        packaging = packaging_requirements()
+        from packaging.requirements import Requirement
     except ImportError:
-        return ["neither packaging nor pip is installed"]
+        try:
+            from pip._vendor.packaging.requirements import Requirement
+        except ImportError:
+            return ["neither packaging nor pip is installed"]
     problems = []
     for line in lines:
-        requirement = packaging.Requirement(line)
+        requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate():
             continue
         version = installed_version(requirement.name)

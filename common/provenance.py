@@ -21,30 +21,25 @@ def provenance() -> dict[str, Any]:
     """Commit (with "+changes" where files differ from it), versions, devices, command line and time of this process."""
     import torch  # command lines need the constants of this module alone
 
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    else:
+        devices = [f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"]
     return {
         "command": [sys.executable, *sys.argv],
         "commit": commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed_version(name)) is not None},
-        "devices": devices(),
+        "devices": devices,
         "threads": torch.get_num_threads(),
     }
 
 
-def devices() -> list[str]:
-    """Names of the visible GPUs, or the processor and its number of cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"]
-
-
 def installed_version(package: str) -> str | None:
-    """Version of an installed package, None where it is not installed."""
+    """Version of an installed package; None where it is not installed, or not completely."""
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.metadata(package).get("Version")
     except importlib.metadata.PackageNotFoundError:
         return None
 
