@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -72,50 +73,38 @@ class Config:
 
 
 def _number(text: Any) -> float:
-    if isinstance(text, bool):
-        raise ValueError
     value = float(Fraction(text.replace(" ", ""))) if isinstance(text, str) and "/" in text else float(text)
     if not math.isfinite(value):
         raise ValueError
     return value
 
 
-def _integer(text: Any) -> int:
-    if isinstance(text, (bool, float)):
-        raise ValueError
-    return int(text)
-
-
 def _switch(text: Any) -> bool:
     return {"0": False, "1": True, "false": False, "true": True}[str(text).lower()]
 
 
-def _string(text: Any) -> str:
-    if isinstance(text, (bool, dict, list)):
-        raise ValueError
-    return str(text)
-
-
+# Type of a flag → what makes one of text or a YAML value, YAML's types that it must not take, what messages call it.
 _SCALARS = {
-    int: (_integer, "an integer"),
-    float: (_number, "a number or a fraction such as 4/255"),
-    bool: (_switch, "0 or 1"),
-    str: (_string, "text"),
+    int: (int, (bool, float), "an integer"),
+    float: (_number, bool, "a number or a fraction such as 4/255"),
+    bool: (_switch, (), "0 or 1"),
+    str: (str, (bool, dict, list), "text"),
 }
+# Name of a bound → what messages call it, whether a value keeps it.
+_BOUNDS = {"above": ("above", operator.gt), "at_least": ("at least", operator.ge), "at_most": ("at most", operator.le)}
 
 
 class _FlagChecker(fastargs.validation.Checker):
     """A flag's check in fastargs' form: converts text or YAML values to the field's type and holds its bounds."""
 
     def __init__(self, annotation: Any, meta: typing.Mapping[str, Any]) -> None:
-        options = [a for a in typing.get_args(annotation) if a is not types.NoneType]
-        self.optional = isinstance(
-            annotation, types.UnionType
-        )  # a file may leave it empty: unset has a meaning of its own
+        # "… | None": a file may leave it empty, as unset has a meaning of its own.
+        self.optional = isinstance(annotation, types.UnionType)
         if self.optional:
-            annotation = options[0]
+            annotation = typing.get_args(annotation)[0]
         self.many = typing.get_origin(annotation) is tuple
-        self.convert, self.kind = _SCALARS[typing.get_args(annotation)[0] if self.many else annotation]
+        scalar = typing.get_args(annotation)[0] if self.many else annotation
+        self.convert, self.refused, self.kind = _SCALARS[scalar]
         self.meta = meta
 
     def check(self, value: Any) -> Any:
@@ -128,25 +117,20 @@ class _FlagChecker(fastargs.validation.Checker):
         meta = self.meta
         if "1" in (meta["choices"] or ()):  # a switch with more values
             value = {"true": "1", "false": "0"}.get(str(value).lower(), value)
+        if isinstance(value, self.refused):
+            raise ValueError
         result = self.convert(value)
         if meta["choices"] is not None and result not in meta["choices"]:
             raise ValueError
-        if meta["at_least"] is not None and result < meta["at_least"]:
-            raise ValueError
-        if meta["at_most"] is not None and result > meta["at_most"]:
-            raise ValueError
-        if meta["above"] is not None and result <= meta["above"]:
+        if not all(keeps(result, meta[key]) for key, (_, keeps) in _BOUNDS.items() if meta[key] is not None):
             raise ValueError
         return result
 
     def help(self) -> str:
         meta = self.meta
         words = [f"one of {', '.join(meta['choices'])}" if meta["choices"] else self.kind]
-        words += [f"{word} {meta[key]:g}" for key, word in _BOUND_WORDS.items() if meta[key] is not None]
+        words += [f"{word} {meta[key]:g}" for key, (word, _) in _BOUNDS.items() if meta[key] is not None]
         return ("a comma-separated list, each " if self.many else "") + ", ".join(words)
-
-
-_BOUND_WORDS = {"above": "above", "at_least": "at least", "at_most": "at most"}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -303,13 +287,11 @@ def _parser(config_class: type, parents: list[argparse.ArgumentParser]) -> argpa
 
 
 def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return str(int(default))
+    if default is None:
+        return "unset"
     if isinstance(default, tuple):
         return ",".join(map(str, default)) or "empty"
-    return (
-        {None: "unset", "": "empty"}.get(default, default) if isinstance(default, (str, type(None))) else str(default)
-    )
+    return str(int(default) if isinstance(default, bool) else default) or "empty"
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
