@@ -132,6 +132,11 @@ class _FlagChecker(fastargs.validation.Checker):
         words += [f"{word} {meta[key]:g}" for key, (word, _) in _BOUNDS.items() if meta[key] is not None]
         return ("a comma-separated list, each " if self.many else "") + ", ".join(words)
 
+    def complaint(self, value: Any) -> str:
+        """What is said of a value that `check` refuses."""
+        near = difflib.get_close_matches(str(value), self.meta["choices"] or (), n=1, cutoff=0.3)
+        return f"expected {self.help()}, got {value!r}{f' (did you mean {near[0]}?)' if near else ''}."
+
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -154,21 +159,19 @@ def load_config(
         UserError: unknown flag or key, missing required flag, wrong type or range, unreadable file.
         SystemExit: status 0 after `--help`.
     """
-    arguments, unknown = _parser(config_class, [] if switches is None else [switches]).parse_known_args(list(argv))
-    values = vars(arguments)
-    files = values.pop("config_file")
-    report, problems, given = problems is None, problems or Problems(), set()
     config = _fastargs_config(config_class)
-    for path in files:
+    arguments, unknown = _parser(config, config_class.__doc__, switches).parse_known_args(list(argv))
+    values = vars(arguments)
+    report, problems, given = problems is None, problems or Problems(), set()
+    for path in values.pop("config_file", []):
         with problems.caught(), blame("--config-file"):
             content, named = _read_config_file(Path(path), config)
             config.collect(content)
             given |= named
     problems.report()  # else what the file gives would be called missing
     for option in unknown[:1]:  # what follows may be its value
-        options = ["--config-file", *(f"--{name}" for name in values)]
+        options = ["--config-file", *(f"--{'.'.join(path)}" for path in config.entries)]
         problems.found.append(f"command line: unknown flag {option!r}{_did_you_mean(option.split('=')[0], options)}.")
-    values = {name: value for name, value in values.items() if value is not None}
     config.collect(values)
     wrong = _check(config, problems)
     sections = {}
@@ -199,18 +202,21 @@ def sections_of(config_class: type) -> list[tuple[str, type]]:
 def _fastargs_config(config_class: type) -> fastargs.Config:
     config = fastargs.Config()
     for name, cls in sections_of(config_class):
-        hints = typing.get_type_hints(cls)
-        params = {
-            f.name: fastargs.Param(
-                _FlagChecker(hints[f.name], f.metadata),
-                f.metadata["help"],
-                default=None if f.default is REQUIRED else f.default,
-                required=f.default is REQUIRED,
-            )
-            for f in dataclasses.fields(cls)
-        }
-        fastargs.Section(name, cls.__doc__, config_descriptor=config).params(**params)
+        fastargs.Section(name, cls.__doc__, config_descriptor=config).params(**_params(cls))
     return config
+
+
+def _params(section: type) -> dict[str, fastargs.Param]:
+    hints = typing.get_type_hints(section)
+    return {
+        f.name: fastargs.Param(
+            _FlagChecker(hints[f.name], f.metadata),
+            f.metadata["help"],
+            default=None if f.default is REQUIRED else f.default,
+            required=f.default is REQUIRED,
+        )
+        for f in dataclasses.fields(section)
+    }
 
 
 def _check(config: fastargs.Config, problems: Problems) -> set[tuple[str, str]]:
@@ -221,10 +227,7 @@ def _check(config: fastargs.Config, problems: Problems) -> set[tuple[str, str]]:
         problems.found.append(f"{names}: required, but neither given as a flag nor in a config file.")
     wrong = config.validate(mode="errordict").keys() - set(missing)
     for path in sorted(wrong):
-        checker, value = config.entries[path].checker, config.content[path]
-        problems.found.append(
-            f"{'.'.join(path)}: expected {checker.help()}, got {value!r}{_nearest_choice(checker, value)}."
-        )
+        problems.found.append(f"{'.'.join(path)}: {config.entries[path].checker.complaint(config.content[path])}")
     if missing:
         problems.report()
     return wrong
@@ -236,22 +239,16 @@ def converted(section: type, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: an unknown key, a wrong type or range.
     """
-    hints = typing.get_type_hints(section)
-    checks = {f.name: _FlagChecker(hints[f.name], f.metadata) for f in dataclasses.fields(section)}
+    params = _params(section)
     values = {}
     for key, value in given.items():
-        if key not in checks:
-            raise UserError(f"unknown key {key!r}{_did_you_mean(str(key), list(checks))}.")
+        if key not in params:
+            raise UserError(f"unknown key {key!r}{_did_you_mean(str(key), list(params))}.")
         try:
-            values[key] = checks[key].check(value)
+            values[key] = params[key].checker.check(value)
         except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise UserError(f"{key}: expected {checks[key].help()}, got {value!r}.") from error
+            raise UserError(f"{key}: {params[key].checker.complaint(value)}") from error
     return values
-
-
-def _nearest_choice(checker: _FlagChecker, value: Any) -> str:
-    near = difflib.get_close_matches(str(value), checker.meta["choices"] or (), n=1, cutoff=0.3)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -259,30 +256,26 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}.")
 
 
-def _parser(config_class: type, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def _parser(
+    config: fastargs.Config, description: str | None, switches: argparse.ArgumentParser | None
+) -> argparse.ArgumentParser:
     parser = _Parser(
         usage="%(prog)s [--config-file FILE] [--section.name=value …]",
-        description=config_class.__doc__,
+        description=description,
         allow_abbrev=False,
-        parents=parents,
+        argument_default=argparse.SUPPRESS,  # the result holds what was given alone
+        parents=[] if switches is None else [switches],
     )
     parser.add_argument(
-        "--config-file",
-        "-C",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="YAML or JSON file of flags; may be repeated",
+        "--config-file", "-C", action="append", metavar="FILE", help="YAML or JSON file of flags; may be repeated"
     )
-    for name, cls in sections_of(config_class):
-        group = parser.add_argument_group(name, cls.__doc__)
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            default = "required" if f.default is REQUIRED else f"default {_shown(f.default)}"
-            text = f"{f.metadata['help']} ({_FlagChecker(hints[f.name], f.metadata).help()}; {default})".replace(
-                "%", "%%"
-            )
-            group.add_argument(f"--{name}.{f.name}", metavar="V", help=text)
+    for section, paths in config.sections_to_entries.items():
+        group = parser.add_argument_group(".".join(section), config.sections[section].desc)
+        for path in paths:
+            param = config.entries[path]
+            default = "required" if param.required else f"default {_shown(param.default)}"
+            text = f"{param.desc} ({param.checker.help()}; {default})"
+            group.add_argument(f"--{'.'.join(path)}", metavar="V", help=text.replace("%", "%%"))
     return parser
 
 
@@ -326,34 +319,33 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: expected YAML or JSON; {' '.join(str(error).split())}.") from error
 
 
-def _read_config_file(path: Path, config: fastargs.Config) -> tuple[dict[str, Any], frozenset[str]]:
+def _read_config_file(path: Path, config: fastargs.Config) -> tuple[dict[str, Any], set[str]]:
     """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed.
 
     Also the names of those that a person gave: a run's params.json holds all flags.
     """
     content = read_yaml(path)
     if content is None:
-        return {}, frozenset()
+        return {}, set()
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections with flags, got {type(content).__name__}.")
     provenance = content.pop(PROVENANCE_KEY, None)
-    checkers = {".".join(name): param.checker for name, param in config.entries.items()}
+    params = {".".join(name): param for name, param in config.entries.items()}
     values: dict[str, Any] = {}
     for section, flags in content.items():
-        if flags is None and any(name.startswith(f"{section}.") for name in checkers):
+        if flags is None and (section,) in config.sections:
             continue  # a section whose flags are all commented out
         values.update(
             {f"{section}.{k}": v for k, v in flags.items()} if isinstance(flags, dict) else {str(section): flags}
         )
     for name, value in values.items():
-        if name not in checkers:
-            raise UserError(f"{path}: unknown key {name!r}{_did_you_mean(name, list(checkers))}.")
-        if (value is None and not checkers[name].optional) or isinstance(value, dict):
+        if name not in params:
+            raise UserError(f"{path}: unknown key {name!r}{_did_you_mean(name, list(params))}.")
+        if (value is None and not params[name].checker.optional) or isinstance(value, dict):
             raise UserError(f"{path}: {name} has no value; expected one, or no such line.")
     if provenance is None:
-        return values, frozenset(values)
+        return values, set(values)
     # What differs from a default was given, or is what the run made of its device; where there is no default, of its machine.
-    defaults = {".".join(name): param.default for name, param in config.entries.items()}
-    given = {name for name, value in values.items() if defaults[name] is not None and value != defaults[name]}
+    given = {name for name, value in values.items() if params[name].default not in (None, value)}
     given |= set(provenance.get("given", ())) if isinstance(provenance, dict) else set()
     return values, values.keys() & given
