@@ -119,14 +119,9 @@ class Processes:
         Raises:
             UserError: that process met one; on all of them.
         """
-        result = problem = None
-        if self.is_first:
-            try:
-                result = action()
-            except UserError as error:
-                problem = error.args
-        if (problem := self.gather(problem)[0]) is not None:
-            raise UserError(*problem)
+        result, problems = _attempt(action) if self.is_first else (None, ())
+        if problems := self.gather(problems)[0]:
+            raise UserError(*problems)
         return result
 
     def once_here(self, name: str, action: Callable[[], str]) -> str:
@@ -139,19 +134,13 @@ class Processes:
             return action()
         place = local_rank() if under_torchrun() else self.rank
         key = f"once/{name}/{self.rank - place}"
-        if place:
-            while not self.store.check([key]):
-                time.sleep(STORE_POLL_SECONDS)
-            done, text = json.loads(self.store.get(key))
-            if not done:
-                raise UserError(text)
-            return text
-        try:
-            result = action()
-        except UserError as error:
-            self.store.set(key, json.dumps([False, str(error)]))
-            raise
-        self.store.set(key, json.dumps([True, result]))
+        if place == 0:
+            self.store.set(key, json.dumps(_attempt(action)))
+        while not self.store.check([key]):
+            time.sleep(STORE_POLL_SECONDS)
+        result, problems = json.loads(self.store.get(key))
+        if problems:
+            raise UserError(*problems)
         return result
 
     def lost(self, error: Exception) -> LostProcess | None:
@@ -174,21 +163,21 @@ class Processes:
             return None if own else LostProcess(unreachable)
 
     def _find_lost(self, store: dist.Store, error: str) -> LostProcess:
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        answers: dict[int, tuple[bool, str]] = {}
+        silent = [rank for rank in range(self.world_size) if rank != self.rank]
         end = time.monotonic() + ANSWER_SECONDS
-        while len(answers) < len(others) and time.monotonic() < end:
-            for rank in others:
-                if rank not in answers and store.check([f"failed/{rank}"]):
-                    answers[rank] = json.loads(store.get(f"failed/{rank}"))
-                    if answers[rank][0]:
-                        return LostProcess(f"{answers[rank][1]}.", failed=True)
+        while silent and time.monotonic() < end:
+            for rank in list(silent):
+                if store.check([f"failed/{rank}"]):
+                    own, text = json.loads(store.get(f"failed/{rank}"))
+                    if own:
+                        return LostProcess(f"{text}.", failed=True)
+                    silent.remove(rank)
             time.sleep(STORE_POLL_SECONDS)
-        silent = ", ".join(str(rank) for rank in others if rank not in answers)
         if not silent:
             return LostProcess(f"the connection between the {self.world_size} processes broke ({error}).")
+        ranks = ", ".join(map(str, silent))
         return LostProcess(
-            f"process {silent} of {self.world_size} does not answer: it died, hangs or is cut off ({error})."
+            f"process {ranks} of {self.world_size} does not answer: it died, hangs or is cut off ({error})."
         )
 
     def _connect_again(self) -> dist.Store:
@@ -214,6 +203,14 @@ class Processes:
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # they are the same everywhere: constants, and statistics that training averages
             )
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
+    """The result of `action`, and the problems of the `UserError` that it met instead."""
+    try:
+        return action(), ()
+    except UserError as error:
+        return None, error.args
 
 
 def is_of_the_engine(error: Exception) -> bool:
