@@ -322,16 +322,14 @@ def joined(
     Raises:
         LostProcess: a collective failed.
     """
-    if store is None and not under_torchrun():
-        yield Processes.alone(device)
-        return
     if store is None:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not under_torchrun():
+            yield Processes.alone(device)
+            return
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = _of_this_attempt(store)
     device = device or _device(local_rank() if under_torchrun() else rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if store is None:
-        store, rank, world_size = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-        store = _of_this_attempt(store)
     bound = {"device_id": device} if backend == "nccl" else {}  # else barriers guess it, with a warning
     processes = Processes(rank=rank, world_size=world_size, device=device, store=store)
     try:
