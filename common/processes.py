@@ -253,26 +253,24 @@ def check_processes(world_size: int) -> int:
 
 def check_rendezvous(address: str, port: int) -> None:
     """Refuse an address the store cannot listen on, which would otherwise show as a time-out of all."""
-    _listener(address, port).close()
+    with _listener(address, port):
+        pass
 
 
-def _listener(address: str, port: int) -> socket.socket:
-    """A socket bound to this address alone."""
+@contextmanager
+def _listener(address: str, port: int) -> Iterator[socket.socket]:
+    """A socket bound to this address alone; closed afterwards, unless it was detached."""
     try:
         family, _, _, _, numeric = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family)
-        try:
+        with socket.socket(family) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(numeric)
-        except OSError:
-            listener.close()
-            raise
+            yield listener
     except OSError as error:
         raise UserError(
             f"the first process cannot listen on {address}:{port} ({error.strerror or error}); "
             "expected an address of this machine and a free port."
         ) from error
-    return listener
 
 
 def open_store(address: str, port: int, timeout: timedelta) -> dist.Store:
@@ -281,11 +279,11 @@ def open_store(address: str, port: int, timeout: timedelta) -> dist.Store:
     Raises:
         UserError: it cannot.
     """
-    listener = _listener(address, port)
-    host, port = listener.getsockname()[:2]
-    return dist.TCPStore(
-        host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
-    )
+    with _listener(address, port) as listener:
+        host, port = listener.getsockname()[:2]
+        return dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+        )
 
 
 def connect_store(host: str, port: int, timeout: timedelta) -> dist.Store:
