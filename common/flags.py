@@ -220,7 +220,7 @@ def _params(section: type) -> dict[str, fastargs.Param]:
 
 
 def _check(config: fastargs.Config, problems: Problems) -> set[tuple[str, str]]:
-    """Note missing and wrong flags; returns the wrong ones. Raises where one is missing."""
+    """Note missing and wrong flags; returns the wrong ones. Raises where one that has no default is either."""
     missing = [p for p, param in config.entries.items() if param.required and config.content.get(p) is None]
     if missing:
         names = ", ".join(sorted(map(".".join, missing)))
@@ -228,7 +228,7 @@ def _check(config: fastargs.Config, problems: Problems) -> set[tuple[str, str]]:
     wrong = config.validate(mode="errordict").keys() - set(missing)
     for path in sorted(wrong):
         problems.found.append(f"{'.'.join(path)}: {config.entries[path].checker.complaint(config.content[path])}")
-    if missing:
+    if missing or any(config.entries[path].required for path in wrong):
         problems.report()
     return wrong
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import train
-from common.errors import UserError
+from common.errors import Problems, UserError
 from common.flags import config_to_dict, load_config
 from evaluation.config import EvalConfig
 from training.config import TrainConfig, harmless_flags
@@ -118,6 +118,13 @@ def test_refused(flags, words):
 def test_required_flags():
     with pytest.raises(UserError, match="data.train_dataset, data.val_dataset.*required"):
         load_config(TrainConfig, [])
+
+
+def test_a_wrong_required_flag_ends_the_check_of_the_rest(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("data: {train_dataset: a, val_dataset: [b]}")
+    with pytest.raises(UserError, match=r"^data.val_dataset: expected text, got \['b'\].$"):
+        load_config(TrainConfig, ["--config-file", str(file)], problems=Problems())
 
 
 def test_environment_is_not_read(monkeypatch):
