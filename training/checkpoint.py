@@ -10,13 +10,13 @@ import threading
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from common.errors import UserError, cause_of
 from common.files import damaged_record, writable, write_atomically
@@ -33,13 +33,11 @@ class DamagedState(UserError):
         self.path, self.reason = path, reason
 
 
-@dataclass(frozen=True)
-class Write:
-    """What became of one write: the state's step, why it failed (None: it is on disk), and the seconds it took."""
+class Write(NamedTuple):
+    """What became of one write: the state's step, and why it failed (None: it is on disk)."""
 
     step: int
     error: str | None
-    seconds: float
 
 
 class StateFiles:
@@ -78,27 +76,25 @@ class StateFiles:
 
     def wait(self) -> None:
         """Return when no write is running."""
-        if self._writer is not None and self._writer.is_alive():
+        if self._writer is not None:
             self._writer.join()
-        self._writer = None
 
     def outcomes(self) -> list[Write]:
         """The writes that ended since the last call, oldest first."""
         return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
     def _write(self, state: dict[str, Any]) -> None:
-        started = time.perf_counter()
+        error = None
         try:
             self._replace_last(state)
-            error = None
         except Exception as failure:  # nobody is above this thread to catch it: the outcome carries it
             error = cause_of(failure)
-        self._outcomes.append(Write(state["step"], error, time.perf_counter() - started))
+        self._outcomes.append(Write(state["step"], error))
 
     def _replace_last(self, state: dict[str, Any]) -> None:
-        for name, tensor in _tensors(state, "state"):
-            if not _is_finite(tensor):
-                raise ValueError(f"{name} holds NaN or infinity, which is no state to go back to")
+        for place, value in tree_flatten_with_path(state)[0]:
+            if isinstance(value, Tensor) and not _is_finite(value):
+                raise ValueError(f"state{keystr(place)} holds NaN or infinity, which is no state to go back to")
         new, last = self.folder / _NEXT, self.folder / LAST
         try:
             write_atomically(new, lambda file: torch.save(state, file))
@@ -244,14 +240,6 @@ def _checked(value: Any, name: str) -> Any:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"{name}: expected a tensor or a plain value, got {kind}")
     return value
-
-
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, (dict, list, tuple)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(item, f"{name}[{key!r}]")
 
 
 def _is_finite(tensor: Tensor) -> bool:
