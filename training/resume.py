@@ -60,10 +60,9 @@ class Start:
     def hold(self) -> None:
         """Keep other runs out of the run folder, which is made where there is none; without effect where that is so already."""
         if self.lock is None:
-            with writable("logging.folder", self.folder):
+            with writable("logging.folder", self.folder), blame("logging.folder"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with blame("logging.folder"):
-                    self.lock = take_folder(self.folder)
+                self.lock = take_folder(self.folder)
 
     def release(self) -> None:
         """Let other runs into the folder."""
@@ -81,44 +80,30 @@ def begin(config: TrainConfig, processes: Processes) -> Start:
         UserError: as `find_start`, or another run is working in the folder.
     """
     start = processes.on_first(lambda: _take(config)) or Start()
-    shared = processes.broadcast(
-        {
-            "state": start.state,
-            "source": start.source and str(start.source),
-            "own": start.own,
-            "finished": start.finished,
-        }
-    )
-    if processes.is_first:
-        return start
-    return Start(shared["state"], shared["source"] and Path(shared["source"]), shared["own"], shared["finished"])
+    shared = processes.broadcast((start.state, start.source, start.own, start.finished))
+    return start if processes.is_first else Start(*shared)
 
 
 def _take(config: TrainConfig) -> Start:
     folder, note = find_folder(config)
-    start = _take_folder(config, folder)
-    start.folder = folder
-    start.notes[:0] = [note] if note and not start.finished else []
-    return start
-
-
-def _take_folder(config: TrainConfig, folder: Path) -> Start:
-    if not folder.is_dir():
-        return find_start(config, folder)
-    with writable("logging.folder", folder):
-        with blame("logging.folder"):
+    lock = None
+    if folder.is_dir():
+        with writable("logging.folder", folder), blame("logging.folder"):
             lock = take_folder(folder, patience=PATIENCE)
-        (folder / STOP_FILE).unlink(missing_ok=True)  # meant for a run before this one
+            (folder / STOP_FILE).unlink(missing_ok=True)  # meant for a run before this one
     try:
         start = find_start(config, folder)
     except UserError as error:
-        if config.training.resume == "auto" and not is_finished(folder):
-            mark_status(folder, "failed", str(error))
-        lock.close()
+        if lock is not None:
+            if config.training.resume == "auto" and not is_finished(folder):
+                mark_status(folder, "failed", str(error))
+            lock.close()
         raise
-    start.lock = lock
-    if start.own and not start.finished:
-        mark_status(folder, "running")
+    start.folder, start.lock = folder, lock
+    if not start.finished:
+        start.notes[:0] = [note] if note else []
+        if start.own:
+            mark_status(folder, "running")
     return start
 
 
@@ -133,19 +118,14 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
         return Start()
     if asked == "auto":
         return _own_start(config, folder)
-    if folder.is_dir() and (own := newest_state(folder)) is not None:
-        _check_keys(own[0], own[1])
-        if own[0]["run"]["origin"] == asked.rstrip("/"):  # the same command once more
-            return _own_start(config, folder)
+    found = _newest(folder)
+    if found is not None and found[0]["run"]["origin"] == asked.rstrip("/"):  # the same command once more
+        return _own_start(config, folder)
     path = Path(asked)
-    if path.is_dir():
-        found = newest_state(path)
-        if found is None:
-            raise UserError(f"training.resume: expected a run folder with {LAST} or a state file, got {path}.")
-        state, source, notes = found
-    else:
-        state, source, notes = _read(path), path, []
-    _check_keys(state, source)
+    found = _newest(path) if path.is_dir() else (_read(path), path, [])
+    if found is None:
+        raise UserError(f"training.resume: expected a run folder with {LAST} or a state file, got {path}.")
+    state, source, notes = found
     changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
     if changed and not config.training.resume_force:
         raise UserError(
@@ -173,11 +153,10 @@ def _own_start(config: TrainConfig, folder: Path) -> Start:
                 notes=[f"{folder} is finished with other flags ({'; '.join(changed)}), so this run starts anew"]
             )
         return Start(own=True, finished=True)
-    found = newest_state(folder) if folder.is_dir() else None
+    found = _newest(folder)
     if found is None:
         return Start()
     state, source, notes = found
-    _check_keys(state, source)
     changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
     if changed and not config.training.resume_force:
         return Start(notes=[*notes, f"{source} is of other flags ({'; '.join(changed)}), so this run starts anew"])
@@ -209,9 +188,16 @@ def _changed_since_finished(folder: Path, config: TrainConfig) -> list[str]:
     return []
 
 
+def _newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
+    found = newest_state(folder)
+    if found is not None:
+        _check_keys(found[0], found[1])
+    return found
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_state(path)
+        state = read_state(path)
     except DamagedState as error:
         raise UserError(f"training.resume: {error}") from error
     except OSError as error:
@@ -219,11 +205,12 @@ def _read(path: Path) -> dict[str, Any]:
             f"training.resume: expected auto, none, a run folder or a state file ({LAST}, {PREVIOUS}), got {path} "
             f"({error.strerror or error})."
         ) from error
+    _check_keys(state, path)
+    return state
 
 
-def _check_keys(state: Any, source: Path) -> None:
-    missing = STATE_KEYS - state.keys() if isinstance(state, dict) else STATE_KEYS
-    if missing:
+def _check_keys(state: Mapping[str, Any], source: Path) -> None:
+    if missing := STATE_KEYS - state.keys():
         raise UserError(
             f"training.resume: {source} is no training state (it lacks {', '.join(sorted(missing))}); expected {LAST} or "
             f"{PREVIOUS} of a run folder. Weights alone go to --model.ckpt_path."
@@ -262,7 +249,6 @@ def check_run(
     now: Mapping[str, Any],
     *,
     config: TrainConfig,
-    start: Start,
     any_workers: bool,
     on_cpu: bool,
 ) -> list[str]:
@@ -276,7 +262,7 @@ def check_run(
         Sentences for the user.
 
     Raises:
-        UserError: they differ, without `training.resume_force`; or the state has all epochs behind it.
+        UserError: they differ, without `training.resume_force`.
     """
     notes, differences = [], other_images(run, now)
     if not any_workers and run["readers"] != now["readers"]:

@@ -70,7 +70,13 @@ class Trainer:
         notes = [*start.notes, *config.notes_for(processes.device.type)]
         self.progress = Progress()
         if self.resumes:
-            notes += self._check(saved["run"])
+            notes += check_run(
+                saved["run"],
+                self._run_facts(),
+                config=config,
+                any_workers=self.loader.repeatable_for_any_workers,
+                on_cpu=processes.device.type == "cpu",
+            )
             self.progress = restore(saved, self.state, steps_per_epoch=self.loader.steps_per_epoch, source=start.source)
         self.stop_request = StopRequest(
             processes,
@@ -387,17 +393,6 @@ class Trainer:
         for note in notes:
             warn(note)
         return folder
-
-    def _check(self, run: dict[str, Any]) -> list[str]:
-        """Hold what a training state says of its run against this start; returns sentences for the user."""
-        return check_run(
-            run,
-            self._run_facts(),
-            config=self.config,
-            start=self.start,
-            any_workers=self.loader.repeatable_for_any_workers,
-            on_cpu=self.processes.device.type == "cpu",
-        )
 
     def _run_facts(self) -> dict[str, Any]:
         """What a later start is checked against, beside the flags."""
