@@ -22,6 +22,7 @@ from training.optim import build_optimizer
 from training.schedule import resolution_at_epoch
 from training.shortcuts import asked_for, trim_last_block
 from training.state import TrainState
+from training.step import image_dtype
 from training.surgery import checkpoint_blocks, freeze_parameters
 from zoo.description import DESCRIPTION
 from zoo.loading import load_weights, read_weights
@@ -172,9 +173,8 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
         trim_last_block(model)
     if training.grad_checkpointing:
         checkpoint_blocks(model)
-    dtype = torch.float64 if training.precision == "fp64" else torch.float32
     memory_format = torch.channels_last if config.misc.use_channel_last else torch.contiguous_format
-    model = model.to(processes.device, dtype, memory_format=memory_format)
+    model = model.to(processes.device, image_dtype(training.precision), memory_format=memory_format)
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, arch=m.arch, training=training),

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +17,14 @@ from attacks.losses import cross_entropy
 from attacks.registry import ATTACKS, build_attack
 from common.processes import Processes
 from data.loader import Batch
-from data.prefetch import finish_augmentation
 from training.config import TrainConfig
+from training.console import warn
 from training.shortcuts import asked_for, change_in_training, places_again
 from training.state import TrainState
-from training.step import autocast, image_dtype
+from training.step import autocast, on_device
 
+# Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
+SETTINGS = {"dynamic": False, "options": {"fallback_random": True}}
 # Of a network: two an image size (the attack with and without gradient; training with all images and with few). Beyond PyTorch's
 # own limit of 8 it would run uncompiled.
 MAX_GRAPHS = 64
@@ -61,16 +61,7 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
         _stay_uncompiled(state, config, processes, size=size)
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
-    # Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
-    settings = {"dynamic": False, "options": {"fallback_random": True}}
-
-    def compile_attacked() -> None:
-        state.attacked = torch.compile(frozen_twin(state.model), **settings)
-
-    def compile_trained() -> None:
-        state.parallel = processes.parallel(torch.compile(state.model, **settings))
-
-    _rehearse_or_stay_uncompiled(state, config, processes, size=size, before=(compile_attacked, compile_trained))
+    _compile_or_stay_uncompiled(state, config, processes, size=size)
 
 
 def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> bool:
@@ -80,41 +71,39 @@ def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes
         return False
     x = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     x[2] *= 0.3
-    batch = Batch(x=x, y=x, index=x, failures=[])
-    x = finish_augmentation(
-        batch, device=device, dtype=image_dtype(precision), channels_last=config.misc.use_channel_last
-    )
+    x, _ = on_device(Batch(x=x, y=x, index=x, failures=[]), config, device)
     with autocast(device, precision):
         change = change_in_training(state.model, x)
     change = next((found for found in processes.gather(change) if found is not None), None)
     if change and asked == "1" and processes.is_first:
-        print(
-            f"warning: training.reuse_forward: training has a forward pass of its own: the network {change}.",
-            file=sys.stderr,
-        )
+        warn(f"training.reuse_forward: training has a forward pass of its own: the network {change}.")
     return change is None
 
 
 def prepare_size(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
     """Before the first step at another image size: compile for it, where `prepare_networks` has compiled. Fails as that does."""
     if state.attacked is not state.model:
-        _rehearse_or_stay_uncompiled(state, config, processes, size=size)
+        _compile_or_stay_uncompiled(state, config, processes, size=size)
 
 
-def _rehearse_or_stay_uncompiled(
-    state: TrainState,
-    config: TrainConfig,
-    processes: Processes,
-    *,
-    size: int,
-    before: tuple[Callable[[], None], Callable[[], None]] = (lambda: None, lambda: None),
-) -> None:
+def _compile_or_stay_uncompiled(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
+    """Compile the networks that are not yet, each by calling it as a step does."""
+
+    def compile_attacked() -> None:
+        if state.attacked is state.model:
+            state.attacked = torch.compile(frozen_twin(state.model), **SETTINGS)
+        _rehearse_attack(state, config, processes, size=size)
+
+    def compile_trained() -> None:
+        if state.parallel is state.model:
+            state.parallel = processes.parallel(torch.compile(state.model, **SETTINGS))
+        _rehearse_training(state, config, processes, size=size)
+
     # The attack needs no other process. So one that cannot compile says so before the others wait for its gradients.
-    for make, rehearse in zip(before, (_rehearse_attack, _rehearse_training)):
+    for compile_one in (compile_attacked, compile_trained):
         problem = None
         try:
-            make()
-            rehearse(state, config, processes, size=size)
+            compile_one()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -123,7 +112,7 @@ def _rehearse_or_stay_uncompiled(
         problems = [found for found in processes.gather(problem) if found is not None]
         if problems:
             if processes.is_first:
-                print(f"warning: training.compile: training runs uncompiled: {problems[0]}", file=sys.stderr)
+                warn(f"training.compile: training runs uncompiled: {problems[0]}")
             _stay_uncompiled(state, config, processes, size=size)
             return
 
@@ -171,9 +160,6 @@ def _rehearse_training(state: TrainState, config: TrainConfig, processes: Proces
 
 def _black(config: TrainConfig, processes: Processes, *, size: int) -> tuple[Tensor, Tensor]:
     """Images and labels of one micro-batch."""
-    y = torch.zeros(config.training.batch_size, dtype=torch.int64, device=processes.device)
+    y = torch.zeros(config.training.batch_size, dtype=torch.int64)
     batch = Batch(x=torch.zeros(len(y), 3, size, size), y=y, index=y, failures=[])
-    precision, channels_last = config.training.precision, config.misc.use_channel_last
-    return finish_augmentation(
-        batch, device=processes.device, dtype=image_dtype(precision), channels_last=channels_last
-    ), y
+    return on_device(batch, config, processes.device)

@@ -28,8 +28,15 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 def image_dtype(precision: str) -> torch.dtype:
-    """Of the images that a network in this precision is given; autocast lowers it inside."""
+    """Of a network's weights and of the images that it is given; autocast lowers it inside."""
     return torch.float64 if precision == "fp64" else torch.float32
+
+
+def on_device(batch: Batch, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images, as a network of the run is given them, and labels."""
+    dtype, channels_last = image_dtype(config.training.precision), config.misc.use_channel_last
+    x = finish_augmentation(batch, device=device, dtype=dtype, channels_last=channels_last)
+    return x, batch.y.to(device, non_blocking=True)
 
 
 def train_step(
@@ -71,7 +78,6 @@ def train_step(
         On the device, float64 (2,): mean loss of this process, which may be non-finite, and 1 where the step was skipped, else 0.
     """
     precision, device = config.training.precision, processes.device
-    dtype = image_dtype(precision)
     statistics = [(buffer, buffer.clone()) for buffer in state.statistics]
     state.model.train()
     for group in state.optimizer.param_groups:
@@ -81,8 +87,7 @@ def train_step(
         block = i * processes.world_size + processes.rank
         # Drop path and random starts draw from here: a function of the step, not of what ran before.
         torch.manual_seed(derive_seed("step", config.data.seed, state.step, block))
-        x = finish_augmentation(batch, device=device, dtype=dtype, channels_last=config.misc.use_channel_last)
-        y = batch.y.to(device, non_blocking=True)
+        x, y = on_device(batch, config, device)
         if mixup is not None:
             x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)
         last = i + 1 == len(batches)

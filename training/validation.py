@@ -14,10 +14,9 @@ from common.precision import float32_matmul
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.loader import EvalLoader, spread_indices
-from data.prefetch import finish_augmentation
 from data.source import Source, StreamSource
 from training.config import TrainConfig
-from training.step import autocast, image_dtype
+from training.step import autocast, on_device
 from training.stop import StopRequest
 
 PREFIX = {"raw": "", "ema": "ema_"}  # kind of network → beginning of its numbers' names
@@ -147,13 +146,7 @@ class Validator:
                 self.warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
             if len(batch.y):
                 # A network trained in float64 is validated in it, whatever the precision asked for.
-                x = finish_augmentation(
-                    batch,
-                    device=device,
-                    dtype=image_dtype(self.config.training.precision),
-                    channels_last=self.config.misc.use_channel_last,
-                )
-                y = batch.y.to(device, non_blocking=True)
+                x, y = on_device(batch, self.config, device)
                 with float32_matmul(tf32=precision == "tf32"), autocast(device, precision):
                     for name, value in measure(x, y).items():
                         sums[name] = sums.get(name, 0) + value.double()

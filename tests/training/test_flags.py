@@ -265,11 +265,11 @@ def test_in_memory_survives_the_loss_of_the_files(tmp_path, during_steps, capsys
 
 
 def test_validation_batch_size_and_resolution(images, tmp_path, monkeypatch):
-    shapes, original = [], training.validation.finish_augmentation
+    shapes, original = [], training.validation.on_device
     monkeypatch.setattr(
         training.validation,
-        "finish_augmentation",
-        lambda batch, **kw: (shapes.append(tuple(batch.x.shape)), original(batch, **kw))[1],
+        "on_device",
+        lambda batch, *args: (shapes.append(tuple(batch.x.shape)), original(batch, *args))[1],
     )
     flags = base_flags(images, tmp_path) | {"training.eval_only": 1}
     run(flags)

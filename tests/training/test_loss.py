@@ -229,7 +229,7 @@ def test_a_network_that_cannot_be_tried_has_a_pass_of_its_own():
 def test_on_a_gpu_only_where_asked_for(monkeypatch):
     """It was not measured there: the one number that is read lets a GPU wait."""
     monkeypatch.setattr(training.compiled, "change_in_training", lambda model, x: None)
-    monkeypatch.setattr(training.compiled, "finish_augmentation", lambda batch, **_: batch.x)
+    monkeypatch.setattr(training.compiled, "on_device", lambda batch, *_: (batch.x, batch.y))
     gpu = Processes(rank=0, world_size=1, device=torch.device("cuda"))
     for processes, value, expected in [
         (ALONE, "auto", True),
