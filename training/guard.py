@@ -29,7 +29,6 @@ class Guard:
     def __init__(self, config: TrainConfig, progress: Progress, *, warn: Callable[[str], None]) -> None:
         self.config, self.progress, self.warn = config, progress, warn
         self._bad_losses: deque[tuple[int, float]] = deque(maxlen=5)  # steps skipped since the last good one
-        self._watch = OverfittingWatch(chance=1 / config.model.num_classes)
 
     def count(self, synced: Synced) -> None:
         """Take in the steps of a sync."""
@@ -71,8 +70,8 @@ class Guard:
 
         `metrics` of an epoch's validation, with the accuracies under both attacks on `images` images.
         """
-        self._watch.load_state_dict(self.progress.watch or {"best": None})
+        watch = OverfittingWatch(chance=1 / self.config.model.num_classes, best=self.progress.watch.get("best"))
         weak, strong = metrics["train_attack_top1"], metrics["adv_top1"]
-        found = self._watch.update(epoch=epoch, strong=strong, weak=weak, n=images)
-        self.progress.watch = self._watch.state_dict()
+        found = watch.update(epoch=epoch, strong=strong, weak=weak, n=images)
+        self.progress.watch = {"best": watch.best}
         return found

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -51,19 +52,15 @@ class Meter:
 
     def __init__(self, processes: Processes, progress: Progress, *, warn: Callable[[str], None]) -> None:
         self.processes, self.progress, self.warn = processes, progress, warn
-        self._pending: list[tuple[dict[str, Any], Tensor]] = []
-        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._waited, self._since, self._due = 0.0, 0.0, 1
         self._syncs, self._steady_steps, self._steady_seconds = 0, 0, 0.0
         self._speed_taken = False
-        self._bad: set[str] = set()  # images of this epoch that cannot be decoded
-        self._bad_synced = 0
+        self.start_epoch()
 
     def start_epoch(self) -> None:
         """Forget what is left of the epoch before."""
-        self._pending.clear()
-        self._gaps.clear()
-        self._bad.clear()
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # in which the GPU waited for a batch
+        self._bad: set[str] = set()  # images of this epoch that cannot be decoded
         self._waited, self._since, self._due, self._bad_synced = 0.0, time.perf_counter(), 1, 0
 
     @contextmanager
@@ -72,7 +69,9 @@ class Meter:
 
         The batches' generators are closed afterwards in any case: an error would keep them, and with them the loader's workers.
         """
-        groups = self._groups(prefetch(self._timed(batches), self.processes.device, self._note_gap), accum)
+        groups = self._groups(
+            prefetch(self._timed(batches), self.processes.device, lambda *gap: self._gaps.append(gap)), accum
+        )
         with closing(groups):
             yield groups
 
@@ -146,20 +145,12 @@ class Meter:
             yield batch
 
     def _groups(self, batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-        group: list[Batch] = []
-        for batch in batches:
-            for name, reason in batch.failures:
+        while len(group := list(islice(batches, size))) == size:
+            for name, reason in chain.from_iterable(batch.failures for batch in group):
                 if name not in self._bad:
                     self.warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
                 self._bad.add(name)
-            group.append(batch)
-            if len(group) == size:
-                yield group
-                group = []
-
-    def _note_gap(self, before: torch.cuda.Event, after: torch.cuda.Event) -> None:
-        """The GPU waits for a batch from `before` to `after`; see `data.prefetch.prefetch`."""
-        self._gaps.append((before, after))
+            yield group
 
     def _take_waited(self) -> float:
         """Seconds waited for batches since the last call, as far as the GPU has come."""

@@ -28,14 +28,14 @@ class OverfittingWatch:
 
     Args:
         chance: accuracy of guessing, 1 / classes.
+        best: the attribute of the watch that this one goes on for.
 
     Attributes:
-        best: epoch, strong and weak of the best epoch so far; None before the first.
+        best: epoch, strong and weak of the best epoch so far, plain values; None before the first.
     """
 
-    def __init__(self, *, chance: float = 0.0) -> None:
-        self.chance = chance
-        self.best: dict[str, Any] | None = None
+    def __init__(self, *, chance: float, best: dict[str, Any] | None = None) -> None:
+        self.chance, self.best = chance, best
 
     def update(self, *, epoch: int, strong: float, weak: float, n: int) -> str | None:
         """Take in one validated epoch.
@@ -65,14 +65,6 @@ class OverfittingWatch:
             f"{best['strong']:.1%} (epoch {best['epoch']}) to {strong:.1%}, while that under the training attack went from "
             f"{best['weak']:.1%} to {weak:.1%}."
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes: plain values."""
-        return {"best": self.best and dict(self.best)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.best = state["best"] and dict(state["best"])
 
 
 def _standard_error(share: float, *, n: int) -> float:

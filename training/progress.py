@@ -17,7 +17,7 @@ class Progress:
             images met, steps skipped.
         bad_in_a_row: steps skipped since the last good one.
         best: network → {"epoch", "value"}: its best robust (clean training: clean) accuracy so far.
-        watch: state of the `OverfittingWatch`.
+        watch: {"best": that of the `OverfittingWatch`}, once there was one.
     """
 
     epochs_done: int = 0

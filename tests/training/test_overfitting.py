@@ -179,11 +179,10 @@ def test_a_run_that_never_was_robust_is_silent():
 def test_state_goes_on_where_it_was():
     curve = collapse(before=3)
     for cut in range(len(curve) + 1):
-        watch, successor = OverfittingWatch(chance=0.1), OverfittingWatch(chance=0.1)
+        watch = OverfittingWatch(chance=0.1)
         for epoch, (weak, strong) in enumerate(curve[:cut], 1):
             watch.update(epoch=epoch, strong=strong, weak=weak, n=512)
-        state = watch.state_dict()
-        successor.load_state_dict(state)
+        successor = OverfittingWatch(chance=0.1, best=watch.best)
         for epoch, (weak, strong) in enumerate(curve[cut:], cut + 1):
             numbers = {"epoch": epoch, "strong": strong, "weak": weak, "n": 512}
             assert successor.update(**numbers) == watch.update(**numbers)
@@ -191,9 +190,9 @@ def test_state_goes_on_where_it_was():
 
 def test_state_is_plain_and_a_copy():
     watch = OverfittingWatch(chance=0.1)
-    assert watch.state_dict() == {"best": None}
+    assert watch.best is None
     watch.update(epoch=1, strong=0.4, weak=0.5, n=512)
-    state = watch.state_dict()
+    best = watch.best
     watch.update(epoch=2, strong=0.5, weak=0.5, n=512)
-    assert state == {"best": {"epoch": 1, "strong": 0.4, "weak": 0.5}}
-    assert all(type(value) in (int, float) and math.isfinite(value) for value in state["best"].values())
+    assert best == {"epoch": 1, "strong": 0.4, "weak": 0.5}
+    assert all(type(value) in (int, float) and math.isfinite(value) for value in best.values())
