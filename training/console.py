@@ -8,10 +8,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from common.processes import Processes
-from training.config import TrainConfig
 from training.curves import CURVES
-from training.schedule import resolution_at_epoch
 
 # Numbers of an epoch that the console shows: those that are drawn, and the speed. The log holds all.
 SHOWN = [*(name for panel in CURVES.values() for name, _ in panel), "images_per_second"]
@@ -34,18 +31,6 @@ def _write(text: str, file: TextIO) -> None:
         print(text, file=file, flush=True)
 
 
-def headline(
-    config: TrainConfig, processes: Processes, *, name: str, steps_per_epoch: int, images_per_step: int, aside: str
-) -> str:
-    """What the run is; `aside`: where it begins."""
-    adv, model = config.adv, config.model
-    attack = "clean" if adv.attack == "none" else f"{adv.attack} {adv.norm} eps {adv.eps:.4g}"
-    return (
-        f"{name}: {model.arch}{' with ConvStem' if model.not_original else ''}, {attack}, {steps_per_epoch} steps an epoch of "
-        f"{images_per_step} images on {processes.world_size} × {processes.device.type}{aside}"
-    )
-
-
 def epoch_line(record: Mapping[str, Any], *, epochs: int) -> str:
     """The numbers of a validated epoch."""
     numbers = "  ".join(f"{name} {record[name]:.4g}" for name in SHOWN if name in record)
@@ -66,26 +51,4 @@ def progress_bar(*, epoch: int, epochs: int, images: int, done: int, shown: bool
         delay=0.0 if terminal else 60.0,
         dynamic_ncols=True,
         leave=False,
-    )
-
-
-def forecast(
-    config: TrainConfig,
-    processes: Processes,
-    *,
-    speed: float,
-    epochs_done: int,
-    step: int,
-    steps_per_epoch: int,
-    images_per_step: int,
-) -> str:
-    """What is left after optimiser step `step`, at `speed` steps a second; a step takes time by its images' pixels."""
-    epochs = range(epochs_done, config.training.epochs)
-    pixels = [resolution_at_epoch(epoch, resolution=config.resolution) ** 2 for epoch in epochs]
-    of_epoch = step - epochs_done * steps_per_epoch
-    hours = (sum(pixels) / pixels[0] * steps_per_epoch - of_epoch) / speed / 3600
-    kind = "GPU" if processes.device.type == "cuda" else "process"
-    return (
-        f"{speed * images_per_step:.4g} images/s: {hours:.3g} h left, {hours * processes.world_size:.3g} {kind}-hours, without "
-        "validation"
     )

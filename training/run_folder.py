@@ -7,7 +7,6 @@ log or the events could not take is lost; weights and training states are whole 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -183,8 +182,10 @@ class RunFolder(NoRunFolder):
             if isinstance(value, (int, float)) and key not in ("step", "epoch"):
                 self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        line = (json.dumps(_json_ready(dict(record)), allow_nan=False) + "\n").encode()
+    def _append(self, record: dict[str, Any]) -> None:
+        # JSON has no non-finite numbers: they become strings.
+        plain = json.loads(json.dumps(record), parse_constant=lambda name: str(float(name)))
+        line = (json.dumps(plain) + "\n").encode()
         size = os.fstat(self._log.fileno()).st_size
         try:
             if self._log.write(line) < len(line):
@@ -263,12 +264,3 @@ class RunFolder(NoRunFolder):
 
     def _warn_unwritten(self, path: Path, error: Exception, consequence: str) -> None:
         self._warn(f"{path}: cannot be written ({cause_of(error)}); {consequence}.")
-
-
-def _json_ready(value: Any) -> Any:
-    """The value with non-finite numbers, however deep in lists and dicts, as strings."""
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -55,5 +55,4 @@ def read_log(path: Path, kind: str) -> list[dict[str, Any]]:
 
 def is_finished(folder: Path) -> bool:
     """Whether the run has come to its end."""
-    status = read_status(folder)
-    return status is not None and status.get("status") == "finished"
+    return (read_status(folder) or {}).get("status") == "finished"

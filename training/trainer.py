@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
-from tqdm import tqdm
 
 from attacks.registry import build_attack
 from common.errors import UserError
@@ -23,7 +22,7 @@ from training.build import build_mixup, build_parts
 from training.checkpoint import Checkpointer, StateFiles
 from training.compiled import prepare_networks, prepare_size
 from training.config import TrainConfig
-from training.console import epoch_line, forecast, headline, progress_bar, say, warn
+from training.console import epoch_line, progress_bar, say, warn
 from training.guard import Diverged, Guard
 from training.meter import AttackLog, Meter, Synced
 from training.progress import Progress
@@ -130,7 +129,7 @@ class Trainer:
             UserError: too many images that cannot be decoded.
         """
         if self.processes.is_first:
-            self.say(self._headline())
+            say(self._headline())
         with self.stop_request, self._reported():
             if self.config.training.eval_only:
                 self.validate(epoch=0, metrics={})
@@ -164,11 +163,19 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Train on what is left of epoch `epoch` (from 0 on), a pass over the images; returns the epoch's numbers."""
         steps, size = self.loader.steps_per_epoch, self._image_size(epoch)
+        images = steps * self.images_per_step
         first = self.state.step - epoch * steps  # not 0 where a run goes on within an epoch
         lr, eps = self.lr_and_eps(epoch, max(first - 1, 0))  # of the last step, where none is left
         self.meter.start_epoch()
         loaded = self.loader.epoch(epoch, size, first)
-        with self._bar(epoch, first) as bar, self.meter.watch(loaded, accum=self.accum) as groups:
+        bar = progress_bar(
+            epoch=epoch + 1,
+            epochs=self.config.training.epochs,
+            images=images,
+            done=first * self.images_per_step,
+            shown=self.processes.is_first,
+        )
+        with bar, self.meter.watch(loaded, accum=self.accum) as groups:
             for step, batches in enumerate(groups, first):
                 lr, eps = self.lr_and_eps(epoch, step)
                 self._step(batches, epoch=epoch, size=size, lr=lr, eps=eps)
@@ -176,8 +183,7 @@ class Trainer:
                 if self.meter.is_due or step + 1 == steps or self._must_sync():
                     synced = self.sync()
                     bar.set_postfix(loss=f"{synced.loss:.3f}", lr=f"{lr:.2g}", refresh=False)
-        numbers = self.meter.summary(images=steps * self.images_per_step)
-        return numbers | {"lr": lr, "eps": eps, "resolution": size}
+        return self.meter.summary(images=images) | {"lr": lr, "eps": eps, "resolution": size}
 
     def _image_size(self, epoch: int) -> int:
         """Image size of an epoch, for which the networks are ready then."""
@@ -212,15 +218,6 @@ class Trainer:
         # eps grows to the step's end, so that the very first step has a ball to search.
         return lr, eps_at(epoch + (step + 1) / steps, eps=config.adv.eps, warmup_epochs=config.adv.eps_warmup_epochs)
 
-    def _bar(self, epoch: int, first: int) -> tqdm:
-        return progress_bar(
-            epoch=epoch + 1,
-            epochs=self.config.training.epochs,
-            images=self.loader.steps_per_epoch * self.images_per_step,
-            done=first * self.images_per_step,
-            shown=self.processes.is_first,
-        )
-
     def sync(self) -> Synced:
         """All that the processes agree on about once a second: the losses, and whether to go on, stop or save."""
         synced = self.meter.sync(stop=self.stop_request.here() is not None)
@@ -229,17 +226,7 @@ class Trainer:
         if self.checkpointer.has_stored():
             self._set_status("running")
         if (speed := self.meter.take_speed()) is not None:
-            self.say(
-                forecast(
-                    self.config,
-                    self.processes,
-                    speed=speed,
-                    epochs_done=self.progress.epochs_done,
-                    step=self.state.step,
-                    steps_per_epoch=self.loader.steps_per_epoch,
-                    images_per_step=self.images_per_step,
-                )
-            )
+            self.say(self._forecast(speed))
         self.guard.check()
         if synced.stop:
             self.leave()
@@ -429,16 +416,28 @@ class Trainer:
             say(text)
 
     def _headline(self) -> str:
+        """What the run is, and where it begins."""
+        adv, model, device = self.config.adv, self.config.model, self.processes.device
+        attack = "clean" if adv.attack == "none" else f"{adv.attack} {adv.norm} eps {adv.eps:.4g}"
         aside = ""
         if self.resumes:
             aside = f"; goes on after step {self.state.step} from {self.start.source}"
         elif self.run_folder.set_aside:
             aside = f"; the earlier run of this name is now {self.run_folder.set_aside}"
-        return headline(
-            self.config,
-            self.processes,
-            name=self.run_folder.path.name,
-            steps_per_epoch=self.loader.steps_per_epoch,
-            images_per_step=self.images_per_step,
-            aside=aside,
+        return (
+            f"{self.run_folder.path.name}: {model.arch}{' with ConvStem' if model.not_original else ''}, {attack}, "
+            f"{self.loader.steps_per_epoch} steps an epoch of {self.images_per_step} images on "
+            f"{self.processes.world_size} × {device.type}{aside}"
+        )
+
+    def _forecast(self, speed: float) -> str:
+        """What is left of the run, at `speed` steps a second; a step takes time by its images' pixels."""
+        steps, done = self.loader.steps_per_epoch, self.progress.epochs_done
+        epochs = range(done, self.config.training.epochs)
+        pixels = [resolution_at_epoch(epoch, resolution=self.config.resolution) ** 2 for epoch in epochs]
+        hours = (sum(pixels) / pixels[0] * steps - (self.state.step - done * steps)) / speed / 3600
+        kind = "GPU" if self.processes.device.type == "cuda" else "process"
+        return (
+            f"{speed * self.images_per_step:.4g} images/s: {hours:.3g} h left, "
+            f"{hours * self.processes.world_size:.3g} {kind}-hours, without validation"
         )
