@@ -68,8 +68,7 @@ def build_parts(
     with problems.caught():
         train, val = open_sources(config, once=once, progress=processes.is_first)
     if train is not None and val is not None:
-        with problems.caught():
-            check_sources(config, train, val)
+        problems.found += source_problems(config, train, val)
         with problems.caught():
             loader = build_train_loader(config, train, processes, accum=accum)
     with problems.caught():
@@ -93,22 +92,22 @@ def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = Fa
     return train, val
 
 
-def check_sources(config: TrainConfig, train: AnySource, val: AnySource) -> None:
-    """Check images and flags against each other."""
-    problems = Problems()
+def source_problems(config: TrainConfig, train: AnySource, val: AnySource) -> list[str]:
+    """A sentence for each way in which images and flags do not go together."""
+    problems = []
     if isinstance(val, StreamSource) and config.validation.adv_n_ex:
-        problems.found.append(
+        problems.append(
             f"validation.adv_n_ex: the quick adversarial validation picks images by index, and {config.data.val_dataset} can "
             "only be read in order; give --validation.adv_n_ex=0, or validation images of another kind."
         )
     for flag, source in (("data.train_dataset", train), ("data.val_dataset", val)):
         if source.num_classes not in (None, config.model.num_classes):
-            problems.found.append(
+            problems.append(
                 f"model.num_classes: the head has {config.model.num_classes} classes, {flag} has {source.num_classes}; "
                 f"give --model.num_classes={source.num_classes}."
             )
             break
-    problems.report()
+    return problems
 
 
 def build_train_loader(
@@ -165,7 +164,9 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
         )
     if initial and m.ckpt_path:
         with blame("model.ckpt_path"):
-            path = initial_weights(m.ckpt_path, processes)
+            name, kind = split_kind(m.ckpt_path)
+            # A published model is downloaded by the first process of each machine, while the others wait.
+            path = Path(processes.once_here("weights", lambda: str(locate(name, kind=kind).path)))
             load_weights(model, read_weights(path), source=path)
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
@@ -181,15 +182,6 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
         scaler=torch.amp.GradScaler(processes.device.type, enabled=training.precision == "fp16"),
         ema=EMA(model, decay=m.ema_decay, warmup=m.ema_warmup) if m.model_ema else None,
     )
-
-
-def initial_weights(name: str, processes: Processes) -> Path:
-    """The file that `model.ckpt_path` means: a path, or a published model's clean weights (`NAME:robust`: its robust ones).
-
-    A published model is downloaded by the first process of each machine, while the others wait.
-    """
-    model, kind = split_kind(name)
-    return Path(processes.once_here("weights", lambda: str(locate(model, kind=kind).path)))
 
 
 def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:

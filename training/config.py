@@ -366,7 +366,8 @@ class TrainConfig(Config):
             counted = ("model.", "validation.", "adv.", "data.val_", "data.seed", "misc.use_", "training.eval_only")
             counted += ("training.use_blurpool", "training.precision")
             return {name for name, _ in _fields() if not name.startswith(counted)} | idle
-        return harmless_flags() | idle | ({"adv.norm", "adv.eps"} if self.adv.attack == "none" else set())
+        harmless = {name for name, f in _fields() if f.metadata["harmless"]}
+        return harmless | idle | ({"adv.norm", "adv.eps"} if self.adv.attack == "none" else set())
 
     @property
     def global_batch(self) -> int:
@@ -421,11 +422,6 @@ class TrainConfig(Config):
     def run_folder(self) -> Path:
         """Where the run leaves everything."""
         return Path(self.logging.folder) / self.run_name
-
-
-def harmless_flags() -> frozenset[str]:
-    """Dotted names of the training flags that cannot change the trained weights."""
-    return frozenset(name for name, f in _fields() if f.metadata["harmless"])
 
 
 def default_values(norm: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
     return named, note
 
 
-def _runs_of_these_flags(config: TrainConfig) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def _runs_of_these_flags(config: TrainConfig) -> list[tuple[Path, Mapping[str, Any]]]:
     """Folders in `logging.folder` whose runs differ in the global batch at most, with their provenance.
 
     First those that have the name with which their run began, or begin as the run's own would; then the newest first.
@@ -80,8 +80,7 @@ def _runs_of_these_flags(config: TrainConfig) -> Iterator[tuple[Path, Mapping[st
             if not changed_flags(params, config, global_batch=run["global_batch"], beginning=True):
                 name, arch = path.parent.name, config.run_name.split("_")[0]
                 found.append(((name == run.get("folder"), name.startswith(arch), written), path.parent, run))
-    for _, folder, run in sorted(found, key=lambda entry: entry[0], reverse=True):
-        yield folder, run
+    return [(folder, run) for _, folder, run in sorted(found, key=lambda entry: entry[0], reverse=True)]
 
 
 def changed_flags(

@@ -91,13 +91,13 @@ class Validator:
         """
         for network in networks.values():
             network.eval()
-        clean = self._sums_over_images(lambda x, y: self._clean(networks, x, y), images=None)
+        clean = self._means(lambda x, y: self._clean(networks, x, y), images=None)
         if clean is None or not self._subset:
-            return None if clean is None else _means(*clean)
+            return clean
         # The random starts of the training attack are the same in every validation.
         torch.manual_seed(derive_seed("validation", self.config.data.seed, self.processes.rank))
-        attacked = self._sums_over_images(lambda x, y: self._under_attack(networks, x, y), images=self._subset)
-        return None if attacked is None else _means(*clean) | _means(*attacked)
+        attacked = self._means(lambda x, y: self._under_attack(networks, x, y), images=self._subset)
+        return None if attacked is None else clean | attacked
 
     def _clean(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Sums over the batch: right predictions, labels among the best five, cross-entropy; of each network."""
@@ -131,10 +131,10 @@ class Validator:
                 sums["train_attack_top1"] = (networks["raw"](x_adv).argmax(1) == y).sum()
         return sums
 
-    def _sums_over_images(
+    def _means(
         self, measure: Callable[[Tensor, Tensor], dict[str, Tensor]], *, images: list[int] | None
-    ) -> tuple[dict[str, Tensor], int] | None:
-        """Sums of `measure` over all images of all processes, on the CPU, and their number; None after a request to stop."""
+    ) -> dict[str, float] | None:
+        """What `measure` sums up, divided by the number of all images of all processes; None after a request to stop."""
         precision, device = self.config.validation.precision, self.processes.device
         sums: dict[str, Tensor] = {}
         count, stopped = 0, False
@@ -161,8 +161,5 @@ class Validator:
             which = "its images" if images is None else f"the {len(images)} images under attack (validation.adv_n_ex)"
             raise UserError(f"data.val_dataset: none of {which} can be decoded; there is nothing to validate on.")
         names = dict.fromkeys(name for share, _, _ in shares for name in share)
-        return {name: sum(share[name] for share, _, _ in shares if name in share) for name in names}, total
-
-
-def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    return {name: (value / count).item() for name, value in sums.items()}
+        sums = {name: sum(share[name] for share, _, _ in shares if name in share) for name in names}
+        return {name: (value / total).item() for name, value in sums.items()}
