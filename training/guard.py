@@ -19,12 +19,7 @@ class Diverged(Exception):
 
 
 class Guard:
-    """Counts what goes wrong and ends the run where it is too much.
-
-    Args:
-        config, progress: of the run.
-        warn: takes one sentence for the user.
-    """
+    """Counts what goes wrong and ends the run where it is too much; `warn` takes one sentence for the user."""
 
     def __init__(self, config: TrainConfig, progress: Progress, *, warn: Callable[[str], None]) -> None:
         self.config, self.progress, self.warn = config, progress, warn

@@ -45,7 +45,6 @@ class Meter:
     """Measures the steps of this process, and adds up over all processes about once a second.
 
     Args:
-        processes: of the run.
         progress: gets the present epoch's sums.
         warn: takes one sentence for the user.
     """
@@ -65,7 +64,7 @@ class Meter:
 
     @contextmanager
     def watch(self, batches: Iterator[Batch], *, accum: int) -> Iterator[Iterator[list[Batch]]]:
-        """Lists of `accum` batches on the device; the time waited for them is measured.
+        """Lists of `accum` batches on the device.
 
         The batches' generators are closed afterwards in any case: an error would keep them, and with them the loader's workers.
         """

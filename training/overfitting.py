@@ -41,10 +41,8 @@ class OverfittingWatch:
         """Take in one validated epoch.
 
         Args:
-            epoch: its number.
             strong: share in [0, 1] of `n` images classified correctly under an attack stronger than the training attack.
             weak: the same under the training attack itself, at the same radius.
-            n: number of images.
 
         Returns:
             None, or one sentence with the numbers at every epoch at which the network is overfitted.

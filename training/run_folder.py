@@ -53,8 +53,6 @@ class RunFolder(NoRunFolder):
     `logging.log_level`) or "epoch" (of a validation). Non-finite numbers are strings, as JSON has none.
 
     Args:
-        path: the folder.
-        config: all flags.
         provenance: of this start; with `resume` it holds the `step` too.
         warn: takes one sentence for the user.
         resume: None starts from scratch: a folder of an earlier run of the same name is renamed, never overwritten. Else what

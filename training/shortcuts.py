@@ -146,7 +146,7 @@ def places_again(batch_size: int) -> int:
 def loss_reusing_forward(
     state: TrainState, x: Tensor, y: Tensor, *, attack: Attack, eps: float, on_attack_step: Callable | None
 ) -> Tensor:
-    """As `training.loss.training_loss`, where the attack's evaluation of its last iterate is the forward pass of training.
+    """As `training.step.training_loss`, where the attack's evaluation of its last iterate is the forward pass of training.
 
     The few images whose best iterate is an earlier one go through the network again. If they are too many for the places kept
     for that, or a loss is not finite (its gradient is not, even times zero), all do, and the first pass is thrown away.

@@ -25,7 +25,7 @@ class TrainState:
         optimizer, scaler: of torch; the scaler is disabled unless training runs in float16.
         ema: None without `model.model_ema`.
         step: optimiser steps done, skipped ones included.
-        reuses_forward: whether the last evaluation of the attack is the forward pass of training (`training.loss`).
+        reuses_forward: whether the last evaluation of the attack is the forward pass of training (`training.step.training_loss`).
         statistics: running means and variances of batch normalisation, which a forward pass changes.
     """
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attacks.losses import cross_entropy
 from attacks.registry import Attack
 from common.processes import Processes
 from common.seeding import derive_seed
@@ -16,7 +17,7 @@ from data.loader import Batch
 from data.prefetch import finish_augmentation
 from data.transforms import Mixup
 from training.config import TrainConfig
-from training.loss import training_loss
+from training.shortcuts import loss_reusing_forward
 from training.state import TrainState
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -55,7 +56,7 @@ def train_step(
 
     The attack calls `state.attacked`, so that DistributedDataParallel sees only the passes of training, one or two forward and one
     backward of each micro-batch, and averages gradients once, at the last one. Where the attack's last forward pass is that of
-    training (`training.loss`), it calls `state.parallel` there, and one number a micro-batch is read back from the device; else
+    training (`training_loss`), it calls `state.parallel` there, and one number a micro-batch is read back from the device; else
     nothing is.
 
     Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
@@ -65,14 +66,8 @@ def train_step(
     statistics of batch normalisation stay, while the step counts for the schedule and the average.
 
     Args:
-        state: changed in place.
         batches: micro-batches of equal size, as many as make this process's share of a step (`Trainer.accum`).
-        config, processes: of the run.
-        attack: of `config.adv`.
         mixup: mixes images and makes soft labels; None for hard labels.
-        lr: learning rate of this step.
-        eps: radius of the attack.
-        on_attack_step: passed to the attack.
 
     Returns:
         On the device, float64 (2,): mean loss of this process, which may be non-finite, and 1 where the step was skipped, else 0.
@@ -108,6 +103,25 @@ def train_step(
     if state.ema is not None:
         state.ema.update(state.model, state.step)
     return torch.stack([total, skipped.double()])
+
+
+def training_loss(
+    state: TrainState,
+    x: Tensor,
+    y: Tensor,
+    *,
+    attack: Attack,
+    eps: float,
+    on_attack_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Mean cross-entropy on the attacked images, a scalar with its graph.
+
+    Nothing is read back from the device unless `state.reuses_forward`: then one number is, for which the host waits.
+    """
+    if state.reuses_forward and attack.evaluates_last:
+        return loss_reusing_forward(state, x, y, attack=attack, eps=eps, on_attack_step=on_attack_step)
+    x_adv = attack(state.attacked, x, y, eps=eps, on_step=on_attack_step)
+    return cross_entropy(state.parallel(x_adv), y).mean()
 
 
 def optimizer_step(state: TrainState, *, grad_clip: float) -> Tensor:

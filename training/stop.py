@@ -46,7 +46,6 @@ class StopRequest:
     KeyboardInterrupt; the parent of several started processes does the same for them.
 
     Args:
-        processes: this process among all of the run.
         file: its existence asks for a stop; only the first process looks, at most once a second.
         end_time: unix time in seconds from which on a stop is asked for; only the first process looks.
     """

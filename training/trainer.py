@@ -39,12 +39,7 @@ class Stopped(Exception):
 
 
 class Trainer:
-    """One process of a training run.
-
-    Args:
-        config: all flags.
-        processes: this process among all of the run.
-        start: where the run begins, the same on all processes.
+    """One process of a training run; `start`, where it begins, is the same on all of them.
 
     Raises:
         UserError: data, weights, model or training state do not fit the flags.

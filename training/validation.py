@@ -23,11 +23,9 @@ PREFIX = {"raw": "", "ema": "ema_"}  # kind of network → beginning of its numb
 
 
 class Validator:
-    """Measures networks on the validation images; its loader workers live as long as it.
+    """Measures networks on the images of `source`; its loader workers live as long as it.
 
     Args:
-        config, processes: of the run.
-        source: the validation images.
         attack: of training.
         stop: ends a validation that is running.
         warn: takes one sentence for the user.

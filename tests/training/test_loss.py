@@ -17,8 +17,8 @@ from common.processes import Processes
 from tests.training.test_step import ALONE, CLASSES, PlainNet, SmallNet, batch, config_for
 from training.build import build_state
 from training.compiled import prepare_networks
-from training.loss import training_loss
 from training.shortcuts import change_in_training, places_again
+from training.step import training_loss
 from utils_architecture import get_new_model
 
 SIZE = 32

@@ -31,8 +31,7 @@ from training.build import build_state, check_image_sizes
 from training.compiled import frozen_twin, prepare_networks, prepare_size
 from training.config import TrainConfig
 from training.launch import launch
-from training.loss import training_loss
-from training.step import train_step
+from training.step import train_step, training_loss
 from training.surgery import checkpoint_blocks
 from utils_architecture import get_new_model
 

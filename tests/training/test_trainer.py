@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train
-import training.loss
+import training.step
 import training.trainer
 from attacks.apgd import apgd
 from attacks.registry import Attack
@@ -97,9 +97,9 @@ def test_trains_on_the_attacked_images(images, tmp_path, monkeypatch):
         return torch.full_like(x, 0.25)
 
     monkeypatch.setattr(Attack, "__call__", attack)
-    original = training.loss.cross_entropy
+    original = training.step.cross_entropy
     monkeypatch.setattr(
-        training.loss, "cross_entropy", lambda logits, y: (seen.append(logits.detach()), original(logits, y))[1]
+        training.step, "cross_entropy", lambda logits, y: (seen.append(logits.detach()), original(logits, y))[1]
     )
     run(base_flags(images, tmp_path) | APGD | {"adv.eps_warmup_epochs": 1, "adv.eps": 0.3, "training.reuse_forward": 0})
     assert len(seen) == 3 and all(torch.allclose(logits, logits[:1].expand_as(logits), atol=1e-5) for logits in seen)
