@@ -186,25 +186,23 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
 
 def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
     """One forward of a black image at every size the run will use, so that a size the network refuses shows at the start."""
-    sizes = {"validation.resolution": {config.validation.resolution}}
+    sizes = [("validation.resolution", config.validation.resolution)]
     if not config.training.eval_only:
         epochs = range(config.training.epochs)
-        sizes["resolution.min_res, resolution.max_res"] = {
-            resolution_at_epoch(epoch, resolution=config.resolution) for epoch in epochs
-        }
+        trained = {resolution_at_epoch(epoch, resolution=config.resolution) for epoch in epochs}
+        sizes += [("resolution.min_res, resolution.max_res", size) for size in sorted(trained)]
     parameter = next(model.parameters())
     model.eval()
     # Interpolated position embeddings, for one, have no deterministic gradient on a GPU.
     with_gradient = config.training.deterministic and not config.training.eval_only
-    for flag, values in sizes.items():
-        for size in sorted(values):
-            try:
-                with torch.set_grad_enabled(with_gradient):
-                    logits = model(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
-                if with_gradient:
-                    logits.sum().backward()
-            except (RuntimeError, AssertionError, ValueError) as error:
-                reason = str(error).strip().split("\n")[0]
-                raise UserError(f"{flag}: {config.model.arch} cannot take images of {size} pixels: {reason}") from error
-            finally:
-                model.zero_grad()
+    for flag, size in sizes:
+        try:
+            with torch.set_grad_enabled(with_gradient):
+                logits = model(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+            if with_gradient:
+                logits.sum().backward()
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{flag}: {config.model.arch} cannot take images of {size} pixels: {reason}") from error
+        finally:
+            model.zero_grad()

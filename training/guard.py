@@ -25,8 +25,13 @@ class Guard:
         self.config, self.progress, self.warn = config, progress, warn
         self._bad_losses: deque[tuple[int, float]] = deque(maxlen=5)  # steps skipped since the last good one
 
-    def count(self, synced: Synced) -> None:
-        """Take in the steps of a sync."""
+    def check(self, synced: Synced) -> None:
+        """Take in the steps of a sync, and end the run where too much went wrong.
+
+        Raises:
+            Diverged: too many steps in a row were skipped.
+            UserError: too many images of the epoch cannot be decoded.
+        """
         progress = self.progress
         for record in synced.steps:
             if "skipped" not in record:
@@ -39,15 +44,6 @@ class Guard:
             progress.skipped += 1
             progress.bad_in_a_row += 1
             self._bad_losses.append((record["step"], record["loss"]))
-
-    def check(self) -> None:
-        """End the run where too much went wrong.
-
-        Raises:
-            Diverged: too many steps in a row were skipped.
-            UserError: too many images of the epoch cannot be decoded.
-        """
-        progress = self.progress
         if progress.bad_in_a_row >= self.config.training.max_bad_steps:
             numbers = ", ".join(f"{loss:.4g} at step {step}" for step, loss in self._bad_losses)
             raise Diverged(

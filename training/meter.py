@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -62,17 +62,13 @@ class Meter:
         self._bad: set[str] = set()  # images of this epoch that cannot be decoded
         self._waited, self._since, self._due, self._bad_synced = 0.0, time.perf_counter(), 1, 0
 
-    @contextmanager
-    def watch(self, batches: Iterator[Batch], *, accum: int) -> Iterator[Iterator[list[Batch]]]:
+    def watch(self, batches: Iterator[Batch], *, accum: int) -> AbstractContextManager[Iterator[list[Batch]]]:
         """Lists of `accum` batches on the device.
 
         The batches' generators are closed afterwards in any case: an error would keep them, and with them the loader's workers.
         """
-        groups = self._groups(
-            prefetch(self._timed(batches), self.processes.device, lambda *gap: self._gaps.append(gap)), accum
-        )
-        with closing(groups):
-            yield groups
+        there = prefetch(self._timed(batches), self.processes.device, lambda *gap: self._gaps.append(gap))
+        return closing(self._groups(there, accum))
 
     def add(self, result: Tensor, **record: Any) -> None:
         """`result`: what `train_step` returned for the step of which `record` is known."""

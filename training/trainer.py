@@ -49,7 +49,7 @@ class Trainer:
         self.config, self.processes, self.start = config, processes, start
         # By default PyTorch rounds the inputs of "fp32" convolutions.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
-        saved = start.hand_over()
+        saved, start.state = start.state, None  # as large as model, EMA and optimiser together: nothing shall keep it
         self.resumes = saved is not None
         self.accum = accumulation(saved, config, processes.world_size) if self.resumes else config.training.grad_accum
         parts = build_parts(config, processes, accum=self.accum, initial=not self.resumes, once=processes.once_here)
@@ -216,13 +216,12 @@ class Trainer:
     def sync(self) -> Synced:
         """All that the processes agree on about once a second: the losses, and whether to go on, stop or save."""
         synced = self.meter.sync(stop=self.stop_request.here() is not None)
-        self.guard.count(synced)
         self.run_folder.log_steps(synced.steps)
         if self.checkpointer.has_stored():
             self._set_status("running")
         if (speed := self.meter.take_speed()) is not None:
             self.say(self._forecast(speed))
-        self.guard.check()
+        self.guard.check(synced)
         if synced.stop:
             self.leave()
         if self.checkpointer.is_due(self.state.step) and not self.progress.bad_in_a_row:
