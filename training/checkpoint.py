@@ -20,6 +20,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from common.errors import UserError, cause_of
 from common.files import damaged_record, writable, write_atomically
+from training.console import warn
 
 LAST, PREVIOUS = "last.pt", "last.previous.pt"
 _NEXT = "last.next.pt"
@@ -113,27 +114,14 @@ class Checkpointer:
     """Saves training states when they are due.
 
     Args:
-        minutes, steps: between two states; 0: none by time, or by steps.
         files: None on the processes that write none.
+        minutes, steps: between two states; 0: none by time, or by steps.
         step: optimiser step at which the run starts.
-        stored: step of the newest state on disk, 0 without one.
-        warn: takes one sentence for the user.
-
-    Attributes:
-        stored_step: of the newest state on disk.
+        stored: step of the newest state on disk, 0 without one; the attribute `stored_step` goes on from it.
     """
 
-    def __init__(
-        self,
-        files: StateFiles | None,
-        *,
-        minutes: float,
-        steps: int,
-        step: int,
-        stored: int,
-        warn: Callable[[str], None],
-    ) -> None:
-        self._files, self._minutes, self._steps, self._warn = files, minutes, steps, warn
+    def __init__(self, files: StateFiles | None, *, minutes: float, steps: int, step: int, stored: int) -> None:
+        self._files, self._minutes, self._steps = files, minutes, steps
         self._saved_at, self._saved_step = time.monotonic(), step
         self.stored_step = stored
 
@@ -160,7 +148,7 @@ class Checkpointer:
             if outcome.error is None:
                 self.stored_step = outcome.step
             else:
-                self._warn(
+                warn(
                     f"the training state of step {outcome.step} cannot be written ({outcome.error}); training goes on, and the "
                     f"state of step {self.stored_step} stays."
                 )

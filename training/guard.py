@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from common.errors import UserError
+from common.processes import Processes
 from training.config import TrainConfig
+from training.console import warn
 from training.meter import Synced
 from training.overfitting import OverfittingWatch
 from training.progress import Progress
@@ -19,10 +20,10 @@ class Diverged(Exception):
 
 
 class Guard:
-    """Counts what goes wrong and ends the run where it is too much; `warn` takes one sentence for the user."""
+    """Counts what goes wrong and ends the run where it is too much."""
 
-    def __init__(self, config: TrainConfig, progress: Progress, *, warn: Callable[[str], None]) -> None:
-        self.config, self.progress, self.warn = config, progress, warn
+    def __init__(self, config: TrainConfig, processes: Processes, progress: Progress) -> None:
+        self.config, self.processes, self.progress = config, processes, progress
         self._bad_losses: deque[tuple[int, float]] = deque(maxlen=5)  # steps skipped since the last good one
 
     def check(self, synced: Synced) -> None:
@@ -39,8 +40,8 @@ class Guard:
                 self._bad_losses.clear()
                 continue
             # A float16 gradient that overflows makes the scaler lower its scale: no news.
-            if not math.isfinite(record["loss"]) and not progress.bad_in_a_row:
-                self.warn(f"the loss is {record['loss']} at step {record['step']}; the step is skipped.")
+            if not math.isfinite(record["loss"]) and not progress.bad_in_a_row and self.processes.is_first:
+                warn(f"the loss is {record['loss']} at step {record['step']}; the step is skipped.")
             progress.skipped += 1
             progress.bad_in_a_row += 1
             self._bad_losses.append((record["step"], record["loss"]))

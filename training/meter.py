@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -16,6 +16,7 @@ from torch import Tensor
 from common.processes import Processes
 from data.loader import Batch
 from data.prefetch import prefetch
+from training.console import warn
 from training.progress import Progress
 
 # Between two syncs processes only meet in gradients and running statistics: reading losses makes the host wait for the device.
@@ -42,15 +43,10 @@ class Synced:
 
 
 class Meter:
-    """Measures the steps of this process, and adds up over all processes about once a second.
+    """Measures the steps of this process, and adds up over all processes about once a second: `progress` gets the sums."""
 
-    Args:
-        progress: gets the present epoch's sums.
-        warn: takes one sentence for the user.
-    """
-
-    def __init__(self, processes: Processes, progress: Progress, *, warn: Callable[[str], None]) -> None:
-        self.processes, self.progress, self.warn = processes, progress, warn
+    def __init__(self, processes: Processes, progress: Progress) -> None:
+        self.processes, self.progress = processes, progress
         self._syncs, self._steady_steps, self._steady_seconds = 0, 0, 0.0
         self._speed_taken = False
         self.start_epoch()
@@ -143,7 +139,7 @@ class Meter:
         while len(group := list(islice(batches, size))) == size:
             for name, reason in chain.from_iterable(batch.failures for batch in group):
                 if name not in self._bad:
-                    self.warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
+                    warn(f"{name} cannot be decoded ({reason}); the next image takes its place.")
                 self._bad.add(name)
             yield group
 

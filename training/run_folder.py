@@ -60,7 +60,6 @@ class RunFolder(NoRunFolder):
             whose log is cut to that position.
 
     Attributes:
-        path: the folder.
         set_aside: the new name of the earlier run's folder, None where there was none.
 
     Raises:

@@ -77,15 +77,13 @@ class Trainer:
             file=start.folder / STOP_FILE if processes.is_first else None,
             end_time=end_of_job(config.dist.end_margin_minutes),
         )
-        self.validator = Validator(
-            config, processes, parts.val_source, attack=self.attack, stop=self.stop_request, warn=warn
-        )
+        self.validator = Validator(config, processes, parts.val_source, attack=self.attack, stop=self.stop_request)
         if not config.training.eval_only and not self.keeps_best:
             notes.append(
                 "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"
             )
-        self.meter = Meter(processes, self.progress, warn=warn)
-        self.guard = Guard(config, self.progress, warn=warn if processes.is_first else lambda text: None)
+        self.meter = Meter(processes, self.progress)
+        self.guard = Guard(config, processes, self.progress)
         epoch = min(self.progress.epochs_done, config.training.epochs - 1)
         size = resolution_at_epoch(epoch, resolution=config.resolution)
         prepare_networks(self.state, config, processes, size=size)
@@ -97,7 +95,6 @@ class Trainer:
             steps=config.logging.ckpt_steps,
             step=self.state.step,
             stored=saved["step"] if self.resumes and start.own else 0,
-            warn=warn,
         )
 
     @property

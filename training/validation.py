@@ -16,6 +16,7 @@ from common.seeding import derive_seed
 from data.loader import EvalLoader, spread_indices
 from data.source import Source, StreamSource
 from training.config import TrainConfig
+from training.console import warn
 from training.step import autocast, on_device
 from training.stop import StopRequest
 
@@ -28,7 +29,6 @@ class Validator:
     Args:
         attack: of training.
         stop: ends a validation that is running.
-        warn: takes one sentence for the user.
 
     Attributes:
         n_attacked: number of images under attack; 0: none.
@@ -44,9 +44,8 @@ class Validator:
         *,
         attack: Attack,
         stop: StopRequest,
-        warn: Callable[[str], None],
     ) -> None:
-        self.config, self.processes, self.stop, self.warn = config, processes, stop, warn
+        self.config, self.processes, self.stop = config, processes, stop
         data, validation = config.data, config.validation
         self.loader = EvalLoader(
             source,
@@ -141,7 +140,7 @@ class Validator:
                 if name in self._told:
                     continue
                 self._told.add(name)
-                self.warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
+                warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
             if len(batch.y):
                 # A network trained in float64 is validated in it, whatever the precision asked for.
                 x, y = on_device(batch, self.config, device)
