@@ -57,11 +57,11 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
     if config.training.eval_only:
         return
     state.reuses_forward = _reuses_forward(state, config, processes, size=size)
-    if not wants_compiled(config, processes):
+    if wants_compiled(config, processes):
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+        _compile_or_stay_uncompiled(state, config, processes, size=size)
+    else:
         _stay_uncompiled(state, config, processes, size=size)
-        return
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
-    _compile_or_stay_uncompiled(state, config, processes, size=size)
 
 
 def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> bool:

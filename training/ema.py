@@ -23,13 +23,10 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup = decay, warmup
 
-    def decay_at(self, step: int) -> float:
-        """d of the `step`-th update, counted from 1."""
-        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step`, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         averages, values = [], []
         current = model.state_dict()
         for name, average in self.model.state_dict().items():
@@ -39,4 +36,4 @@ class EMA:
             else:
                 average.copy_(current[name])
         # One kernel for many tensors; a Python loop of 500 small kernels would cost more than the optimiser.
-        torch._foreach_lerp_(averages, values, 1 - self.decay_at(step))
+        torch._foreach_lerp_(averages, values, 1 - decay)

@@ -140,11 +140,7 @@ class Trainer:
             if self.validator.is_due(epoch):
                 self.validate(epoch, metrics)
             self.progress.finish_epoch()
-        self._finish(complete)
-
-    def _finish(self, complete: bool) -> None:
-        """Save the last state, unless a file of weights is missing: then the next start goes on from the one before."""
-        if complete:
+        if complete:  # else the next start goes on from the state before
             self.save_state(wait=True)
         if self.processes.is_first and self.checkpointer.stored_step != self.state.step:
             raise UserError(
