@@ -22,6 +22,7 @@ from common.files import set_aside, writable, write_atomically
 from common.flags import config_to_dict
 from common.provenance import PROVENANCE_KEY
 from training.config import TrainConfig
+from training.console import warn
 from training.curves import draw_curves
 from training.status import STATUS, read_log, write_status
 
@@ -54,7 +55,6 @@ class RunFolder(NoRunFolder):
 
     Args:
         provenance: of this start; with `resume` it holds the `step` too.
-        warn: takes one sentence for the user.
         resume: None starts from scratch: a folder of an earlier run of the same name is renamed, never overwritten. Else what
             `position()` returned when the training state was saved, with the state's `step`: the run resumes in its folder,
             whose log is cut to that position.
@@ -67,15 +67,9 @@ class RunFolder(NoRunFolder):
     """
 
     def __init__(
-        self,
-        path: Path,
-        config: TrainConfig,
-        provenance: Mapping[str, Any],
-        *,
-        warn: Callable[[str], None],
-        resume: Mapping[str, Any] | None = None,
+        self, path: Path, config: TrainConfig, provenance: Mapping[str, Any], *, resume: Mapping[str, Any] | None = None
     ) -> None:
-        self.path, self._warn = path, warn
+        self.path = path
         self._keep, self._level = config.logging.keep, config.logging.log_level
         self._told: set[str] = set()  # files whose failure was told
         self._saved: dict[str, list[int]] = {name: [] for name in WEIGHTS_NAMES.values()}
@@ -215,9 +209,7 @@ class RunFolder(NoRunFolder):
             first = json.loads(path.read_text())[PROVENANCE_KEY]
             return first | {"resumed": [*first.get("resumed", []), dict(provenance)]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._warn(
-                f"{path}: cannot be read ({cause_of(error)}); where the run was started first is not known any more."
-            )
+            warn(f"{path}: cannot be read ({cause_of(error)}); where the run was started first is not known any more.")
             return dict(provenance) | {"resumed": [dict(provenance)]}
 
     def _cut_log(self, size: int, lines: list[str]) -> None:
@@ -226,7 +218,7 @@ class RunFolder(NoRunFolder):
         content = path.read_bytes()[:size] if path.exists() else b""
         kept = content[: content.rfind(b"\n") + 1]
         if len(kept) < size:
-            self._warn(
+            warn(
                 f"{path}: {len(kept)} of the {size} bytes that it had when the state was saved are there; the rest is lost."
             )
         with open(path, "ab") as file:
@@ -250,7 +242,7 @@ class RunFolder(NoRunFolder):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                self._warn(f"{path}: cannot be deleted ({cause_of(error)}).")
+                warn(f"{path}: cannot be deleted ({cause_of(error)}).")
                 return
             saved.pop(0)
 
@@ -260,4 +252,4 @@ class RunFolder(NoRunFolder):
             self._warn_unwritten(path, error, "training goes on, and its records are lost")
 
     def _warn_unwritten(self, path: Path, error: Exception, consequence: str) -> None:
-        self._warn(f"{path}: cannot be written ({cause_of(error)}); {consequence}.")
+        warn(f"{path}: cannot be written ({cause_of(error)}); {consequence}.")

@@ -140,7 +140,7 @@ class Trainer:
             if self.validator.is_due(epoch):
                 self.validate(epoch, metrics)
             self.progress.finish_epoch()
-        if complete:  # else the next start goes on from the state before
+        if complete:  # else the next start goes on from the state before, and writes the weights again
             self.save_state(wait=True)
         if self.processes.is_first and self.checkpointer.stored_step != self.state.step:
             raise UserError(
@@ -357,7 +357,7 @@ class Trainer:
             facts["notes"] = notes
         self.start.hold()
         position = saved["log"] | {"step": saved["step"]} if saved is not None and self.start.own else None
-        folder = RunFolder(self.start.folder, self.config, facts, warn=warn, resume=position)
+        folder = RunFolder(self.start.folder, self.config, facts, resume=position)
         if folder.set_aside:
             self.start.release()
             self.start.hold()

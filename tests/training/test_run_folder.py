@@ -36,13 +36,21 @@ def make_config(folder: Path, **flags: Any) -> TrainConfig:
 class Runs:
     """Starts of one run, and the warnings of all of them."""
 
+    warnings: list[str]
+
     def __init__(self, folder: Path, **flags: Any) -> None:
-        self.config, self.warnings = make_config(folder, **flags), []
+        self.config = make_config(folder, **flags)
 
     def start(self, resume: dict[str, Any] | None = None, **provenance: Any) -> RunFolder:
         if resume is not None:
             resume = json.loads(json.dumps(resume))
-        return RunFolder(self.config.run_folder, self.config, provenance, warn=self.warnings.append, resume=resume)
+        return RunFolder(self.config.run_folder, self.config, provenance, resume=resume)
+
+
+@pytest.fixture(autouse=True)
+def _warnings(monkeypatch):
+    monkeypatch.setattr(Runs, "warnings", [], raising=False)
+    monkeypatch.setattr("training.run_folder.warn", Runs.warnings.append)
 
 
 @pytest.fixture
