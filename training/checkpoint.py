@@ -10,13 +10,12 @@ import threading
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from common.errors import UserError, cause_of
 from common.files import damaged_record, writable, write_atomically
@@ -93,9 +92,9 @@ class StateFiles:
         self._outcomes.append(Write(state["step"], error))
 
     def _replace_last(self, state: dict[str, Any]) -> None:
-        for place, value in tree_flatten_with_path(state)[0]:
-            if isinstance(value, Tensor) and not _is_finite(value):
-                raise ValueError(f"state{keystr(place)} holds NaN or infinity, which is no state to go back to")
+        for name, tensor in _tensors(state, "state"):
+            if not _is_finite(tensor):
+                raise ValueError(f"{name} holds NaN or infinity, which is no state to go back to")
         new, last = self.folder / _NEXT, self.folder / LAST
         try:
             write_atomically(new, lambda file: torch.save(state, file))
@@ -228,6 +227,14 @@ def _checked(value: Any, name: str) -> Any:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"{name}: expected a tensor or a plain value, got {kind}")
     return value
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{name}[{key!r}]")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -49,13 +49,15 @@ class Meter:
         self.processes, self.progress = processes, progress
         self._syncs, self._steady_steps, self._steady_seconds = 0, 0, 0.0
         self._speed_taken = False
-        self.start_epoch()
-
-    def start_epoch(self) -> None:
-        """Forget what is left of the epoch before."""
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # in which the GPU waited for a batch
         self._bad: set[str] = set()  # images of this epoch that cannot be decoded
+        self._waited, self._since, self._due, self._bad_synced = 0.0, 0.0, 1, 0
+
+    def start_epoch(self) -> None:
+        """Forget what is left of the epoch before."""
+        for of_epoch in (self._pending, self._gaps, self._bad):
+            of_epoch.clear()
         self._waited, self._since, self._due, self._bad_synced = 0.0, time.perf_counter(), 1, 0
 
     def watch(self, batches: Iterator[Batch], *, accum: int) -> AbstractContextManager[Iterator[list[Batch]]]:

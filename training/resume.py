@@ -52,6 +52,11 @@ class Start:
     lock: BinaryIO | None = None
     folder: Path | None = None
 
+    def hand_over(self) -> dict[str, Any] | None:
+        """The training state, once: it is as large as model, EMA and optimiser together, and nothing shall keep it here."""
+        state, self.state = self.state, None
+        return state
+
     def hold(self) -> None:
         """Keep other runs out of the run folder, which is made where there is none; without effect where that is so already."""
         if self.lock is None:

@@ -49,7 +49,7 @@ class Trainer:
         self.config, self.processes, self.start = config, processes, start
         # By default PyTorch rounds the inputs of "fp32" convolutions.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
-        saved, start.state = start.state, None  # as large as model, EMA and optimiser together: nothing shall keep it
+        saved = start.hand_over()
         self.resumes = saved is not None
         self.accum = accumulation(saved, config, processes.world_size) if self.resumes else config.training.grad_accum
         parts = build_parts(config, processes, accum=self.accum, initial=not self.resumes, once=processes.once_here)
