@@ -263,6 +263,7 @@ def get_new_model(
     updated: bool = False,
     drop_path: float | None = None,
     img_size: int | None = None,
+    global_pool: str | None = None,
 ) -> nn.Module:
     """Build the model called `name`: images (B, 3, H, W) to logits (B, num_classes), the input not normalised.
 
@@ -276,6 +277,7 @@ def get_new_model(
             default for the architecture.
         img_size: side of the square images in pixels, None for the architecture's own. It sets the number of
             position embeddings; models without any take images of every size, whatever is given here.
+        global_pool: what the head of a ViT reads, as timm calls it ("avg": the mean over patches); None for the default.
 
     Raises:
         UserError: unknown name; a variant or published weights the architecture does not have; weights that
@@ -299,6 +301,8 @@ def get_new_model(
         arguments["img_size"] = img_size
     if architecture.family == "vit":
         arguments["dynamic_img_size"] = True
+    if global_pool is not None:
+        arguments["global_pool"] = global_pool
     model = _build(name, architecture.builder, pretrained, arguments)
     if img_size is not None:
         _check_patches(name, model, img_size)

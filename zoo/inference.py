@@ -13,14 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.models import is_model_in_modules
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
-from utils_architecture import ARCHITECTURES
-from zoo.loading import POSITIONS, PositionGrid, Weights, differences, has_normalizer, listed, position_grid
+from utils_architecture import ARCHITECTURES, TIMM_PREFIX
+from zoo.loading import (
+    POSITIONS,
+    PositionGrid,
+    Weights,
+    differences,
+    has_normalizer,
+    listed,
+    position_grid,
+    with_timm_names,
+)
+from zoo.meansparse import without_operators
 from zoo.models import ROBUSTBENCH_PREFIX, build_model
 
+FC_NORM = "fc_norm.weight"  # what a ViT has instead of norm.weight, whose head reads the mean over patches
 # Models are built with so many classes to tell the head by: a prime, which no other dimension is.
 MARK = 1009
 
@@ -31,6 +43,7 @@ class Description:
 
     Attributes:
         arch: first of `candidates`.
+        global_pool: what its head reads, as timm calls it; None for the architecture's default.
         not_original: it has the ConvStem.
         updated: it is the wide variant.
         num_classes: outputs of the head; None if the architecture's cannot be chosen.
@@ -48,6 +61,7 @@ class Description:
     img_size: int | None
     candidates: tuple[str, ...]
     alike: bool
+    global_pool: str | None = None
 
     def __str__(self) -> str:
         if self.arch is None:
@@ -86,6 +100,7 @@ def describe_weights(weights: Weights, arch: str | None = None) -> Description:
         img_size=first.img_size(weights),
         candidates=tuple(blueprint.arch for blueprint in fitting),
         alike=all(blueprint.modules == first.modules for blueprint in fitting),
+        global_pool=first.global_pool,
     )
 
 
@@ -144,16 +159,19 @@ class _Blueprint:
         grid: of its position embeddings.
         stride: pixels of a patch's side.
         modules: PyTorch's description of its modules, which tells activations apart.
+        network: itself, without values.
     """
 
     arch: str
     not_original: bool
     updated: bool
+    global_pool: str | None
     state: Mapping[str, Tensor]
     head: tuple[str, ...]
     grid: PositionGrid | None
     stride: int
     modules: str
+    network: nn.Module
 
     def differences(self, weights: Weights) -> list[str]:
         """As `zoo.loading.differences`, for the weights' own number of classes."""
@@ -162,12 +180,17 @@ class _Blueprint:
             name: value.new_empty(classes or MARK, *value.shape[1:]) if name in self.head else value
             for name, value in self.state.items()
         }
-        return differences(expected, weights.network, self.grid)
+        return differences(expected, self._named(weights), self.grid)
 
     def num_classes(self, weights: Weights) -> int | None:
         """Of the head in `weights`; None if the model has none whose size can be chosen."""
-        heads = [weights.network[name] for name in self.head if name in weights.network]
+        network = self._named(weights)
+        heads = [network[name] for name in self.head if name in network]
         return len(heads[0]) if heads and heads[0].ndim else None
+
+    def _named(self, weights: Weights) -> Mapping[str, Tensor]:
+        """The network's tensors by the names of today."""
+        return with_timm_names(without_operators(weights.network), self.network, self.state)
 
     def img_size(self, weights: Weights) -> int | None:
         return self.stride * self.grid.side_of(weights.network[POSITIONS]) if self.grid is not None else None
@@ -182,9 +205,9 @@ class _NumbersOnCPU(TorchFunctionMode):
 
 
 @functools.cache
-def _blueprint(arch: str, not_original: bool, updated: bool) -> _Blueprint:
-    classes = {} if arch.startswith(ROBUSTBENCH_PREFIX) else {"num_classes": MARK}
-    build = functools.partial(build_model, arch, not_original=not_original, updated=updated, **classes)
+def _blueprint(arch: str, not_original: bool, updated: bool, global_pool: str | None = None) -> _Blueprint:
+    options = {} if arch.startswith(ROBUSTBENCH_PREFIX) else {"num_classes": MARK, "global_pool": global_pool}
+    build = functools.partial(build_model, arch, not_original=not_original, updated=updated, **options)
     try:
         with torch.device("meta"), _NumbersOnCPU():
             model = build()
@@ -197,11 +220,13 @@ def _blueprint(arch: str, not_original: bool, updated: bool) -> _Blueprint:
         arch=arch,
         not_original=not_original,
         updated=updated,
+        global_pool=global_pool,
         state=state,
         head=tuple(name for name, value in state.items() if value.ndim and len(value) == MARK),
         grid=grid,
         stride=model.patch_embed.patch_size[0] if grid is not None else 0,
         modules=str(model),
+        network=model,
     )
 
 
@@ -213,6 +238,14 @@ def _blueprints(weights: Weights, arch: str | None) -> Iterator[_Blueprint]:
         not_original = stem is not None and any(key.startswith(f"{stem.at}.stem.") for key in weights.network)
         for updated in (False, True) if entry is not None and entry.updated_dim else (False,):
             yield _blueprint(name, not_original, updated)
+        if FC_NORM in weights.network and _is_vit(name):
+            yield _blueprint(name, not_original, False, "avg")
+
+
+def _is_vit(arch: str) -> bool:
+    timm_name = arch.removeprefix(TIMM_PREFIX).split(".")[0]
+    entry = ARCHITECTURES.get(arch)
+    return is_model_in_modules(timm_name, {"vision_transformer", "deit"}) if entry is None else entry.family == "vit"
 
 
 def _nearest(weights: Weights, arch: str | None) -> tuple[str, list[str]]:

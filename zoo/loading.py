@@ -1,44 +1,44 @@
 """Weights of any layout, strictly into the model that was asked for: every name and shape fits, or nothing is loaded.
 
-Files hold a bare state dict or training states with one inside, perhaps with its moving average. Wrappers leave prefixes
-(`module.` of DDP, `base_model.` of attack wrappers, `_orig_mod.` of torch.compile), and a model with its input normaliser
-inside is `normalize.*` and `model.*`. `zoo.inference` says which network a file holds.
+A state dict is known by what it is: names and tensors, wherever in the file they are. Wrappers leave prefixes (`module.` of DDP,
+`base_model.` of attack wrappers, `_orig_mod.` of torch.compile, `1.` of an `nn.Sequential`), and a model with its input
+normaliser inside is `normalize.*` and `model.*`. `zoo.inference` says which network a file holds.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import zipfile
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import damaged_record
+from zoo.reading import Foreign, modules_state, read_content
 
 Which = Literal["ema", "raw"]
 
-PREFIXES = ("module.", "base_model.", "_orig_mod.", "model.")
-# Keys under which training states keep the model, and its moving average.
-RAW_CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
-EMA_CONTAINERS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
-# Normalisers: ours and RobustBench's (`normalize.mean`; `mu` or `mean` of the model itself), MadryLab's `normalizer.new_mean`.
+# Words in the keys of a training state: a moving average lies under the first, no network under the others.
+AVERAGES = {"ema", "swa", "averaged"}
+NO_NETWORKS = ("optim", "sched", "scaler")
+# Normalisers: ours and RobustBench's (`normalize.mean`; `mu` or `mean` of the model itself), MadryLab's `normalizer.new_mean`,
+# and the first module of an `nn.Sequential`.
 NORMALIZERS = [
     (module + mean, module + std)
-    for module in ("normalize.", "normalizer.", "")
+    for module in ("normalize.", "normalizer.", "0.", "")
     for mean, std in (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"))
 ]
 NORMALIZER_SHAPES = [(3,), (3, 1, 1), (1, 3, 1, 1)]
 # Entries beside the tensors of a state dict that no network needs; `n_averaged` is the counter of torch's AveragedModel.
 IGNORED_TYPES = (bool, int, float, str, type(None))
 IGNORED_TENSORS = ("n_averaged",)
+ATTACKER = "attacker."  # under which MadryLab's models hold a second copy of themselves
 POSITIONS = "pos_embed"
 SHOWN_NAMES = 5
 
@@ -52,12 +52,14 @@ class Weights:
         normalizer: `mean` and `std`, [1, 3, 1, 1], if there was one.
         which: "ema" or "raw", by the key of the training state they were under; None for a file of nothing but weights.
         key: that key, by dots if nested; empty for a file of nothing but weights.
+        sha256: of the file.
     """
 
     network: dict[str, Tensor]
     normalizer: dict[str, Tensor] | None
     which: Which | None = None
     key: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class PositionGrid:
 
 
 def read_weights(path: str | Path, *, which: Which | None = None) -> Weights:
-    """Read a weights file (`torch.save`, tensors and plain values only, or safetensors) on the CPU.
+    """Read a weights file (`torch.save`, or safetensors) on the CPU; see `zoo.reading`.
 
     Args:
         path: the file.
@@ -85,26 +87,15 @@ def read_weights(path: str | Path, *, which: Which | None = None) -> Weights:
     Raises:
         UserError: no such file, not a weights file, or no state dict in it (of that kind).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"expected a file of weights, got {str(path)!r}, which {_what_is(path)}.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-        content = _read(path, head)
-    except Exception as error:  # a damaged file makes the readers raise nearly anything: struct.error, IndexError, …
-        raise UserError(
-            f"{path} cannot be read as weights (torch.save with tensors and plain values only, or safetensors): "
-            f"{_why_unreadable(head, error)}."
-        ) from error
-    return parse_weights(content, source=path, which=which)
+    content, digest = read_content(Path(path))
+    return replace(parse_weights(content, source=path, which=which), sha256=digest)
 
 
 def parse_weights(content: Any, *, source: str | Path, which: Which | None = None) -> Weights:
     """The weights in what a file held, or in a `state_dict()`; `source` is named in errors. Else as `read_weights`."""
-    kind, key, state = _choose(list(_state_dicts(content)), content, which, str(source))
-    state = {name: value for name, value in state.items() if not isinstance(value, IGNORED_TYPES)}
-    return replace(_bare(state, str(source)), which=kind, key=key)
+    chosen = _choose(list(_state_dicts(content)), content, which, str(source))
+    state = {name: value for name, value in chosen.state.items() if isinstance(value, Tensor)}
+    return replace(_bare(state, str(source)), which=chosen.kind, key=chosen.key)
 
 
 def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> None:
@@ -130,17 +121,18 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
         )
     network = model.model if normalized else model
     expected, grid = network.state_dict(), position_grid(network)
-    problems = differences(expected, weights.network, grid)
+    found = with_timm_names(weights.network, network, expected)
+    problems = differences(expected, found, grid)
     if problems:
         raise UserError(
             f"{source} does not fit the model ({len(expected)} tensors expected, {len(weights.network)} found): "
             f"{listed(problems)}. Do arch, not_original, updated and num_classes describe this checkpoint?"
         )
     # Such weights come from a run that diverged or a damaged file; they would show as the accuracy of a guess.
-    broken = [name for name, value in weights.network.items() if not value.isfinite().all()]
+    broken = [name for name, value in found.items() if not value.isfinite().all()]
     if broken:
         raise UserError(f"{source} holds values that are not finite: {listed(broken)}.")
-    network.load_state_dict(_resized(weights.network, expected, grid))
+    network.load_state_dict(_resized(found, expected, grid))
     if weights.normalizer is not None:
         model.normalize.load_state_dict(weights.normalizer)
 
@@ -181,71 +173,66 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], gri
     return problems + [f"{name} is unexpected" for name in found if name not in expected]
 
 
+def with_timm_names(
+    state: Mapping[str, Tensor], network: nn.Module, expected: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """`state` under the names that timm gives its tensors today, by timm's own rules for older files of this architecture.
+
+    Unchanged where these rules do not lead to the `expected` names, or would compute new values.
+    """
+    rules = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if rules is None or state.keys() == expected.keys():
+        return state
+    try:
+        renamed = rules(dict(state), network)
+    except Exception:  # they expect a file of this architecture
+        return state
+    known = {value.untyped_storage().data_ptr() for value in state.values()}
+    same = all(value.untyped_storage().data_ptr() in known for value in renamed.values())
+    return renamed if same and renamed.keys() == expected.keys() else state
+
+
 def listed(problems: list[str]) -> str:
     """The first few, and how many more there are."""
     more = f" and {len(problems) - SHOWN_NAMES} more" if len(problems) > SHOWN_NAMES else ""
     return "; ".join(problems[:SHOWN_NAMES]) + more
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-def _what_is(path: Path) -> str:
-    return "is a folder" if path.is_dir() else "does not exist"
-
-
-def _read(path: Path, head: bytes) -> Any:
-    if head.startswith(b"PK"):
-        with zipfile.ZipFile(path) as archive:
-            if (reason := _why_not_weights(archive)) is not None:
-                raise zipfile.BadZipFile(reason)
-    elif path.suffix == ".safetensors" or head[8:9] == b"{":
-        return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _why_not_weights(archive: zipfile.ZipFile) -> str | None:
-    names = archive.namelist()
-    if not any(name.endswith("/data.pkl") for name in names):
-        return f"it is an archive of other files ({listed([repr(name) for name in names])})"
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "it is TorchScript, a program; expected the state_dict() of the model"
-    if (record := damaged_record(archive)) is not None:
-        return f"the checksum or header of {record!r} is wrong: it is damaged, or was saved without checksums"
-    return None
-
-
-def _why_unreadable(head: bytes, error: Exception) -> str:
-    if not head:
-        return "it is empty"
-    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, such as a link answers with that is not the file's own"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; `git lfs pull` brings the file"
-    if isinstance(error, zipfile.BadZipFile):
-        cut = str(error) == "File is not a zip file"
-        return "its end is missing, so it was not copied or downloaded completely" if cut else str(error)
-    if objects := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it holds Python objects or code ({objects[1]}), which are never loaded"
-    if head.isascii() and head.decode("ascii").isprintable():
-        return "it is text"
-    return f"it is damaged or of another format ({type(error).__name__})"
-
-
 # ---------------------------------------------------------------------------------------------------- parsing
-_Found = tuple[Which | None, str, Mapping[str, Any]]
+@dataclass(frozen=True)
+class _Found:
+    """A state dict in a file, and the keys that lead to it."""
+
+    keys: tuple[str, ...]
+    state: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.keys)
+
+    @property
+    def kind(self) -> Which | None:
+        if not self.keys:
+            return None
+        return "ema" if AVERAGES & set(re.split(r"[^a-z]+", self.key.lower())) else "raw"
+
+    @property
+    def tensors(self) -> int:
+        return sum(isinstance(value, Tensor) for value in self.state.values())
 
 
-def _state_dicts(content: Any, which: Which | None = None, key: str = "") -> Iterator[_Found]:
-    """(kind, key, state dict) of each one in a training state: tensors by name, plain values between them."""
+def _state_dicts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[_Found]:
+    """Each mapping of names to tensors in a file, plain values and objects of other programs between them."""
+    if isinstance(content, Foreign):
+        content = modules_state(content) or content
     if not isinstance(content, Mapping):
         return
-    inner: list[_Found] = []
-    for name in (*RAW_CONTAINERS, *EMA_CONTAINERS):
-        kind: Which = "ema" if which == "ema" or name in EMA_CONTAINERS else "raw"
-        inner += _state_dicts(content.get(name), kind, f"{key}.{name}".lstrip("."))
-    if inner:
-        yield from inner
-    elif any(isinstance(value, Tensor) for value in content.values()) and not _not_weights(content):
-        yield which, key, content
+    found = _Found(keys, content)
+    if found.tensors and not _not_weights(content):
+        yield found
+    for name, value in content.items():
+        if isinstance(name, str) and not any(word in name.lower() for word in NO_NETWORKS):
+            yield from _state_dicts(value, (*keys, name))
 
 
 def _not_weights(content: Mapping[Any, Any]) -> str:
@@ -253,7 +240,7 @@ def _not_weights(content: Mapping[Any, Any]) -> str:
     for name, value in content.items():
         if not isinstance(name, str):
             return f"the key {name!r}"
-        if not isinstance(value, (Tensor, *IGNORED_TYPES)):
+        if not isinstance(value, (Tensor, Foreign, *IGNORED_TYPES)):
             return f"{name}, a {type(value).__name__}"
     return ""
 
@@ -264,17 +251,16 @@ def _choose(found: list[_Found], content: Any, which: Which | None, where: str) 
         if isinstance(content, Mapping):
             shown = f"a mapping with {', '.join(map(str, list(content)[:SHOWN_NAMES])) or 'nothing in it'}"
             shown += f" (and {odd})" if (odd := _not_weights(content)) else ""
-        raise UserError(
-            f"{where} holds no state dict (names and tensors, maybe under {', '.join((*RAW_CONTAINERS, *EMA_CONTAINERS))}); "
-            f"got {shown}."
-        )
-    kinds = [kind for kind, _, _ in found]
+        raise UserError(f"{where} holds no state dict (a mapping of names to tensors); got {shown}.")
+    most = max(entry.tensors for entry in found)
+    found = [entry for entry in found if 2 * entry.tensors >= most]  # statistics and the like are no networks
+    kinds = [entry.kind for entry in found]
     # A file of nothing but weights does not say what they are: it is taken for the raw ones.
     wanted = which or ("ema" if "ema" in kinds else "raw")
-    chosen = [entry for entry in found if (entry[0] or "raw") == wanted]
-    keys = ", ".join(key or "the file itself" for _, key, _ in chosen or found)
+    chosen = [entry for entry in found if (entry.kind or "raw") == wanted]
+    keys = ", ".join(entry.key or "the file itself" for entry in chosen or found)
     if not chosen:
-        expected = {"ema": f"a moving average (under {', '.join(EMA_CONTAINERS)})", "raw": "raw weights"}[wanted]
+        expected = {"ema": "a moving average (under a key with ema in it)", "raw": "raw weights"}[wanted]
         raise UserError(f"{where}: expected {expected}, found only {keys}.")
     if len(chosen) > 1:
         raise UserError(f"{where}: expected one model, found {len(chosen)}: {keys}.")
@@ -286,10 +272,12 @@ def _bare(state: dict[str, Tensor], where: str) -> Weights:
     normalizer = None
     while True:
         state = {name: value for name, value in state.items() if name not in IGNORED_TENSORS}
-        prefix = next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None)
+        firsts = {name.partition(".")[:2] for name in state}
         pair = next((pair for pair in NORMALIZERS if all(name in state for name in pair)), None)
-        if prefix is not None:
+        if len(firsts) == 1 and (prefix := "".join(firsts.pop())).endswith("."):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
+        elif any(name.startswith(ATTACKER) for name in state):
+            state = {name: value for name, value in state.items() if not name.startswith(ATTACKER)}
         elif pair is not None and normalizer is None:
             normalizer = {kind: _statistic(state.pop(name), name, where) for kind, name in zip(("mean", "std"), pair)}
             if not (normalizer["std"] > 0).all():

@@ -24,6 +24,7 @@ def build_model(
     drop_path: float | None = None,
     use_blurpool: bool = False,
     add_normalization: bool = False,
+    global_pool: str | None = None,
 ) -> nn.Module:
     """Images (B, 3, H, W) in [0, 1] → logits (B, num_classes). Arguments as in `get_new_model` and the flags of their names.
 
@@ -43,6 +44,7 @@ def build_model(
         num_classes=num_classes,
         updated=updated,
         drop_path=drop_path,
+        global_pool=global_pool,
     )
     if use_blurpool:
         add_blurpool(model)

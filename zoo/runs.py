@@ -15,7 +15,8 @@ from common.files import read_json
 from common.provenance import PROVENANCE_KEY
 from zoo.description import DESCRIPTION, NetworkDescription
 from zoo.inference import check_description
-from zoo.loading import load_weights, read_weights
+from zoo.loading import has_normalizer, load_weights, read_weights
+from zoo.meansparse import add_operators
 from zoo.models import build_model
 
 # Key of an exported folder's config.json under which it holds the same sections.
@@ -62,7 +63,8 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     inferred = {name: getattr(found, name, False) for name in DESCRIPTION}
     inferred["num_classes"] = found.num_classes or 1000  # an architecture whose head cannot be chosen is ImageNet's
     description = {name: inferred[name] if value is None else value for name, value in description.items()}
-    model = build_model(**description)
+    model = build_model(**description, global_pool=found.global_pool)
+    add_operators(model.model if has_normalizer(model) else model, weights.network)
     load_weights(model, weights, source=path)
     class_names = run.get(PROVENANCE_KEY, {}).get("classes")
     return TrainedModel(model=model.eval(), path=path, description=description, class_names=class_names)

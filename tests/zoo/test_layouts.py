@@ -1,0 +1,204 @@
+"""Files as other projects write them: each gives the logits of the network that it was made from."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from common.errors import UserError
+from utils_architecture import normalize_model
+from zoo.description import NetworkDescription
+from zoo.loading import read_weights
+from zoo.meansparse import MeanSparse
+from zoo.runs import load_trained
+
+State = dict[str, torch.Tensor]
+NAMESPACE = argparse.Namespace(model="x", lr=0.1, data=Path("/data/imagenet"))
+
+
+def network(name: str = "resnet10t", **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=options.pop("num_classes", 5), **options)
+    for name, value in model.named_buffers():
+        if "running" in name:  # statistics that are not those of a new network
+            value.add_(torch.rand_like(value) / 10)
+    return model.eval()
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def zeros(state: State) -> State:
+    return {name: torch.zeros_like(value) for name, value in state.items()}
+
+
+def logits_of(path: Path, arch: str, size: int = 64, **asked: Any) -> torch.Tensor:
+    model = load_trained(path, NetworkDescription(arch=arch, **asked)).model.double()
+    return model(images(size))
+
+
+def images(size: int) -> torch.Tensor:
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def same(found: torch.Tensor, model: nn.Module, size: int = 64) -> bool:
+    return torch.allclose(found, model.double()(images(size)), rtol=0, atol=1e-6)
+
+
+def timm_checkpoint(model: nn.Module) -> Any:
+    state = model.state_dict()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rest = {"optimizer": optimizer.state_dict(), "args": NAMESPACE, "amp_scaler": {"scale": 65536.0}, "metric": 71.2}
+    return {"epoch": 7, "arch": "x", "state_dict": zeros(state), "state_dict_ema": state, "version": 2, **rest}
+
+
+LAYOUTS: dict[str, Callable[[nn.Module], Any]] = {
+    "timm's training state": timm_checkpoint,
+    "MAE": lambda m: {"model": m.state_dict(), "optimizer": {}, "epoch": 3, "scaler": {}, "args": NAMESPACE},
+    "NumPy scalars": lambda m: {"state_dict": m.state_dict(), "best_acc1": np.float64(71.5), "epoch": np.int64(3)},
+    "net": lambda m: {"net": prefixed(m.state_dict(), "module."), "acc": 71.0, "epoch": 3},
+    "params": lambda m: {"params": m.state_dict(), "step": torch.tensor(3)},
+    "model_state": lambda m: {"run": {"model_state": m.state_dict()}, "statistics": {"loss": torch.rand(3)}},
+    "any prefix": lambda m: prefixed(m.state_dict(), "student.backbone."),
+    "Lightning": lambda m: {
+        "state_dict": prefixed(m.state_dict(), "model."),
+        "optimizer_states": [{}],
+        "hparams": NAMESPACE,
+    },
+    "average under another name": lambda m: {"model": zeros(m.state_dict()), "ema_model": m.state_dict()},
+    "mapping of another program": lambda m: {"model": collections.UserDict(a=1), "net": m.state_dict()},
+    "defaultdict": lambda m: {"net": collections.defaultdict(int, m.state_dict())},
+    "whole module": lambda m: m,
+    "whole module in a state": lambda m: {"model": nn.DataParallel(m), "epoch": 3},
+    "arguments beside the tensors": lambda m: {**m.state_dict(), "args": NAMESPACE},
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old torch"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(tmp_path: Path, layout: str, old: bool) -> None:
+    model, path = network(), tmp_path / "w.pth"
+    torch.save(LAYOUTS[layout](model), path, _use_new_zipfile_serialization=not old)
+    assert same(logits_of(path, "timm_resnet10t"), model)
+
+
+def sequential(model: nn.Module) -> State:
+    inner = normalize_model(model, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)).state_dict()
+    return {re.sub("^normalize.", "0.", re.sub("^model.", "1.", name)): value for name, value in inner.items()}
+
+
+def madry(model: nn.Module) -> Any:
+    mean, std = torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+    state = {"normalizer.new_mean": mean, "normalizer.new_std": std, **prefixed(model.state_dict(), "model.")}
+    state |= {"attacker.normalize.new_mean": mean, "attacker.normalize.new_std": std}
+    state |= prefixed(model.state_dict(), "attacker.model.")
+    return {"model": prefixed(state, "module."), "optimizer": {}, "schedule": {}, "epoch": 90, "args": NAMESPACE}
+
+
+@pytest.mark.parametrize("layout", [sequential, madry])
+def test_normaliser_inside(tmp_path: Path, layout: Callable[[nn.Module], Any]) -> None:
+    model, path = network(), tmp_path / "w.ckpt"
+    torch.save(layout(model), path)
+    assert same(logits_of(path, "timm_resnet10t"), normalize_model(model, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)))
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    model, path = network(), tmp_path / "w.pth"
+    torch.save(model.half().state_dict(), path)
+    assert same(logits_of(path, "timm_resnet10t"), model)
+
+
+def test_swin_of_earlier_timm(tmp_path: Path) -> None:
+    """Down-sampling stood at a stage's end, the head was bare, and two kinds of buffers were saved."""
+    name = "swin_tiny_patch4_window7_224"
+    model, path, old = network(name), tmp_path / "w.pth", {}
+    for key, value in model.state_dict().items():
+        key = re.sub(r"layers.(\d).downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
+        old[key.replace("head.fc.", "head.")] = value
+    old["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    old["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
+    torch.save({"state_dict": old}, path)
+    assert same(logits_of(path, f"timm_{name}", 224), model, 224)
+
+
+@pytest.mark.parametrize("size", [224, 336])
+def test_vit_that_reads_the_mean(tmp_path: Path, size: int) -> None:
+    name = "vit_tiny_patch16_224"
+    model, path = network(name, global_pool="avg", img_size=size), tmp_path / "w.pth"
+    assert "fc_norm.weight" in model.state_dict() and "norm.weight" not in model.state_dict()
+    torch.save(model.state_dict(), path)
+    # At another size than the network's own, both interpolate.
+    assert same(
+        logits_of(path, f"timm_{name}", 224),
+        network(name, global_pool="avg", img_size=size, dynamic_img_size=True),
+        224,
+    )
+
+
+def test_xcit(tmp_path: Path) -> None:
+    name = "xcit_nano_12_p16_224"
+    model, path = network(name), tmp_path / "w.pth"
+    torch.save({"model": model.state_dict(), "args": NAMESPACE}, path)
+    assert same(logits_of(path, f"timm_{name}", 224), model, 224)
+
+
+class Published(nn.Module):
+    """The operator as its authors write it for ConvNeXt."""
+
+    def __init__(self, planes: int) -> None:
+        super().__init__()
+        self.register_buffer("momentum", torch.tensor(0.1))
+        self.register_buffer("running_mean", torch.randn(planes) / 10)
+        self.register_buffer("running_var", torch.rand(planes))
+        self.register_buffer("threshold", torch.tensor(0.2))
+        self.register_buffer("flag_update_statistics", torch.tensor(0))
+        self.register_buffer("batch_num", torch.tensor(9.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (1, -1, 1, 1) if x.shape[1] == len(self.running_mean) else (1, 1, 1, -1)
+        bias, crop = self.running_mean.view(shape), self.threshold * self.running_var.sqrt().view(shape)
+        return torch.where((x - bias).abs() < crop, bias * torch.ones_like(x), x)
+
+
+def test_mean_sparse(tmp_path: Path) -> None:
+    name, plain = "convnext_tiny", network("convnext_tiny")
+    model, path = network("convnext_tiny"), tmp_path / "w.pth"
+    for block in (block for stage in model.stages for block in stage.blocks):
+        planes = block.conv_dw.out_channels
+        block.drop_path = nn.Sequential(block.drop_path, Published(planes))
+        block.mlp.act = nn.Sequential(Published(4 * planes), block.mlp.act)
+    torch.save({"state_dict": prefixed(model.state_dict(), "module.")}, path)
+    trained = load_trained(path, NetworkDescription(arch=f"timm_{name}"))
+    assert sum(isinstance(module, MeanSparse) for module in trained.model.modules()) == 36
+    found = trained.model.double()(images(64))
+    assert same(found, model) and not same(found, plain)
+
+
+def test_nothing_of_a_file_runs(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return eval, (f"open({str(tmp_path / 'evil')!r}, 'w')",)
+
+    path = tmp_path / "w.pth"
+    for old in (False, True):
+        torch.save({"state_dict": network().state_dict(), "hook": Evil()}, path, _use_new_zipfile_serialization=not old)
+        assert read_weights(path).which == "raw"
+    assert not (tmp_path / "evil").exists()
+
+
+def test_two_copies_are_not_chosen_from(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"std_model": network().state_dict(), "rob_model": network().state_dict(), "args": NAMESPACE}, path)
+    with pytest.raises(UserError, match="expected one model, found 2: std_model, rob_model"):
+        read_weights(path)

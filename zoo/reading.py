@@ -1,0 +1,234 @@
+"""A weights file's content, read once: tensors and plain values, whatever else is in it. Nothing of the file is ever executed.
+
+torch's own reader takes files of tensors and plain values. Training states of the field hold more (timm's and MAE's an
+`argparse.Namespace`, others NumPy scalars, or the whole `nn.Module`). Of those, tensors are read as they are, and every other
+object becomes a `Foreign`, which holds the data that came with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import re
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import damaged_record
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch.save wrote before PyTorch 1.6
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+SHOWN = 5
+
+
+class Foreign(dict):
+    """An object of another program: its entries, where it was a mapping, and its state."""
+
+    state: Any = None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __call__(self, *_: Any, **__: Any) -> Foreign:
+        return Foreign()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def append(self, _: Any) -> None:
+        """What a pickle does with lists and sets of other programs."""
+
+    extend = add = append
+
+
+def read_content(path: Path) -> tuple[Any, str]:
+    """What `torch.save` or safetensors wrote, on the CPU, and the file's SHA-256.
+
+    Raises:
+        UserError: no such file, or one that is neither.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"expected a file of weights, got {str(path)!r}, which {what}.")
+    data = b""
+    try:
+        data = path.read_bytes()
+        return _content(data, path.suffix), hashlib.sha256(data).hexdigest()
+    except Exception as error:  # a damaged file makes the readers raise nearly anything: struct.error, IndexError, …
+        raise UserError(
+            f"{path} cannot be read as weights (torch.save, or safetensors): {_why_unreadable(data[:512], error)}."
+        ) from error
+
+
+def _content(data: bytes, suffix: str) -> Any:
+    if data.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if (reason := _why_not_weights(archive)) is not None:
+                raise zipfile.BadZipFile(reason)
+    elif suffix == ".safetensors" or data[8:9] == b"{":
+        return safetensors.torch.load(data)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        try:
+            return _read_inert(data)
+        except Exception:
+            raise error from None
+
+
+def _why_not_weights(archive: zipfile.ZipFile) -> str | None:
+    names = archive.namelist()
+    if not any(name.endswith("/data.pkl") for name in names):
+        shown = "; ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        return f"it is an archive of other files ({shown})"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "it is TorchScript, a program; expected the state_dict() of the model"
+    if (record := damaged_record(archive)) is not None:
+        return f"the checksum or header of {record!r} is wrong: it is damaged, or was saved without checksums"
+    return None
+
+
+def _why_unreadable(head: bytes, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if not head:
+        return "it is empty"
+    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, such as a link answers with that is not the file's own"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; `git lfs pull` brings the file"
+    if isinstance(error, zipfile.BadZipFile):
+        cut = str(error) == "File is not a zip file"
+        return "its end is missing, so it was not copied or downloaded completely" if cut else str(error)
+    if objects := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it holds Python objects or code ({objects[1]}), which are never loaded"
+    if head.isascii() and head.decode("ascii").isprintable():
+        return "it is text"
+    return f"it is damaged or of another format ({type(error).__name__})"
+
+
+# --- pickles that torch's own reader refuses --------------------------------------------------------------------------
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    # as_strided refuses what lies outside of the storage.
+    return torch.as_strided(storage, size, stride, offset)
+
+
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+def _of_another_type(function: Callable[..., Any], _: Any, arguments: tuple[Any, ...], __: Any) -> Any:
+    return function(*arguments) if function in (_tensor, _parameter) else Foreign()
+
+
+# All that a pickle may name and get; none of it reaches outside of these functions.
+_KNOWN = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _of_another_type,
+    ("torch", "Size"): tuple,
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BufferedIOBase, storage: Callable[[str, torch.dtype, int], Tensor]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._storage, self._storages = storage, {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _KNOWN.get((module, name), Foreign)
+
+    def persistent_load(self, reference: Any) -> Any:
+        if reference[0] == "module":  # a class, with its source
+            return reference[1]
+        kind, dtype, key, _, count, *view = reference
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
+            raise pickle.UnpicklingError(f"a reference to a {kind} of {dtype}")
+        if key not in self._storages:
+            self._storages[key] = self._storage(key, dtype, count)
+        return self._storages[key]
+
+
+def _read_inert(data: bytes) -> Any:
+    return _read_zip(data) if data.startswith(b"PK") else _read_legacy(data)
+
+
+def _read_zip(data: bytes) -> Any:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+        order = f"{root}byteorder"
+        if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
+            raise ValueError("it was written on a machine of another byte order")
+
+        def storage(key: str, dtype: torch.dtype, _: int) -> Tensor:
+            record = archive.read(f"{root}data/{key}")
+            return torch.frombuffer(bytearray(record), dtype=dtype) if record else torch.empty(0, dtype=dtype)
+
+        with archive.open(f"{root}data.pkl") as file:
+            return _Unpickler(file, storage).load()
+
+
+def _read_legacy(data: bytes) -> Any:
+    """Pickles one after the other: magic number, version, facts of the machine, content, keys of storages; then those."""
+    file, storages = io.BytesIO(data), {}
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        if not 0 <= count <= len(data):  # no more memory than the file can fill
+            raise ValueError("a tensor is larger than the file")
+        storages[key] = torch.empty(count, dtype=dtype)
+        return storages[key]
+
+    magic, _, _, content, keys = (_Unpickler(file, storage).load() for _ in range(5))
+    if magic != _LEGACY_MAGIC:
+        raise ValueError("no file of torch.save")
+    for key in keys:
+        count, tensor = int.from_bytes(file.read(8), "little"), storages[key]
+        if count != tensor.numel():
+            raise ValueError("a storage of another size than its tensors")
+        values = file.read(count * tensor.itemsize)
+        if count:
+            tensor.copy_(torch.frombuffer(bytearray(values), dtype=tensor.dtype, count=count))
+    return content
+
+
+def modules_state(content: Foreign) -> dict[str, Any]:
+    """The state dict of a pickled `nn.Module`; empty for any other object."""
+    if not isinstance(content.state, dict) or not isinstance(content.state.get("_modules"), dict):
+        return {}
+    state, hidden = {}, content.state.get("_non_persistent_buffers_set", ())
+    for kind in ("_parameters", "_buffers"):
+        values = content.state.get(kind) or {}
+        state |= {name: v for name, v in values.items() if isinstance(v, Tensor) and name not in hidden}
+    for name, module in content.state["_modules"].items():
+        if isinstance(module, Foreign):
+            state |= {f"{name}.{inner}": value for inner, value in modules_state(module).items()}
+    return state
