@@ -40,6 +40,7 @@ from evaluation.pictures import draw_examples
 from evaluation.plan import image_lists
 from evaluation.report import percent, write_json, write_text
 from training.config import TrainConfig
+from zoo.description import Preprocessing
 from zoo.runs import find_weights
 
 PROJECT = Path(__file__).resolve().parent
@@ -106,7 +107,7 @@ def save_images(config: EvalConfig) -> None:
     """test_images.npz: what both networks were attacked on."""
     (size,) = config.eval.img_size
     images = image_lists(config)(CLASSES, None)
-    chunk = images.read(list(range(len(images))), size=size, crop_pct=config.eval.crop_pct)
+    chunk = images.read(list(range(len(images))), Preprocessing(size, config.eval.crop_pct))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x=chunk.x.numpy(), y=chunk.y.numpy())
     write_atomically(FOLDER / "test_images.npz", lambda file: file.write(buffer.getvalue()))

@@ -114,7 +114,7 @@ def metric_names(cell: Cell, entry: Entry) -> list[str]:
     """The metrics that a finished run has under an evaluation, which its flags decide."""
     settings = load_config(EvalConfig, cell.eval_argv(entry)).eval
     names = []
-    for size in settings.img_size:
+    for size in settings.img_size or (cell.config.validation.resolution,):
         px = _px(size, several=len(settings.img_size) > 1)
         names += [CLEAN + px, *(_threat(norm, eps) + px for norm, eps in zip(settings.norms, settings.eps))]
     return [*names, *_validations(cell, entry)]
@@ -176,7 +176,8 @@ def _validation_metrics(cell: Cell, entry: Entry, last: Mapping[str, Any]) -> It
 def _validations(cell: Cell, entry: Entry) -> dict[str, tuple[str, int]]:
     """Metric → its key in the record of the last epoch, and the number of images where it counts."""
     config = cell.config
-    if dict(entry.flags).get("eval.img_size", "") != str(config.validation.resolution):
+    size = str(config.validation.resolution)
+    if dict(entry.flags).get("eval.img_size", size) != size:
         return {}
     prefix = "ema_" if cell.weights_kind(entry) == "ema" else ""
     found = {CLEAN_ALL: (f"{prefix}top1", 0)}

@@ -18,6 +18,7 @@ from pyautoattack import AutoAttack
 from common.flags import load_config
 from evaluation.config import EvalConfig
 from evaluation.plan import image_lists
+from zoo.description import Preprocessing
 from zoo.runs import load_trained
 
 
@@ -36,10 +37,9 @@ def main(argv: Sequence[str]) -> None:
     lines = []
     for start in range(0, len(images), settings.batch_size):
         positions = list(range(start, min(start + settings.batch_size, len(images))))
-        chunk = images.read(positions, size=size, crop_pct=settings.crop_pct)
+        chunk = images.read(positions, Preprocessing(size, settings.crop_pct))
         engine = AutoAttack(model, norm=norm, eps=eps, seed=settings.seed, device=device, version="standard")
-        if not settings.fullaa:
-            engine.attacks_to_run = engine.attacks_to_run[:2]
+        engine.attacks_to_run = list(settings.chosen)
         x_adv, y_adv = engine.run_standard_evaluation(chunk.x, chunk.y, batch_size=len(chunk.y))
         robust, untouched = y_adv == chunk.y, (x_adv == chunk.x).flatten(1).all(1)
         verdicts = ["robust" if r else "clean" if u else "broken" for r, u in zip(robust, untouched)]

@@ -53,14 +53,19 @@ def seeded(*key: int | str) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def eval_geometry(size: int, crop_pct: float) -> list[Callable[[Image.Image], Image.Image]]:
-    """Resize the shorter side to ⌊size / crop_pct⌋ pixels (Pillow's antialiased bicubic), crop the centre."""
-    return [Resize(math.floor(size / crop_pct), InterpolationMode.BICUBIC), CenterCrop(size)]
+INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
-def eval_transform(size: int, crop_pct: float = 0.875) -> ImageTransform:
+def eval_geometry(
+    size: int, crop_pct: float, interpolation: str = "bicubic"
+) -> list[Callable[[Image.Image], Image.Image]]:
+    """Resize the shorter side to ⌊size / crop_pct⌋ pixels (Pillow's, antialiased), crop the centre."""
+    return [Resize(math.floor(size / crop_pct), INTERPOLATIONS[interpolation]), CenterCrop(size)]
+
+
+def eval_transform(size: int, crop_pct: float = 0.875, interpolation: str = "bicubic") -> ImageTransform:
     """`eval_geometry`, as a tensor."""
-    return Compose([*eval_geometry(size, crop_pct), ToTensor()])
+    return Compose([*eval_geometry(size, crop_pct, interpolation), ToTensor()])
 
 
 def train_transform(

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from attacks.threat_models import get_threat_model
 from common.errors import UserError
 from common.precision import float32_matmul
+from evaluation.config import ATTACKS
 
-ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
-# The targeted loss compares the four largest logits.
-FEWEST_CLASSES = 4
+# The targeted loss compares the four largest logits; the other attacks need a second class.
+FEWEST_CLASSES = {"apgd-t": 4}
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,7 @@ def attack_chunk(
         raise UserError(
             "eval.model_in: the network's logits are not finite on clean images; its accuracy means nothing."
         )
-    if logits.shape[1] < FEWEST_CLASSES:
-        raise UserError(
-            f"eval.model_in: AutoAttack needs at least {FEWEST_CLASSES} classes, the network has {logits.shape[1]}."
-        )
+    check_classes(logits.shape[1], attacks)
     clean_pred = logits.argmax(dim=1).cpu()
     standing = clean_pred == y
     broken_by = ["" if right else "clean" for right in standing.tolist()]
@@ -156,6 +153,21 @@ def attack_chunk(
             suspects &= standing
             run(model, suspects, tf32=False, is_copy=False)
     return Verdicts(clean_pred, broken_by, x_adv, seconds, int(suspects.sum()))
+
+
+def check_classes(num_classes: int, attacks: Sequence[str]) -> None:
+    """Refuse a network with too few classes for one of the attacks.
+
+    Raises:
+        UserError: it names the attacks that can run.
+    """
+    able = [name for name in ATTACKS if FEWEST_CLASSES.get(name, 2) <= num_classes]
+    for name in attacks:
+        if name not in able:
+            raise UserError(
+                f"eval.attacks: {name} needs at least {FEWEST_CLASSES[name]} classes, the network has {num_classes}; give "
+                f"--eval.attacks={','.join(able)}."
+            )
 
 
 def check_adversarial(

@@ -12,6 +12,7 @@ from common.errors import Problems, UserError, blame
 from common.flags import REQUIRED, Config, converted, flag, read_yaml
 from zoo.description import NetworkDescription
 
+ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack's version "standard", in its order
 IMAGE_IDS = ("auto", "robustbench", "all")
 
 
@@ -44,14 +45,15 @@ class EvalAttackConfig:
     model_in: tuple[str, ...] = flag((), "weights files, run folders, published names or RobustBench ids, by commas")
     models: str = flag("", "YAML file: a list of weights files, run folders, or {model_in: …, name: …, arch: …}")
     fullaa: bool = flag(True, "1: APGD-CE, APGD-T, FAB-T, Square; 0: the first two")
+    attacks: tuple[str, ...] = flag((), "some of AutoAttack's attacks, by commas; unset: see fullaa", choices=ATTACKS)
     norms: tuple[str, ...] = flag(("Linf",), "threat models, separated by commas", choices=NORMS)
     eps: tuple[float, ...] | None = flag(None, "radius of each norm, fractions allowed; unset: 4/255, 2, 75", above=0)
     ids: str = flag("auto", "robustbench: its 5,000 images; auto: those if val_dataset is ImageNet", choices=IMAGE_IDS)
     n_ex: int = flag(5000, "number of images, the first ones; 0: all", at_least=0)
     batch_size: int = flag(100, "images attacked together: a chunk; part of the result's identity", at_least=1)
-    img_size: tuple[int, ...] = flag((224,), "image sizes in pixels, separated by commas", at_least=8)
-    crop_pct: float = flag(
-        0.875, "centre crop after resizing to img_size/crop_pct; 1 for small images", above=0, at_most=1
+    img_size: tuple[int, ...] = flag((), "image sizes in pixels, by commas; unset: the network's own", at_least=8)
+    crop_pct: float | None = flag(
+        None, "centre crop after resizing to img_size/crop_pct; unset: the network's own", above=0, at_most=1
     )
     seed: int = flag(0, "seed of AutoAttack", at_least=0, at_most=2**32 - 1)
     out: str = flag("", "folder of state and reports; empty: eval/ beside the weights")
@@ -67,6 +69,13 @@ class EvalAttackConfig:
     gpu_wait: float = flag(0.0, "auto: minutes to wait for a free GPU; 0: do not wait", at_least=0)
     workers: int = flag(0, "processes on a CPU; 0: as many as eval.threads leaves cores for", at_least=0)
     threads: int = flag(1, "threads of one process on a CPU; part of the result's identity", at_least=1)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The attacks, in AutoAttack's order."""
+        if self.attacks:
+            return tuple(name for name in ATTACKS if name in self.attacks)
+        return ATTACKS if self.fullaa else ATTACKS[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +103,8 @@ class EvalConfig(Config):
     def problems(self) -> list[str]:
         settings, problems = self.eval, Problems()
         norms, eps = settings.norms, settings.eps
-        for name, values in (("norms", norms), ("img_size", settings.img_size), ("model_in", settings.model_in)):
+        for name in ("norms", "img_size", "model_in", "attacks"):
+            values = getattr(settings, name)
             if len(set(values)) != len(values):
                 problems.found.append(f"eval.{name}: expected each value once, got {','.join(map(str, values))}.")
         if "" in settings.model_in:
@@ -109,7 +119,7 @@ class EvalConfig(Config):
             )
         for norm, radius in zip(norms, eps):
             with problems.caught(), blame("eval.eps"):
-                check_radius(norm, radius, size=min(settings.img_size))
+                check_radius(norm, radius, size=min(settings.img_size, default=224))
         if settings.gpus not in ("auto", "none") and not re.fullmatch(r"\d+(,\d+)*", settings.gpus):
             problems.found.append(f"eval.gpus: expected auto, none, or GPU numbers such as 0,1; got {settings.gpus!r}.")
         return problems.found

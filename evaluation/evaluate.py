@@ -150,6 +150,12 @@ class _Coordinator:
             tasks = [task for number in range(len(evaluations)) for task in self._open(number)]
         except UserError as error:
             return [], [], str(error)
+        for name, e in {e.network: e for e in evaluations}.items():
+            used = e.preprocessing
+            print(
+                f"{name}: {used.img_size} px, crop {used.crop_pct:g}, {used.interpolation} ({used.source})",
+                file=sys.stderr,
+            )
         self._open_chunks = len(tasks)
         still = sum(len(evaluations[task.evaluation].positions(task.chunk)) for task in tasks)
         total = sum(evaluation.n for evaluation in evaluations)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 from common.errors import UserError, blame
 from common.seeding import derive_seed
 from data.datasets import open_source
-from data.decoding import DECODE_ERRORS
+from data.decoding import DECODE_ERRORS, decode
 from data.folders import class_folders, open_listed
 from data.imagenet_ids import looks_like_imagenet, robustbench_ids
 from data.loader import EvalLoader, spread_indices
 from data.source import Collected, Source, StreamSource
 from evaluation.config import EvalDataConfig
+from zoo.description import Preprocessing
 
 PROBED = 8  # images whose pixels tell two data sets with the same names apart
 
@@ -40,6 +42,20 @@ class Chunk:
     y: Tensor
     positions: Tensor
     unreadable: list[str]
+
+
+@cache
+def robustbench_digests() -> dict[int, str]:
+    """Number of images → `ImageList.digest` of so many first ones of RobustBench's 5,000; empty without robustbench."""
+    try:
+        listed = robustbench_ids()
+    except UserError:
+        return {}
+    numbers, digest, found = {name: i for i, name in enumerate(listed.class_names)}, hashlib.sha256(), {}
+    for count, key in enumerate(listed.keys, 1):
+        digest.update(f"{key}\t{numbers[key.split('/')[0]]}\n".encode())
+        found[count] = digest.copy().hexdigest()
+    return found
 
 
 class ImageList:
@@ -66,18 +82,28 @@ class ImageList:
         lines = "".join(f"{key}\t{label}\n" for key, label in zip(self.keys, self.labels))
         return hashlib.sha256(os.fsencode(lines)).hexdigest()  # names of files need not be UTF-8
 
-    def probe(self, *, size: int, crop_pct: float) -> str:
+    def probe(self, used: Preprocessing) -> str:
         """SHA-256 over the pixels of a few images: data sets such as ImageNet-C differ in nothing else."""
-        chunk = self.read(spread_indices(len(self), PROBED), size=size, crop_pct=crop_pct)
+        chunk = self.read(spread_indices(len(self), PROBED), used)
         return hashlib.sha256(chunk.x.mul(255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
 
-    def read(self, positions: list[int], *, size: int, crop_pct: float) -> Chunk:
+    def common_size(self) -> str | None:
+        """The size of a few images where it is one square for all: photos come in many sizes, copies of them in one."""
+        sizes = set()
+        for p in spread_indices(len(self), PROBED):
+            with suppress(*DECODE_ERRORS):
+                sizes.add(decode(self.source.read(self.indices[p])[0], upright=self._upright).size)
+        (width, height) = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
+        return f"{width} × {height} px" if width == height else None
+
+    def read(self, positions: list[int], used: Preprocessing) -> Chunk:
         """Decode the images at these positions, through the evaluation transform (resize, centre crop)."""
         workers = min(self._num_workers, len(positions))
         loader = EvalLoader(
             self.source,
-            size=size,
-            crop_pct=crop_pct,
+            size=used.img_size,
+            crop_pct=used.crop_pct,
+            interpolation=used.interpolation,
             batch_size=math.ceil(len(positions) / max(workers, 1)),  # a worker decodes whole batches: one for each
             num_workers=workers,
             upright=self._upright,

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from attacks.norms import check_radius
 from common.errors import UserError, blame
 from common.files import sha256
 from common.provenance import installed_version
-from evaluation.autoattack import ATTACKS, package_name
-from evaluation.config import EvalConfig, EvalModelConfig, ModelEntry
+from evaluation.autoattack import check_classes, package_name
+from evaluation.config import ATTACKS, EvalConfig, EvalModelConfig, ModelEntry
 from evaluation.images import ImageList, open_images
+from zoo.description import Preprocessing, RunFacts
 from zoo.names import Located, locate
 from zoo.published import Published
 from zoo.runs import TrainedModel, load_trained
@@ -35,8 +37,11 @@ class Evaluation:
         weights: the file.
         description: the network it holds, complete.
         class_names: of its outputs, where known.
+        image_size: of the images, where it is one for all; None where it differs, or for no published model.
         published: the published model it is, if any.
-        norm, eps, img_size: threat model, and image size in pixels.
+        norm, eps: threat model.
+        preprocessing: what images go through; with its `img_size`.
+        run: what the network's run says of it.
         attacks: names, in order.
         n: number of images.
         batch_size: images of a chunk.
@@ -48,15 +53,22 @@ class Evaluation:
     weights: Path
     description: EvalModelConfig
     class_names: list[str] | None
+    image_size: str | None
     published: Published | None
     norm: str
     eps: float
-    img_size: int
+    preprocessing: Preprocessing
+    run: RunFacts
     attacks: tuple[str, ...]
     n: int
     batch_size: int
     folder: Path
     identity: Mapping[str, Any]
+
+    @property
+    def img_size(self) -> int:
+        """Image side in pixels."""
+        return self.preprocessing.img_size
 
     @property
     def chunks(self) -> int:
@@ -103,7 +115,8 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
             trained = load_trained(found.path, found.describe(entry.model))
         by_network[name] = open_for(trained.description["num_classes"], trained.class_names)
         folder = root / folder_name(name)
-        evaluations += _plan_network(config, name, trained, found.published, by_network[name], folder, on_gpu)
+        own = found.preprocessing or trained.preprocessing
+        evaluations += _plan_network(config, name, trained, own, found.published, by_network[name], folder, on_gpu)
     return Plan(evaluations, root, by_network)
 
 
@@ -111,33 +124,45 @@ def _plan_network(
     config: EvalConfig,
     name: str,
     trained: TrainedModel,
+    own: Preprocessing,
     published: Published | None,
     images: ImageList,
     folder: Path,
     on_gpu: bool,
 ) -> Iterator[Evaluation]:
     """The evaluations of one network."""
-    settings, version = config.eval, "aa" if config.eval.fullaa else "apgd"
+    settings, version = (
+        config.eval,
+        {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(config.eval.chosen, "+".join(config.eval.chosen)),
+    )
+    check_classes(trained.description["num_classes"], settings.chosen)
     network = {"sha256": sha256(trained.path), **trained.description}
-    for size in settings.img_size:
+    for size in settings.img_size or (own.img_size,):
+        used = replace(own, img_size=size, crop_pct=settings.crop_pct or own.crop_pct)
+        if used != own:
+            used = replace(used, source="the flags")
         try_size(trained.model, size, name=name)
-        pixels = images.probe(size=size, crop_pct=settings.crop_pct)
+        pixels = images.probe(used)
         data = {"images": images.digest(), "n": len(images), "img_size": size, "pixels": pixels}
         for norm, eps in zip(settings.norms, settings.eps):
+            with blame("eval.eps"):
+                check_radius(norm, eps, size=size)
             yield Evaluation(
                 network=name,
                 weights=trained.path,
                 description=EvalModelConfig(**trained.description),
                 class_names=trained.class_names,
+                image_size=images.common_size() if published is not None and len(images) > 1 else None,
                 published=published,
                 norm=norm,
                 eps=eps,
-                img_size=size,
-                attacks=ATTACKS if settings.fullaa else ATTACKS[:2],
+                preprocessing=used,
+                run=trained.run,
+                attacks=settings.chosen,
                 n=len(images),
                 batch_size=settings.batch_size,
                 folder=folder / f"{norm}_{show_eps(eps).replace('/', 'of')}_{size}px_n{len(images)}_{version}",
-                identity={"network": network, "data": data, **_numbers(config, norm, eps, on_gpu=on_gpu)},
+                identity={"network": network, "data": data, **_numbers(config, norm, eps, used, on_gpu=on_gpu)},
             )
 
 
@@ -237,17 +262,17 @@ def engine_version() -> str:
     return f"{name} {installed_version(name) or '(unknown version)'}"
 
 
-def _numbers(config: EvalConfig, norm: str, eps: float, *, on_gpu: bool) -> dict[str, Any]:
+def _numbers(config: EvalConfig, norm: str, eps: float, used: Preprocessing, *, on_gpu: bool) -> dict[str, Any]:
     """What else verdicts depend on: the attack, the arithmetic, the packages."""
     settings = config.eval
     device = {"device": "cuda"} if on_gpu else {"device": "cpu", "threads": settings.threads}
     return {
-        "transform": {"resize": "bicubic", "crop_pct": settings.crop_pct},
+        "transform": {"resize": used.interpolation, "crop_pct": used.crop_pct},
         "attack": {
             "norm": norm,
             "eps": eps,
             "seed": settings.seed,
-            "attacks": list(ATTACKS if settings.fullaa else ATTACKS[:2]),
+            "attacks": list(settings.chosen),
             "batch_size": settings.batch_size,
             "engine": engine_version(),
         },

@@ -7,7 +7,8 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ from scipy.stats import binomtest
 from common.files import write_atomically
 from common.provenance import provenance
 from common.tables import markdown_table
-from evaluation.config import EvalConfig
-from evaluation.images import ImageList
+from evaluation.config import ATTACKS, EvalConfig
+from evaluation.images import ImageList, robustbench_digests
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
-PUBLISHED_EPS = 4 / 255
+# The published evaluations: RobustBench's transform.
+PUBLISHED_EPS, PUBLISHED_PX, PUBLISHED_CROP = 4 / 255, 224, 0.875
+SUSPICIOUS = 0.3  # percentage points between the same evaluation here and there
+FAR_BELOW = 20.0  # percentage points below the validation of a network's own run
+AT_CHANCE, NEAR_CHANCE = (
+    0.05,
+    0.1,
+)  # guessing reaches it with at least this probability, and is at most this share below
 CSV_HEAD = ("index", "path", "label", "clean_pred", "broken_by")
 
 Record = Mapping[str, Any]
@@ -58,7 +66,8 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         "network": {"name": evaluation.network, "weights": str(evaluation.weights), **evaluation.identity["network"]},
         "data": {"val_dataset": config.data.val_dataset, **evaluation.identity["data"]}
         | {"unreadable": [name for record in records for name in record["unreadable"]]},
-        "transform": evaluation.identity["transform"],
+        "transform": {**evaluation.identity["transform"], "from": evaluation.preprocessing.source},
+        "run": asdict(evaluation.run),
         **evaluation.identity["attack"],
         "n": n,
         "clean_acc": clean,
@@ -85,27 +94,49 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
 
 
 def compare_with_published(evaluation: Evaluation, report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the robust accuracy compares with the published one; None where it is not the published evaluation.
-
-    That is: full AutoAttack at Linf 4/255, at an image size with a published number.
+    """How an evaluation of a published model compares with its published numbers; None for other networks.
 
     Returns:
-        `name`, published `clean` and `autoattack` in %, `difference` of ours in percentage points, and whether the
-        published number lies `within_ci95` of ours.
+        `name`; published `clean`, `autoattack` and, where one is known, `external` (a stronger attack's) in %; `differs`: what is
+        not as in the published evaluation, in words. Where nothing differs, also `difference` and `clean_difference` of ours in
+        percentage points, and whether one of them is `suspicious`: on the same images they should be equal but for rounding.
     """
     model = evaluation.published
-    numbers = model and model.results.get(evaluation.img_size)
-    full = evaluation.norm == "Linf" and abs(evaluation.eps - PUBLISHED_EPS) < 1e-9 and "square" in evaluation.attacks
-    if not numbers or not full:
+    if model is None:
         return None
-    low, high = report["robust_ci95"]
-    return {
-        "name": model.name,
-        "clean": numbers.clean,
-        "autoattack": numbers.autoattack,
-        "difference": round(100 * report["robust_acc"] - numbers.autoattack, 2),
-        "within_ci95": 100 * low <= numbers.autoattack <= 100 * high,
-    }
+    numbers = model.results.get(evaluation.img_size) or model.results.get(PUBLISHED_PX)
+    differs = _differs_from_published(evaluation, report)
+    found = {"name": model.name, "differs": differs, "external": model.external}
+    if numbers is None:
+        return found | {"differs": ["no number is published at this image size"], "clean": None, "autoattack": None}
+    found |= {"clean": numbers.clean, "autoattack": numbers.autoattack}
+    if not differs:
+        found["difference"] = round(100 * report["robust_acc"] - numbers.autoattack, 2)
+        found["clean_difference"] = round(100 * report["clean_acc"] - numbers.clean, 2)
+        found["suspicious"] = max(abs(found["difference"]), abs(found["clean_difference"])) > SUSPICIOUS
+    return found
+
+
+def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -> list[str]:
+    """What is not as in the published evaluation: AutoAttack at Linf 4/255 on RobustBench's images, 256 → 224 px, bicubic."""
+    differs, used, listed = [], evaluation.preprocessing, robustbench_digests()
+    if evaluation.norm != "Linf" or abs(evaluation.eps - PUBLISHED_EPS) > 1e-9:
+        differs.append(f"{evaluation.norm} {show_eps(evaluation.eps)} instead of Linf 4/255")
+    if missing := [attack for attack in ATTACKS if attack not in evaluation.attacks]:
+        differs.append(f"without {', '.join(missing)}")
+    if evaluation.identity["data"]["images"] != listed.get(evaluation.n, ""):
+        differs.append("other images than RobustBench's 5,000")
+    elif evaluation.n != max(listed):
+        differs.append(f"{evaluation.n} of RobustBench's 5,000 images")
+    if evaluation.image_size is not None:
+        differs.append(f"images that were all made {evaluation.image_size} before, as those of ImageNet-C")
+    if report["data"]["unreadable"]:
+        differs.append(f"{len(report['data']['unreadable'])} images could not be decoded")
+    if evaluation.img_size not in evaluation.published.results:
+        differs.append(f"{evaluation.img_size} px instead of {PUBLISHED_PX}")
+    if abs(used.crop_pct - PUBLISHED_CROP) > 1e-6 or used.interpolation != "bicubic":
+        differs.append(f"{used.interpolation} with crop {used.crop_pct:g} instead of bicubic with {PUBLISHED_CROP}")
+    return differs
 
 
 def write_evaluation(
@@ -229,21 +260,36 @@ def curve(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def comparison_text(report: Mapping[str, Any]) -> str:
-    """One line on the published number; empty where there is none to compare with."""
+    """One line on the published number; empty where there is none."""
     published = report.get("published")
-    if not published:
+    if not published or published["autoattack"] is None:
         return ""
-    size, inside = report["data"]["img_size"], "inside" if published["within_ci95"] else "OUTSIDE"
-    return (
-        f"{published['name']}, {size} px, {report['n']} images: AutoAttack {100 * report['robust_acc']:.2f} %, "
-        f"published {published['autoattack']:.1f} %: {published['difference']:+.2f} points, {inside} the 95 % interval; "
-        f"clean {100 * report['clean_acc']:.2f} %, published {published['clean']:.1f} %."
+    robust, clean = 100 * report["robust_acc"], 100 * report["clean_acc"]
+    name, number = published["name"], f"published {published['autoattack']:.1f} %"
+    if published["external"] is not None:
+        number += f" ({published['external']:.1f} % by a stronger attack)"
+    if published["differs"]:
+        low, high = (100 * bound for bound in report["robust_ci95"])
+        return (
+            f"{name}: not compared with the published number ({published['autoattack']:.1f} %), because of "
+            f"{'; '.join(published['differs'])}. Robust here: {robust:.2f} %, 95 % interval {low:.1f} – {high:.1f} for a sample of "
+            f"{report['n']} images."
+        )
+    text = (
+        f"{name}: AutoAttack {robust:.2f} %, {number}: {published['difference']:+.2f} points; clean {clean:.2f} %, published "
+        f"{published['clean']:.1f} %: {published['clean_difference']:+.2f}."
     )
+    if published["suspicious"]:
+        text += (
+            f" SUSPICIOUS: on the same images more than {SUSPICIOUS} points apart. Check crop and interpolation, normaliser, "
+            "eval.precision, and the versions in report.json."
+        )
+    return text
 
 
 def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> list[str]:
     """What a reader of the numbers should know."""
-    texts = []
+    texts = [*_warnings_of_accuracy(report)]
     if save_adv and report["images_kept"] < report["n"]:
         texts.append(
             f"adversarial images are kept of {report['images_kept']} of {report['n']} images; start again for the others"
@@ -255,6 +301,26 @@ def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> list[st
     if unreadable := report["data"]["unreadable"]:
         texts.append(f"{len(unreadable)} images could not be decoded and are left out, the first: {unreadable[0]}")
     return texts
+
+
+def _warnings_of_accuracy(report: Mapping[str, Any]) -> Iterator[str]:
+    """Where the clean accuracy says that the network does not see what it was trained on, or the radius is not its own."""
+    clean, n, run, used = report["clean_acc"], report["n"], report["run"], report["transform"]
+    chance = 1 / report["network"]["num_classes"]
+    shown = f"{report['data']['img_size']} px, crop {used['crop_pct']:g}, {used['resize']} ({used['from']})"
+    before = run["clean_acc"]
+    if before is not None and 100 * (before - clean) > FAR_BELOW:
+        yield (
+            f"clean accuracy {percent(clean)}, but {percent(before)} in the validation of its own run: most likely other images, "
+            f"or another image size or crop than there; here {shown}"
+        )
+    elif clean - chance <= NEAR_CHANCE and binomtest(round(clean * n), n, chance, "greater").pvalue > AT_CHANCE:
+        yield (
+            f"clean accuracy {percent(clean)} is that of guessing: most likely a missing or second normaliser "
+            f"(model.add_normalization), classes in another order, or another image size; here {shown}"
+        )
+    if run["norm"] == report["norm"] and abs(run["eps"] - report["eps"]) > 1e-9:
+        yield f"trained for {run['norm']} {show_eps(run['eps'])}, attacked at {show_eps(report['eps'])}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -83,7 +83,7 @@ class _Worker:
         started, begin = time.time(), time.perf_counter()
         model, fast = self._load_network(evaluation)
         images, positions = self.images[evaluation.network], evaluation.positions(task.chunk)
-        chunk = images.read(positions, size=evaluation.img_size, crop_pct=self.config.eval.crop_pct)
+        chunk = images.read(positions, evaluation.preprocessing)
         record = {
             "chunk": task.chunk,
             "positions": chunk.positions.tolist(),

@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export")
     export.add_argument("name")
     export.add_argument("--to", type=Path, required=True)
-    export.add_argument("--img-size", type=int, help="pixels that it is meant for (default: the architecture's)")
-    export.add_argument("--crop-pct", type=float, default=0.875, help="of the evaluation transform (default 0.875)")
+    export.add_argument("--img-size", type=int, help="pixels that it is meant for (default: the network's own)")
+    export.add_argument("--crop-pct", type=float, help="of the evaluation transform (default: the network's own)")
     export.add_argument("--push", metavar="REPOSITORY", help="upload to <owner>/<name> of the Hugging Face Hub")
     submit = commands.add_parser("submit")
     submit.add_argument("report", type=Path)
@@ -125,7 +125,6 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from utils_architecture import ARCHITECTURES
     from zoo.description import NetworkDescription
     from zoo.export import export as write
     from zoo.export import push
@@ -135,9 +134,9 @@ def export(arguments: argparse.Namespace) -> None:
     with blame("NAME"):
         located = locate(arguments.name)
         trained = load_trained(located.path, located.describe(NetworkDescription()))
-    known = ARCHITECTURES.get(trained.description["arch"])
-    size = arguments.img_size or (known.img_size if known else 224)
-    write(trained, arguments.to, img_size=size, crop_pct=arguments.crop_pct)
+    own = located.preprocessing or trained.preprocessing
+    size, crop_pct = arguments.img_size or own.img_size, arguments.crop_pct or own.crop_pct
+    write(trained, arguments.to, img_size=size, crop_pct=crop_pct)
     print(arguments.to)
     if arguments.push:
         print(push(arguments.to, arguments.push))

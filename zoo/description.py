@@ -17,6 +17,32 @@ class NetworkDescription:
     use_blurpool: bool | None = None
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """The images that a network was validated with.
+
+    Attributes:
+        img_size: side of the square images in pixels.
+        crop_pct: the shorter side is resized to img_size / crop_pct, the centre cropped.
+        interpolation: of that resize, "bicubic" or "bilinear".
+        source: where this is from, in words.
+    """
+
+    img_size: int = 224
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    source: str = "the default"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run says of its own weights: threat model and radius it was trained for, validated clean accuracy; None: nothing."""
+
+    norm: str | None = None
+    eps: float | None = None
+    clean_acc: float | None = None
+
+
 # Field of `NetworkDescription` → section of a run's params.json that holds it, and its type.
 DESCRIPTION = {
     "arch": ("model", str),

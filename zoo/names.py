@@ -12,12 +12,13 @@ from typing import Any
 
 from common.errors import UserError
 from common.provenance import PROJECT
-from zoo.description import NetworkDescription
+from zoo.description import NetworkDescription, Preprocessing
 from zoo.download import ShareUnavailable, choose, download_robustbench, download_share
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.models import ROBUSTBENCH_PREFIX
 from zoo.published import PUBLISHED, Published, find_published, nearest_published
+from zoo.robustbench import robustbench_preprocessing
 from zoo.runs import find_weights
 
 CHECKPOINTS = PROJECT / "checkpoints"
@@ -31,6 +32,15 @@ class Located:
     path: Path
     description: Mapping[str, Any]
     published: Published | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What a published model's images went through; None where the weights or their run have to say."""
+        if self.published is not None:
+            return Preprocessing(source="the published table")
+        if (arch := str(self.description.get("arch"))).startswith(ROBUSTBENCH_PREFIX):
+            return robustbench_preprocessing(arch.removeprefix(ROBUSTBENCH_PREFIX))
+        return None
 
     def describe(self, asked: NetworkDescription) -> NetworkDescription:
         """What was asked for, completed by what the name says."""

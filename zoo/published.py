@@ -50,6 +50,7 @@ class Published:
         gflops: multiply-adds of the forward pass of one image of 224 px, in billions.
         robustbench_id: RobustBench's name of the same weights.
         robustbench: RobustBench's own numbers, at 224 px.
+        external: lower accuracy in % that a stronger or adaptive attack left of it, where one is known.
         note, note_on: footnote, and the column of README's table it belongs to.
         sha256: by file name in the share; empty: not known yet.
     """
@@ -68,6 +69,7 @@ class Published:
     gflops: float
     robustbench_id: str | None = None
     robustbench: Accuracies | None = None
+    external: float | None = None
     note: str = ""
     note_on: str = ""
     sha256: Mapping[str, str] = field(default_factory=dict)

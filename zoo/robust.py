@@ -14,7 +14,7 @@ from zoo.runs import load_trained
 
 
 def load_robust_model(
-    name: str, *, img_size: int = 224, crop_pct: float = 0.875, folder: str | Path | None = None
+    name: str, *, img_size: int | None = None, crop_pct: float | None = None, folder: str | Path | None = None
 ) -> nn.Module:
     """A ready network: images (B, 3, H, W) in [0, 1] → logits, in eval mode on the CPU.
 
@@ -23,7 +23,7 @@ def load_robust_model(
     Args:
         name: a published model or RobustBench id (downloaded to `folder` where it is not there yet), a weights file, or the
             folder of a run or an export.
-        img_size, crop_pct: of the transform: bicubic resize to img_size / crop_pct, centre crop.
+        img_size, crop_pct: of the transform: resize to img_size / crop_pct, centre crop; by default as the network was validated.
         folder: where downloads go; by default `checkpoints` in the project.
 
     Raises:
@@ -31,6 +31,8 @@ def load_robust_model(
     """
     with blame("name"):
         located = locate(name, folder=folder and Path(folder))
-        model = load_trained(located.path, located.describe(NetworkDescription())).model
-    model.transform = eval_transform(img_size, crop_pct)
+        trained = load_trained(located.path, located.describe(NetworkDescription()))
+    used = located.preprocessing or trained.preprocessing
+    model = trained.model
+    model.transform = eval_transform(img_size or used.img_size, crop_pct or used.crop_pct, used.interpolation)
     return model

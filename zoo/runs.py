@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 
 from common.errors import UserError
 from common.files import read_json
 from common.provenance import PROVENANCE_KEY
-from zoo.description import DESCRIPTION, NetworkDescription
+from data.transforms import INTERPOLATIONS
+from utils_architecture import TIMM_PREFIX
+from zoo.description import DESCRIPTION, NetworkDescription, Preprocessing, RunFacts
 from zoo.inference import check_description
 from zoo.loading import has_normalizer, load_weights, read_weights
 from zoo.meansparse import add_operators
@@ -32,12 +37,16 @@ class TrainedModel:
         path: the weights file.
         description: the values of `DESCRIPTION` it was built with.
         class_names: of its outputs, in order; None where the run does not say.
+        preprocessing: what its images went through in validation.
+        run: what its run says of it.
     """
 
     model: nn.Module
     path: Path
     description: dict[str, Any]
     class_names: list[str] | None
+    preprocessing: Preprocessing = Preprocessing()
+    run: RunFacts = RunFacts()
 
 
 def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedModel:
@@ -66,8 +75,14 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     model = build_model(**description, global_pool=found.global_pool)
     add_operators(model.model if has_normalizer(model) else model, weights.network)
     load_weights(model, weights, source=path)
-    class_names = run.get(PROVENANCE_KEY, {}).get("classes")
-    return TrainedModel(model=model.eval(), path=path, description=description, class_names=class_names)
+    return TrainedModel(
+        model=model.eval(),
+        path=path,
+        description=description,
+        class_names=run.get(PROVENANCE_KEY, {}).get("classes"),
+        preprocessing=_preprocessing(path, run, arch=description["arch"], positions=found.img_size),
+        run=_run_facts(path, run),
+    )
 
 
 def find_weights(path: Path) -> Path:
@@ -93,6 +108,51 @@ def run_sections(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     for name, (section, _) in DESCRIPTION.items():
         sections.setdefault(section, {})[name] = trained.description[name]
     return sections
+
+
+def _preprocessing(path: Path, run: Mapping[str, Any], *, arch: str, positions: int | None) -> Preprocessing:
+    """Of the run or the export beside the weights; else timm's for its architectures; else what the position embeddings are for."""
+    validation = run.get("validation", {})
+    with suppress(KeyError, TypeError, ValueError):
+        return Preprocessing(
+            int(validation["resolution"]), float(validation["crop_pct"]), source="the run's params.json"
+        )
+    if path.name == EXPORTED:
+        with suppress(KeyError, TypeError, ValueError, UserError):
+            return _of_timm(
+                (read_json(path.parent / "config.json") or {})["pretrained_cfg"], "config.json beside the weights"
+            )
+    if arch.startswith(TIMM_PREFIX):
+        cfg = timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX))
+        of_timm = _of_timm(cfg.to_dict(), "timm's pretrained_cfg") if cfg is not None else Preprocessing()
+        return replace(of_timm, img_size=positions) if positions else of_timm
+    if positions:
+        return Preprocessing(positions, source="the position embeddings")
+    return Preprocessing()
+
+
+def _of_timm(cfg: Mapping[str, Any], source: str) -> Preprocessing:
+    interpolation = cfg.get("interpolation", "bicubic")
+    return Preprocessing(
+        int(cfg["input_size"][-1]),
+        float(cfg.get("crop_pct", 0.875)),
+        interpolation if interpolation in INTERPOLATIONS else "bicubic",
+        source,
+    )
+
+
+def _run_facts(path: Path, run: Mapping[str, Any]) -> RunFacts:
+    """Threat model of a run's params.json, and what its log says of the epoch whose weights these are."""
+    adv, clean = run.get("adv", {}), None
+    epoch = re.fullmatch(r"(weights|weights_ema)_(\d+)\.pt", path.name)
+    with suppress(OSError, ValueError, AttributeError):
+        for line in (path.parent / "log").read_text().splitlines() if epoch else ():
+            record = json.loads(line)
+            if record.get("epoch") == int(epoch[2]):
+                clean = record.get("ema_top1" if epoch[1] == "weights_ema" else "top1", clean)
+    if not isinstance(adv, dict) or adv.get("attack", "none") == "none":
+        return RunFacts(clean_acc=clean)
+    return RunFacts(adv.get("norm"), adv.get("eps"), clean)
 
 
 def _run_params(folder: Path) -> Mapping[str, Any]:

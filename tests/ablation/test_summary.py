@@ -157,7 +157,10 @@ def test_evidence(summary: Summary, tmp_path: Path) -> None:
             {"claim": "x", "compare": ["a", "b"], "metric": ["clean"]},
             "metric: expected what a and b are both evaluated",
         ),
-        ({"claim": "x", "compare": ["a", "b"], "metric": "nonsense"}, "(clean; Linf 8/255; L2 0.5); got 'nonsense'"),
+        (
+            {"claim": "x", "compare": ["a", "b"], "metric": "nonsense"},
+            "(clean; Linf 8/255; L2 0.5; clean, all images; Linf 4/255, APGD-10); got 'nonsense'",
+        ),
         (
             {"claim": "x", "compare": ["a", "b"], "metric": "clean", "minus": "Linf 4/255"},
             "minus: expected what a and b",

@@ -171,8 +171,20 @@ def test_few_classes(short):
     model, x, y = case(4, num_classes=5)
     assert len(attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, attacks=ATTACKS[:2], device=CPU).broken_by) == 4
     model, x, y = case(4, num_classes=3)
-    with pytest.raises(UserError, match="at least 4 classes"):
+    with pytest.raises(
+        UserError, match="apgd-t needs at least 4 classes.*3; give --eval.attacks=apgd-ce,fab-t,square."
+    ):
         attack_chunk(model, x, y, norm="Linf", eps=0.02, seed=0, attacks=ATTACKS[:2], device=CPU)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_two_and_three_classes_by_the_other_attacks(short, num_classes, norm):
+    model, x, y = case(6, num_classes=num_classes)
+    attacks = ("apgd-ce", "fab-t", "square")
+    verdicts = attack_chunk(model, x, y, norm=norm, eps=EPS[norm], seed=0, attacks=attacks, device=CPU)
+    check = check_adversarial(model, x, verdicts, y, norm=norm, eps=EPS[norm], device=CPU)
+    assert set(verdicts.broken_by) <= {"", "clean", *attacks} and check.outside_ball == check.not_misclassified == []
 
 
 def test_nan_logits_are_refused():

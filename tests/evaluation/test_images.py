@@ -22,6 +22,7 @@ from tests.data import encoded
 from tests.data.test_imagenet_ids import installed_list, link_classes, write_imagenet
 from tests.data.test_loader import write_parquet, write_shards
 from tests.training.helpers import CLASSES, write_images
+from zoo.description import Preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def opened(
 
 
 def read(images: ImageList, positions: list[int] | None = None, size: int = 16, crop_pct: float = 1.0) -> Chunk:
-    return images.read(list(range(len(images))) if positions is None else positions, size=size, crop_pct=crop_pct)
+    return images.read(list(range(len(images))) if positions is None else positions, Preprocessing(size, crop_pct))
 
 
 class TestWhichImages:
@@ -296,13 +297,13 @@ class TestIdentity:
         assert found.digest() != before and len(read(found).x) == 8
 
     def test_probe_tells_pixels_apart(self, images: Path, copy: Path) -> None:
-        before = opened(images).probe(size=16, crop_pct=1.0)
-        assert opened(copy, num_workers=2).probe(size=16, crop_pct=1.0) == before
+        before = opened(images).probe(Preprocessing(16, 1.0))
+        assert opened(copy, num_workers=2).probe(Preprocessing(16, 1.0)) == before
         with Image.open(copy / "grey" / "0.png") as image:
             image.rotate(90).save(copy / "grey" / "0.png")
         assert opened(copy).digest() == opened(images).digest()
-        assert opened(copy).probe(size=16, crop_pct=1.0) != before
-        assert opened(images).probe(size=16, crop_pct=0.875) != before
+        assert opened(copy).probe(Preprocessing(16, 1.0)) != before
+        assert opened(images).probe(Preprocessing(16, 0.875)) != before
 
 
 class TestStreams:
@@ -349,4 +350,4 @@ def test_a_data_set_that_vanishes_is_no_set_of_broken_images(tmp_path):
     listed = open_images(data, ids="all", n_ex=0, num_classes=4, class_names=None)
     shutil.rmtree(tmp_path / "val")
     with pytest.raises(RuntimeError, match="cannot be read .No such file or directory"):
-        listed.read([0, 1], size=32, crop_pct=1)
+        listed.read([0, 1], Preprocessing(32, 1))

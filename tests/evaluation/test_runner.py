@@ -26,17 +26,20 @@ from common.flags import load_config
 from common.processes import Processes
 from common.provenance import PROJECT
 from common.tables import markdown_table
-from evaluation.autoattack import ATTACKS, attack_chunk
+from evaluation.autoattack import attack_chunk
 from evaluation.board import Board
-from evaluation.config import EvalConfig
+from evaluation.config import ATTACKS, EvalConfig
 from evaluation.gpus import Slot
 from evaluation.plan import default_folder, folder_name, image_lists, make_plan, show_eps
 from evaluation.progress import ProgressDisplay
 from evaluation.records import StateFolder
 from evaluation.report import summarise, warnings_of
 from evaluation.worker import Task, _Worker, fast_copy, setup
+from tests.data import write_folder
 from tests.evaluation.helpers import shorten_evaluations
 from tests.training.helpers import base_flags, run
+from utils_architecture import get_new_model
+from zoo.description import Preprocessing
 from zoo.runs import load_trained
 
 EPS = {"Linf": 0.1, "L2": 4.0}
@@ -101,7 +104,7 @@ def test_verdicts_are_those_of_each_chunk_alone(trained, images, finished):
         listed = image_lists(config)(4, network.class_names)
         for norm, eps in EPS.items():
             for start in range(0, 8, 5):
-                chunk = listed.read(list(range(start, min(start + 5, 8))), size=32, crop_pct=1)
+                chunk = listed.read(list(range(start, min(start + 5, 8))), Preprocessing(32, 1))
                 verdicts = attack_chunk(
                     network.model.requires_grad_(False),
                     chunk.x,
@@ -120,6 +123,27 @@ def test_verdicts_are_those_of_each_chunk_alone(trained, images, finished):
     }
     assert written == found
     assert len({broken for verdicts in found.values() for broken in verdicts}) >= 3  # the comparison means something
+
+
+def test_images_are_those_of_the_networks_own_validation(trained, images, tmp_path, capsys):
+    """Trained and validated at 32 px: no flag is needed to evaluate there."""
+    flags = [f"--eval.model_in={trained.folder}", f"--data.val_dataset={images}", f"--eval.out={tmp_path / 'out'}"]
+    assert runner_aa_eval.main([*flags, "--eval.attacks=square,apgd-ce", "--eval.eps=0.1"]) == 0
+    report = json.loads(only(tmp_path / "out", "report.json").read_text())
+    assert report["data"]["img_size"] == 32 and report["attacks"] == ["apgd-ce", "square"]
+    assert report["transform"] == {"resize": "bicubic", "crop_pct": 1.0, "from": "the run's params.json"}
+    assert report["clean_acc"] == report["run"]["clean_acc"] == trained.epochs[-1]["top1"]
+    assert "32 px, crop 1, bicubic (the run's params.json)" in capsys.readouterr().err
+
+
+def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(get_new_model("convnext_micro", num_classes=3).state_dict(), tmp_path / "w.pt")
+    write_folder(tmp_path / "images", {"a": 2, "b": 2, "c": 2})
+    flags = [f"--eval.model_in={tmp_path / 'w.pt'}", f"--data.val_dataset={tmp_path / 'images'}", "--eval.img_size=32"]
+    assert runner_aa_eval.main(flags) == 2
+    assert "eval.attacks: apgd-t needs at least 4 classes, the network has 3" in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
 
 
 def test_report(trained, images, finished):
@@ -529,8 +553,9 @@ def test_waiting_for_a_gpu_is_no_work():
     progress.close()
 
 
-def test_different_devices_are_said():
-    report = {"devices": {"NVIDIA H100": 3, "NVIDIA A100": 1}, "check": {}, "data": {"unreadable": []}}
+def test_different_devices_are_said(finished):
+    report = json.loads(next(finished[0].rglob("report.json")).read_text())
+    report |= {"devices": {"NVIDIA H100": 3, "NVIDIA A100": 1}, "clean_acc": 1.0}
     assert warnings_of(report) == [
         "chunks come from different devices (NVIDIA H100, NVIDIA A100), whose roundings differ"
     ]

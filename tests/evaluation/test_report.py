@@ -1,0 +1,136 @@
+"""What a report says of its numbers: beside the published ones, beside those of the network's own run, beside guessing."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evaluation.config import ATTACKS
+from evaluation.images import robustbench_digests
+from evaluation.report import compare_with_published, comparison_text, warnings_of
+from zoo.description import Preprocessing
+from zoo.published import PUBLISHED
+
+MODEL = PUBLISHED["vit_s_cvst"]  # 72.5 % clean, 48.1 % robust
+AS_PUBLISHED = Preprocessing(224, 0.875, "bicubic")
+
+
+def evaluation(**changed: Any) -> Any:
+    values = {"published": MODEL, "norm": "Linf", "eps": 4 / 255, "attacks": ATTACKS, "n": 5000, "image_size": None}
+    values |= {"preprocessing": AS_PUBLISHED} | changed
+    values.setdefault("identity", {"data": {"images": robustbench_digests()[values["n"]]}})
+    return SimpleNamespace(img_size=values["preprocessing"].img_size, **values)
+
+
+def report(**changed: Any) -> dict[str, Any]:
+    numbers = {
+        "n": 5000,
+        "clean_acc": 0.7254,
+        "robust_acc": 0.4808,
+        "robust_ci95": [0.467, 0.495],
+        "norm": "Linf",
+        "eps": 4 / 255,
+    }
+    rest = {
+        "data": {"unreadable": [], "img_size": 224},
+        "network": {"num_classes": 1000},
+        "devices": {"cpu": 1},
+        "check": {},
+    }
+    transform = {"crop_pct": 0.875, "resize": "bicubic", "from": "the default"}
+    run = {"norm": None, "eps": None, "clean_acc": None}
+    return numbers | rest | {"transform": transform, "run": run} | changed
+
+
+def text_of(found: Any, of: dict[str, Any]) -> str:
+    return comparison_text(of | {"published": found})
+
+
+def test_the_published_evaluation_is_compared() -> None:
+    found = compare_with_published(evaluation(), report())
+    assert found["differs"] == [] and found["suspicious"] is False
+    assert (found["difference"], found["clean_difference"]) == (-0.02, 0.04)
+    assert "AutoAttack 48.08 %, published 48.1 %: -0.02 points; clean 72.54 %" in text_of(found, report())
+
+
+@pytest.mark.parametrize("changed", [{"robust_acc": 0.4845}, {"robust_acc": 0.477}, {"clean_acc": 0.73}])
+def test_more_than_a_rounding_apart_is_suspicious(changed: dict[str, float]) -> None:
+    """Although well inside the sampling interval: these are the same images."""
+    found = compare_with_published(evaluation(), report(**changed))
+    assert found["suspicious"] is True
+    assert "SUSPICIOUS: on the same images more than 0.3 points apart. Check crop" in text_of(found, report(**changed))
+
+
+OTHER = {"identity": {"data": {"images": "of other images"}}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"n": 5}, "5 of RobustBench's 5,000 images"),
+        (OTHER, "other images than RobustBench's 5,000"),
+        ({"image_size": "224 × 224 px"}, "images that were all made 224 × 224 px before, as those of ImageNet-C"),
+        ({"norm": "L2", "eps": 2.0}, "L2 2 instead of Linf 4/255"),
+        ({"eps": 8 / 255}, "Linf 8/255 instead of Linf 4/255"),
+        ({"attacks": ATTACKS[:2]}, "without fab-t, square"),
+        ({"preprocessing": Preprocessing(256, 0.875)}, "256 px instead of 224"),
+        ({"preprocessing": Preprocessing(224, 1.0)}, "bicubic with crop 1 instead of bicubic with 0.875"),
+        ({"preprocessing": Preprocessing(224, 0.875, "bilinear")}, "bilinear with crop 0.875 instead of bicubic"),
+    ],
+)
+def test_what_is_not_as_published_is_said_instead(changed: dict[str, Any], said: str) -> None:
+    of = report(robust_acc=0.2, robust_ci95=[0.01, 0.72])
+    found = compare_with_published(evaluation(**changed), of)
+    assert len(found["differs"]) == 1 and said in found["differs"][0]
+    assert "difference" not in found and "suspicious" not in found
+    assert "not compared with the published number (48.1 %)" in text_of(found, of) and "1.0 – 72.0" in text_of(
+        found, of
+    )
+
+
+def test_images_that_could_not_be_decoded_are_missing() -> None:
+    of = report(data={"unreadable": ["a", "b"], "img_size": 224})
+    assert compare_with_published(evaluation(), of)["differs"] == ["2 images could not be decoded"]
+
+
+def test_a_stronger_attacks_number_is_said() -> None:
+    model = dataclasses.replace(MODEL, external=45.0)
+    assert "published 48.1 % (45.0 % by a stronger attack)" in text_of(
+        compare_with_published(evaluation(published=model), report()), report()
+    )
+
+
+def test_other_networks_have_nothing_to_compare_with() -> None:
+    assert compare_with_published(evaluation(published=None), report()) is None
+    assert text_of(None, report()) == ""
+
+
+@pytest.mark.parametrize(
+    ("clean", "n", "classes", "warned"),
+    [
+        (0.001, 5000, 1000, True),
+        (0.01, 5000, 1000, False),
+        (0.25, 8, 4, True),
+        (0.5, 8, 4, False),
+        (0.0, 5, 1000, True),
+    ],
+)
+def test_the_accuracy_of_guessing(clean: float, n: int, classes: int, warned: bool) -> None:
+    texts = warnings_of(report(clean_acc=clean, n=n, network={"num_classes": classes}))
+    assert bool(texts) == warned
+    assert all("is that of guessing: most likely a missing or second normaliser" in text for text in texts)
+
+
+def test_far_below_the_own_run() -> None:
+    run = {"norm": "Linf", "eps": 8 / 255, "clean_acc": 0.986}
+    texts = warnings_of(report(clean_acc=0.05, run=run))
+    assert (
+        "clean accuracy 5.0 %, but 98.6 % in the validation of its own run" in texts[0]
+        and "224 px, crop 0.875" in texts[0]
+    )
+    assert texts[1:] == ["trained for Linf 8/255, attacked at 4/255"]
+    assert warnings_of(report(clean_acc=0.8, run=run | {"eps": 4 / 255})) == []
+    assert warnings_of(report(clean_acc=0.8, run=run | {"norm": "L2"})) == []
