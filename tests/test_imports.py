@@ -19,7 +19,7 @@ from evaluation.config import EvalConfig
 from training.config import TrainConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
-ENTRIES = ["train", "runner_aa_eval", "demo"]
+ENTRIES = ["train", "runner_aa_eval", "demo", "hubconf"]
 
 # A room imports from itself and from lower floors only. Entries are scripts and may use one another.
 FLOORS = {

@@ -6,6 +6,8 @@ import dataclasses
 import http.server
 import io
 import json
+import subprocess
+import sys
 import threading
 import zipfile
 
@@ -16,6 +18,7 @@ import runner_aa_eval
 import train
 import zoo.names
 from common.errors import UserError
+from common.provenance import PROJECT
 from tests.evaluation.helpers import shorten_evaluations
 from tests.training.helpers import base_flags, run
 from utils_architecture import get_new_model, normalize_model
@@ -221,3 +224,15 @@ def test_kinds():
     assert split_kind("vit_s") == ("vit_s", "clean") == split_kind("vit_s:clean")
     assert split_kind("vit_s:robust") == ("vit_s", "robust")
     assert split_kind("a:b.pt") == ("a:b.pt", "clean")
+
+
+def test_torch_hub_from_another_folder(tmp_path):
+    """`source="local"` needs nothing of the project on the path."""
+    (tmp_path / "w.pt").write_bytes(weights_file())
+    code = f"""
+import torch
+model = torch.hub.load({str(PROJECT)!r}, "robust", "w.pt", source="local", img_size=32, crop_pct=1)
+print(*model(torch.zeros(2, 3, 32, 32)).shape)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.stdout.split() == ["2", "4"], result.stderr
