@@ -34,6 +34,14 @@ class Board:
             self._store.delete_key(key)
         return found
 
+    def skip(self, number: int) -> None:
+        """Tell every process that evaluation `number` needs no more work."""
+        self._store.add(f"{self._name}/skipped/{number}", 1)
+
+    def skipped(self, number: int) -> bool:
+        """Whether evaluation `number` needs no more work."""
+        return self._store.add(f"{self._name}/skipped/{number}", 0) > 0
+
     def close(self, reason: str = "") -> None:
         """Tell every process that the work is over, and why if it failed. The first reason stays."""
         if self._store.add(f"{self._name}/closed", 1) == 1:

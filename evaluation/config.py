@@ -50,6 +50,11 @@ class EvalAttackConfig:
     eps: tuple[float, ...] | None = flag(None, "radius of each norm, fractions allowed; unset: 4/255, 2, 75", above=0)
     ids: str = flag("auto", "robustbench: its 5,000 images; auto: those if val_dataset is ImageNet", choices=IMAGE_IDS)
     n_ex: int = flag(5000, "number of images, the first ones; 0: all", at_least=0)
+    ci: float | None = flag(
+        None,
+        "stop once the 95 % interval under every norm is this many points to each side; unset: n_ex images",
+        above=0,
+    )
     batch_size: int = flag(100, "images attacked together: a chunk; part of the result's identity", at_least=1)
     img_size: tuple[int, ...] = flag((), "image sizes in pixels, by commas; unset: the network's own", at_least=8)
     crop_pct: float | None = flag(

@@ -23,6 +23,7 @@ from evaluation.images import ImageList
 from evaluation.plan import Evaluation, Plan, make_plan, open_planned_images
 from evaluation.progress import ProgressDisplay
 from evaluation.records import StateFolder
+from evaluation.stopping import chunks_enough
 from evaluation.worker import Task
 from evaluation.workqueue import WORKER_POLL_SECONDS, TaskFailed, prepare_workers, run_tasks
 
@@ -87,8 +88,10 @@ def _work(
         return board.closed() is None
 
     def take() -> Task | None:
-        number = board.take()
-        return tasks[number] if number < len(tasks) else None
+        while (number := board.take()) < len(tasks):
+            if not board.skipped(tasks[number].evaluation):
+                return tasks[number]
+        return None
 
     try:
         if tasks:
@@ -135,7 +138,7 @@ class _Coordinator:
         self._reports: dict[int, dict[str, Any]] = {}
         self._unsaved: list[tuple[int, dict[str, Any]]] = []  # records that could not be written
         self._tries = _Tries()
-        self._open_chunks = 0
+        self._waiting: set[Task] = set()
         self.progress = ProgressDisplay()
 
     @property
@@ -147,7 +150,9 @@ class _Coordinator:
         try:
             self._plan = make_plan(self._config, on_gpu=bool(gpus_in_question(self._config.eval)))
             evaluations = self._plan.evaluations
-            tasks = [task for number in range(len(evaluations)) for task in self._open(number)]
+            for number in range(len(evaluations)):
+                self._open(number)
+            tasks = [task for number in range(len(evaluations)) for task in self._to_do(number)]
         except UserError as error:
             return [], [], str(error)
         for name, e in {e.network: e for e in evaluations}.items():
@@ -156,14 +161,30 @@ class _Coordinator:
                 f"{name}: {used.img_size} px, crop {used.crop_pct:g}, {used.interpolation} ({used.source})",
                 file=sys.stderr,
             )
-        self._open_chunks = len(tasks)
+        # All norms of a network chunk by chunk, so that they come to the same number of images.
+        firsts = {self._group(number): number for number in reversed(range(len(evaluations)))}
+        tasks.sort(key=lambda task: (firsts[self._group(task.evaluation)], task.chunk if self._config.eval.ci else 0))
+        self._waiting = set(tasks)
         still = sum(len(evaluations[task.evaluation].positions(task.chunk)) for task in tasks)
         total = sum(evaluation.n for evaluation in evaluations)
         self.progress.start(images=(total - still, total), chunks=len(tasks))
         return evaluations, tasks, None
 
-    def _open(self, number: int) -> list[Task]:
-        """The open chunks of one evaluation; its report, if it is finished."""
+    def _group(self, number: int) -> tuple[str, int]:
+        """Evaluations of the same images by the same network."""
+        evaluation = self._plan.evaluations[number]
+        return evaluation.network, evaluation.img_size
+
+    def _chunks_enough(self, number: int) -> int:
+        """How many first chunks of an evaluation are enough, as far as is known: all of them, without `eval.ci`."""
+        evaluation, points = self._plan.evaluations[number], self._config.eval.ci
+        if points is None:
+            return evaluation.chunks
+        members = [other for other in range(len(self._plan.evaluations)) if self._group(other) == self._group(number)]
+        return chunks_enough([self._records[other] for other in members], points=points) or evaluation.chunks
+
+    def _open(self, number: int) -> None:
+        """Read what an earlier call has finished of an evaluation, and keep others out of its folder."""
         evaluation = self._plan.evaluations[number]
         state = self._states[number] = StateFolder(evaluation.folder)
         state.open(evaluation.identity)
@@ -173,9 +194,13 @@ class _Coordinator:
             # Images that are asked for now, and are not there, need the attacks again.
             if not self._config.eval.save_adv or self._has_images(state, record)
         }
-        tasks = [Task(number, chunk) for chunk in range(evaluation.chunks) if chunk not in self._records[number]]
+
+    def _to_do(self, number: int) -> list[Task]:
+        """The open chunks of one evaluation; its report, if it is finished."""
+        evaluation, enough = self._plan.evaluations[number], self._chunks_enough(number)
+        tasks = [Task(number, chunk) for chunk in range(enough) if chunk not in self._records[number]]
         report = None if tasks else _read_report(evaluation.folder)
-        if report is not None:
+        if report is not None and report.get("chunks", evaluation.chunks) == enough:
             print(f"{evaluation}: finished before, skipped.", file=sys.stderr)
             self._reports[number] = report
             self._states.pop(number).close()
@@ -187,9 +212,10 @@ class _Coordinator:
 
     def receive(self, task: Task, record: dict[str, Any]) -> None:
         """Keep what a worker has finished."""
-        self._open_chunks -= 1
-        self._unsaved.append((task.evaluation, record))
-        self._save()
+        self._waiting.discard(task)
+        if task.evaluation in self._states:  # else it came too late: there are enough
+            self._unsaved.append((task.evaluation, record))
+            self._save()
 
     def collect(self) -> None:
         """Take in what other processes have finished, and write what could not be written before."""
@@ -207,9 +233,9 @@ class _Coordinator:
         Raises:
             UserError: the last chunk is finished, but the disk has taken nothing for a long time.
         """
-        if not self._open_chunks and not self._tries.are_failing():
+        if not self._waiting and not self._tries.are_failing():
             self._save()
-        if not self._open_chunks and self._tries.are_hopeless():
+        if not self._waiting and self._tries.are_hopeless():
             raise UserError(
                 f"eval.out: cannot write to {self._plan.root} ({self._tries.reason}); {len(self._unsaved)} chunks are lost."
             )
@@ -224,9 +250,9 @@ class _Coordinator:
                 self._unsaved.pop(0)
                 self._records[number][record["chunk"]] = record
                 self.progress.chunk_done(self._plan.evaluations[number], self._records[number].values(), record)
-            for number in list(self._states):
-                if len(self._records[number]) == self._plan.evaluations[number].chunks:
-                    self._report(number)
+            for number, enough in [(number, self._chunks_enough(number)) for number in self._states]:
+                if all(chunk in self._records[number] for chunk in range(enough)):
+                    self._report(number, enough)
             self._tries.succeeded()
         except OSError as error:
             if self._tries.failed(error):
@@ -235,17 +261,24 @@ class _Coordinator:
                     f"in memory ({len(self._unsaved)} chunks) and tried again every {SAVE_AGAIN_SECONDS} seconds."
                 )
 
-    def _report(self, number: int) -> None:
+    def _report(self, number: int, chunks: int) -> None:
         from evaluation.report import write_evaluation
 
         evaluation = self._plan.evaluations[number]
-        records = [record for _, record in sorted(self._records[number].items())]
+        records = [self._records[number][chunk] for chunk in range(chunks)]
         if not any(record["labels"] for record in records):
             raise UserError(f"data.val_dataset: none of the {evaluation.n} images of {evaluation} can be decoded.")
         images = self._plan.images[evaluation.network]
         examples = self._states[number].images_file(0)
+        if points := self._config.eval.ci:
+            known = chunks_enough([dict(enumerate(records))], points=points) is not None
+            text = f"{sum(len(record['positions']) for record in records)} of {evaluation.n} images are enough"
+            text = text if known else f"warning: all {evaluation.n} images are not enough"
+            self.progress.say(f"{evaluation}: {text} for {points:g} points to each side.")
         self._reports[number] = write_evaluation(evaluation, records, images, self._config, examples)
         self._states.pop(number).close()
+        self._board.skip(number)
+        self._waiting = {task for task in self._waiting if task.evaluation != number}
 
     def finish(self) -> Outcome:
         """Table, summary and picture over all."""

@@ -22,6 +22,7 @@ from evaluation.config import ATTACKS, EvalConfig
 from evaluation.images import ImageList, robustbench_digests
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
+from evaluation.stopping import METHOD, anytime_interval
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
 # The published evaluations: RobustBench's transform.
@@ -46,9 +47,10 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         config: of this call.
 
     Returns:
-        Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson);
-        `max_perturbation` and `pixel_range` found; `check`: positions of images that fail the check at the end; `seconds`: time
-        during which at least one chunk ran, restarts included; `worker_seconds`, `gpu_seconds`: summed over workers.
+        Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson, or with `eval.ci`
+        one that is valid where stopping depends on what was found); `max_perturbation` and `pixel_range` found; `check`: positions
+        of images that fail the check at the end; `seconds`: time during which at least one chunk ran, restarts included;
+        `worker_seconds`, `gpu_seconds`: summed over workers.
     """
     broken_by = [broken for record in records for broken in record["broken_by"]]
     n, standing = len(broken_by), sum(broken != "clean" for broken in broken_by)
@@ -57,6 +59,11 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         standing -= broken_by.count(attack)
         acc_after[attack] = standing / n
     interval = binomtest(standing, n).proportion_ci(0.95, method="wilson")
+    low, high = (
+        anytime_interval(standing, n, points=config.eval.ci)
+        if config.eval.ci
+        else (float(interval.low), float(interval.high))
+    )
     checks = [(record, record["check"]) for record in records if record["check"]]
     failed = {name: [r["positions"][i] for r, check in checks for i in check[name]] for name in CHECKS}
     ranges = [check["pixel_range"] for _, check in checks]
@@ -73,7 +80,9 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         "clean_acc": clean,
         "acc_after": acc_after,
         "robust_acc": standing / n,
-        "robust_ci95": [float(interval.low), float(interval.high)],
+        "robust_ci95": [float(bound) for bound in interval],
+        "interval": METHOD if config.eval.ci else "Wilson",
+        "chunks": len(records),
         "max_perturbation": max(check["max_perturbation"] for _, check in checks),
         "pixel_range": [min(low for low, _ in ranges), max(high for _, high in ranges)],
         "check": failed,
@@ -124,10 +133,11 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -
         differs.append(f"{evaluation.norm} {show_eps(evaluation.eps)} instead of Linf 4/255")
     if missing := [attack for attack in ATTACKS if attack not in evaluation.attacks]:
         differs.append(f"without {', '.join(missing)}")
-    if evaluation.identity["data"]["images"] != listed.get(evaluation.n, ""):
+    planned, shown = evaluation.identity["data"], report["n"] + len(report["data"]["unreadable"])
+    if planned["images"] != listed.get(planned["n"], ""):
         differs.append("other images than RobustBench's 5,000")
-    elif evaluation.n != max(listed):
-        differs.append(f"{evaluation.n} of RobustBench's 5,000 images")
+    elif shown != max(listed):
+        differs.append(f"{shown} of RobustBench's 5,000 images")
     if evaluation.image_size is not None:
         differs.append(f"images that were all made {evaluation.image_size} before, as those of ImageNet-C")
     if report["data"]["unreadable"]:

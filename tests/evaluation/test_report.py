@@ -21,7 +21,7 @@ AS_PUBLISHED = Preprocessing(224, 0.875, "bicubic")
 def evaluation(**changed: Any) -> Any:
     values = {"published": MODEL, "norm": "Linf", "eps": 4 / 255, "attacks": ATTACKS, "n": 5000, "image_size": None}
     values |= {"preprocessing": AS_PUBLISHED} | changed
-    values.setdefault("identity", {"data": {"images": robustbench_digests()[values["n"]]}})
+    values.setdefault("identity", {"data": {"images": robustbench_digests()[values["n"]], "n": values["n"]}})
     return SimpleNamespace(img_size=values["preprocessing"].img_size, **values)
 
 
@@ -64,7 +64,7 @@ def test_more_than_a_rounding_apart_is_suspicious(changed: dict[str, float]) -> 
     assert "SUSPICIOUS: on the same images more than 0.3 points apart. Check crop" in text_of(found, report(**changed))
 
 
-OTHER = {"identity": {"data": {"images": "of other images"}}}
+OTHER = {"identity": {"data": {"images": "of other images", "n": 5000}}}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ OTHER = {"identity": {"data": {"images": "of other images"}}}
     ],
 )
 def test_what_is_not_as_published_is_said_instead(changed: dict[str, Any], said: str) -> None:
-    of = report(robust_acc=0.2, robust_ci95=[0.01, 0.72])
+    of = report(robust_acc=0.2, robust_ci95=[0.01, 0.72], n=changed.get("n", 5000))
     found = compare_with_published(evaluation(**changed), of)
     assert len(found["differs"]) == 1 and said in found["differs"][0]
     assert "difference" not in found and "suspicious" not in found
@@ -92,7 +92,7 @@ def test_what_is_not_as_published_is_said_instead(changed: dict[str, Any], said:
 
 
 def test_images_that_could_not_be_decoded_are_missing() -> None:
-    of = report(data={"unreadable": ["a", "b"], "img_size": 224})
+    of = report(n=4998, data={"unreadable": ["a", "b"], "img_size": 224})
     assert compare_with_published(evaluation(), of)["differs"] == ["2 images could not be decoded"]
 
 

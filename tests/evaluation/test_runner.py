@@ -34,6 +34,7 @@ from evaluation.plan import default_folder, folder_name, image_lists, make_plan,
 from evaluation.progress import ProgressDisplay
 from evaluation.records import StateFolder
 from evaluation.report import summarise, warnings_of
+from evaluation.stopping import half_width
 from evaluation.worker import Task, _Worker, fast_copy, setup
 from tests.data import write_folder
 from tests.evaluation.helpers import shorten_evaluations
@@ -594,3 +595,30 @@ def test_table_and_eps():
 )
 def test_names_cannot_leave_their_folder(name, folder):
     assert folder_name(name) == folder
+
+
+def test_stops_where_both_norms_are_known_well_enough(trained, images, tmp_path, capsys):
+    """As many images under both norms, whoever finishes first; asked for more, it goes on."""
+    out, flags = tmp_path / "out", ["--eval.norms=Linf,L2", "--eval.eps=0.1,4", "--eval.batch_size=1"]
+    assert evaluate(trained, images, out, *flags, "--eval.ci=47") == 0
+    reports = [json.loads(file.read_text()) for file in sorted(out.rglob("report.json"))]
+    (n,) = {report["n"] for report in reports}
+    assert (
+        len(reports) == 2 and 1 < n < 8 and all(r["chunks"] == n and r["interval"].startswith("beta") for r in reports)
+    )
+    assert all(half_width(round(r["robust_acc"] * n), n, points=47) <= 47 for r in reports)
+    assert f"{n} of 8 images are enough for 47 points to each side" in capsys.readouterr().err
+    kept = {file: file.read_bytes() for file in out.rglob("chunks/*.json")}
+    assert evaluate(trained, images, out, *flags, "--eval.ci=47") == 0
+    assert capsys.readouterr().err.count("finished before, skipped") == 2
+    assert evaluate(trained, images, out, *flags) == 0
+    assert {json.loads(file.read_text())["n"] for file in out.rglob("report.json")} == {8}
+    assert all(file.read_bytes() == content for file, content in kept.items())  # nothing is computed twice
+
+
+def test_says_where_all_images_are_not_enough(trained, images, tmp_path, capsys):
+    assert evaluate(trained, images, tmp_path / "out", "--eval.ci=1") == 0
+    assert (
+        "warning" in (said := capsys.readouterr().err)
+        and "all 8 images are not enough for 1 points to each side" in said
+    )
