@@ -47,8 +47,8 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         config: of this call.
 
     Returns:
-        Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson, or with `eval.ci`
-        one that is valid where stopping depends on what was found); `max_perturbation` and `pixel_range` found; `check`: positions
+        Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson, or with
+        `eval.ci` one that is valid where stopping depends on what was found); `max_perturbation` and `pixel_range` found; `check`: positions
         of images that fail the check at the end; `seconds`: time during which at least one chunk ran, restarts included;
         `worker_seconds`, `gpu_seconds`: summed over workers.
     """
@@ -58,12 +58,10 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
     for attack in evaluation.attacks:
         standing -= broken_by.count(attack)
         acc_after[attack] = standing / n
-    interval = binomtest(standing, n).proportion_ci(0.95, method="wilson")
-    low, high = (
-        anytime_interval(standing, n, points=config.eval.ci)
-        if config.eval.ci
-        else (float(interval.low), float(interval.high))
-    )
+    if config.eval.ci:
+        interval = anytime_interval(standing, n, points=config.eval.ci)
+    else:
+        interval = binomtest(standing, n).proportion_ci(0.95, method="wilson")
     checks = [(record, record["check"]) for record in records if record["check"]]
     failed = {name: [r["positions"][i] for r, check in checks for i in check[name]] for name in CHECKS}
     ranges = [check["pixel_range"] for _, check in checks]

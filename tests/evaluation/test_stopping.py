@@ -16,14 +16,14 @@ from evaluation.stopping import anytime_interval, chunks_enough, half_width
 @pytest.mark.parametrize("share", [0.03, 0.5, 0.8])
 def test_the_share_leaves_the_interval_of_no_stopping_time(share: float) -> None:
     """Looked at again and again, an interval for a fixed number of images misses the share far more often than in 5 % of cases."""
-    generator, looks, missed, missed_by_wilson = np.random.RandomState(0), range(50, 2001, 50), 0, 0
-    for _ in range(200):
+    generator, looks, missed, missed_by_wilson = np.random.RandomState(0), range(100, 2001, 100), 0, 0
+    for _ in range(80):
         standing = np.cumsum(generator.rand(2000) < share)
         intervals = [anytime_interval(int(standing[n - 1]), n, points=5.0) for n in looks]
         missed += any(not low <= share <= high for low, high in intervals)
         wilson = [binomtest(int(standing[n - 1]), n).proportion_ci(0.95, method="wilson") for n in looks]
         missed_by_wilson += any(not interval.low <= share <= interval.high for interval in wilson)
-    assert missed / 200 <= 0.05 < missed_by_wilson / 200
+    assert missed / 80 <= 0.05 < missed_by_wilson / 80
 
 
 def test_ends_of_the_interval_are_20_times_as_likely_under_the_mixture() -> None:
