@@ -48,9 +48,9 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
 
     Returns:
         Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson, or with
-        `eval.ci` one that is valid where stopping depends on what was found); `max_perturbation` and `pixel_range` found; `check`: positions
-        of images that fail the check at the end; `seconds`: time during which at least one chunk ran, restarts included;
-        `worker_seconds`, `gpu_seconds`: summed over workers.
+        `eval.ci` one that is valid where stopping depends on what was found); `max_perturbation` and `pixel_range` found;
+        `check`: positions of images that fail the check at the end; `seconds`: time during which at least one chunk ran,
+        restarts included; `worker_seconds`, `gpu_seconds`: summed over workers.
     """
     broken_by = [broken for record in records for broken in record["broken_by"]]
     n, standing = len(broken_by), sum(broken != "clean" for broken in broken_by)

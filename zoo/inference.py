@@ -7,11 +7,13 @@ may have the same names and shapes; then all that fit are candidates.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
@@ -33,6 +35,20 @@ from zoo.meansparse import without_operators
 from zoo.models import ROBUSTBENCH_PREFIX, build_model
 
 FC_NORM = "fc_norm.weight"  # what a ViT has instead of norm.weight, whose head reads the mean over patches
+# Pattern of a tensor's name, digits as #, → modules of timm whose networks have such ones; the first that occurs counts.
+_FAMILIES = {
+    "blocks.#.local_mp.conv#.weight": ("xcit",),
+    "blocks_token_only.#.attn.q.weight": ("cait",),
+    "layers.#.blocks.#.attn.relative_position_bias_table": ("swin_transformer",),
+    "layers.#.blocks.#.attn.cpb_mlp.#.weight": ("swin_transformer_v2",),
+    "blocks.#.attn.qkv.weight": ("vision_transformer", "deit"),
+    "stages.#.blocks.#.conv_dw.weight": ("convnext",),
+    "stages.#.#.dwconv.weight": ("convnext",),
+    "features.denseblock#.denselayer#.conv#.weight": ("densenet",),
+    "blocks.#.#.conv_pwl.weight": ("mobilenetv3", "efficientnet"),
+    "layer#.#.conv#.weight": ("resnet",),
+    "features.#.weight": ("vgg",),
+}
 # Models are built with so many classes to tell the head by: a prime, which no other dimension is.
 MARK = 1009
 
@@ -81,12 +97,15 @@ def describe_weights(weights: Weights, arch: str | None = None) -> Description:
 
     Args:
         weights: from `read_weights`.
-        arch: compare with this architecture only (also a `timm_…` one); None: with all of `ARCHITECTURES`.
+        arch: compare with this architecture only (also a `timm_…` one); None: with all of `ARCHITECTURES`, and where none of them
+            fits with all that timm has of the family that the names speak of.
 
     Raises:
         UserError: `arch` is not known.
     """
     fitting = [blueprint for blueprint in _blueprints(weights, arch) if not blueprint.differences(weights)]
+    if not fitting and arch is None:
+        fitting = [blueprint for blueprint in _of_timm(weights) if not blueprint.differences(weights)]
     normalized = weights.normalizer is not None
     if not fitting:
         return Description(None, None, None, None, normalized, None, (), True)
@@ -196,11 +215,19 @@ class _Blueprint:
         return self.stride * self.grid.side_of(weights.network[POSITIONS]) if self.grid is not None else None
 
 
+# In-place functions that only change values, of which a meta tensor has none; they take four fifths of the time to build one.
+_INITIALISERS = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"}
+
+
 class _NumbersOnCPU(TorchFunctionMode):
     """Lets timm read the numbers of a linspace (drop path rates) while it builds a model on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _INITIALISERS:
+            target = args[0] if args else kwargs["tensor"]  # of torch.nn.init's functions
+            if target.is_meta:
+                return target
         return func(*args, **({"device": "cpu"} | kwargs if func is torch.linspace else kwargs))
 
 
@@ -233,13 +260,29 @@ def _blueprint(arch: str, not_original: bool, updated: bool, global_pool: str | 
 def _blueprints(weights: Weights, arch: str | None) -> Iterator[_Blueprint]:
     """All variants of `arch`, or of every architecture, that have the stem which the weights' names speak of."""
     for name in ARCHITECTURES if arch is None else [arch]:
-        entry = ARCHITECTURES.get(name)
-        stem = entry.conv_stem if entry is not None else None
-        not_original = stem is not None and any(key.startswith(f"{stem.at}.stem.") for key in weights.network)
-        for updated in (False, True) if entry is not None and entry.updated_dim else (False,):
-            yield _blueprint(name, not_original, updated)
-        if FC_NORM in weights.network and _is_vit(name):
-            yield _blueprint(name, not_original, False, "avg")
+        yield from _variants(weights, name)
+
+
+def _variants(weights: Weights, name: str) -> Iterator[_Blueprint]:
+    entry = ARCHITECTURES.get(name)
+    stem = entry.conv_stem if entry is not None else None
+    not_original = stem is not None and any(key.startswith(f"{stem.at}.stem.") for key in weights.network)
+    for updated in (False, True) if entry is not None and entry.updated_dim else (False,):
+        yield _blueprint(name, not_original, updated)
+    if FC_NORM in weights.network and _is_vit(name):
+        yield _blueprint(name, not_original, False, "avg")
+
+
+def _of_timm(weights: Weights) -> Iterator[_Blueprint]:
+    """All that timm has of the family that the weights' names speak of."""
+    patterns = {re.sub(r"\d+", "#", name) for name in without_operators(weights.network)}
+    modules = next((modules for pattern, modules in _FAMILIES.items() if pattern in patterns), ())
+    names = [name for module in modules for name in timm.list_models(module=module)]
+    for arch in (TIMM_PREFIX + name for name in sorted(names, key=lambda name: (len(name), name))):
+        try:
+            yield from _variants(weights, arch)
+        except (RuntimeError, ValueError, AssertionError):  # one that timm cannot build for so many classes
+            continue
 
 
 def _is_vit(arch: str) -> bool:

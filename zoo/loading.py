@@ -39,7 +39,7 @@ NORMALIZER_SHAPES = [(3,), (3, 1, 1), (1, 3, 1, 1)]
 IGNORED_TYPES = (bool, int, float, str, type(None))
 IGNORED_TENSORS = ("n_averaged",)
 ATTACKER = "attacker."  # under which MadryLab's models hold a second copy of themselves
-POSITIONS = "pos_embed"
+POSITIONS, PATCHES = "pos_embed", "patch_embed.proj.weight"
 SHOWN_NAMES = 5
 
 
@@ -181,8 +181,10 @@ def with_timm_names(
     Unchanged where these rules do not lead to the `expected` names, or would compute new values.
     """
     rules = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if rules is None or state.keys() == expected.keys():
+    if rules is None or state.keys() == expected.keys() or len(state) < len(expected):
         return state
+    if PATCHES in state and PATCHES in expected and state[PATCHES].shape != expected[PATCHES].shape:
+        return state  # the rules would make new values, and take seconds for them
     try:
         renamed = rules(dict(state), network)
     except Exception:  # they expect a file of this architecture

@@ -18,6 +18,7 @@ from torch import nn
 from common.errors import UserError
 from utils_architecture import normalize_model
 from zoo.description import NetworkDescription
+from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.meansparse import MeanSparse
 from zoo.runs import load_trained
@@ -202,3 +203,30 @@ def test_two_copies_are_not_chosen_from(tmp_path: Path) -> None:
     torch.save({"std_model": network().state_dict(), "rob_model": network().state_dict(), "args": NAMESPACE}, path)
     with pytest.raises(UserError, match="expected one model, found 2: std_model, rob_model"):
         read_weights(path)
+
+
+@pytest.mark.parametrize("name", ["densenet161", "swin_small_patch4_window7_224"])
+def test_architectures_of_timm_are_found_by_their_shapes(tmp_path: Path, name: str) -> None:
+    state = network(name).state_dict()
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": prefixed(state, "module."), "args": NAMESPACE}, path)
+    found = describe_weights(read_weights(path))
+    assert found.arch == f"timm_{name}" and found.num_classes == 5 and not found.add_normalization
+
+
+def test_several_architectures_of_timm_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their activations differ, of which weights show nothing."""
+    few = {"vgg": ["vgg11", "vgg13"], "deit": []}
+    few["vision_transformer"] = [
+        "vit_base_patch32_clip_224",
+        "vit_base_patch32_clip_quickgelu_224",
+        "vit_tiny_patch16_224",
+    ]
+    monkeypatch.setattr("timm.list_models", lambda module: few[module])
+    path = tmp_path / "w.pth"
+    torch.save(network("vgg11", num_classes=3).state_dict(), path)
+    trained = load_trained(path, NetworkDescription())
+    assert trained.description["arch"] == "timm_vgg11" and trained.description["num_classes"] == 3
+    torch.save(network("vit_base_patch32_clip_224", img_size=32, num_classes=3).state_dict(), path)
+    with pytest.raises(UserError, match="vit_base_patch32_clip_.*which have the same weights .*expected arch to say"):
+        load_trained(path, NetworkDescription())
