@@ -218,6 +218,7 @@ class EvalLoader:
         batch_size: int,
         crop_pct: float = 0.875,
         interpolation: str = "bicubic",
+        crop_mode: str = "center",
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -237,7 +238,7 @@ class EvalLoader:
         )
 
         def evaluation(size: int) -> Pipeline:
-            return PillowPipeline(eval_transform(size, crop_pct, interpolation), upright=upright)
+            return PillowPipeline(eval_transform(size, crop_pct, interpolation, crop_mode), upright=upright)
 
         if isinstance(source, StreamSource):
             # Every rank reads the whole stream: timm's own sharding would repeat or drop samples at the end.

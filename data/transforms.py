@@ -57,15 +57,24 @@ INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": Interpolatio
 
 
 def eval_geometry(
-    size: int, crop_pct: float, interpolation: str = "bicubic"
+    size: int, crop_pct: float, interpolation: str = "bicubic", crop_mode: str = "center"
 ) -> list[Callable[[Image.Image], Image.Image]]:
-    """Resize the shorter side to ⌊size / crop_pct⌋ pixels (Pillow's, antialiased), crop the centre."""
+    """Resize the shorter side to ⌊size / crop_pct⌋ pixels (Pillow's, antialiased), crop the centre.
+
+    `crop_mode`: "squash" resizes both sides to `size` instead, "crop" does not resize.
+    """
+    if crop_mode == "squash":
+        return [Resize((size, size), INTERPOLATIONS[interpolation])]
+    if crop_mode == "crop":
+        return [CenterCrop(size)]
     return [Resize(math.floor(size / crop_pct), INTERPOLATIONS[interpolation]), CenterCrop(size)]
 
 
-def eval_transform(size: int, crop_pct: float = 0.875, interpolation: str = "bicubic") -> ImageTransform:
+def eval_transform(
+    size: int, crop_pct: float = 0.875, interpolation: str = "bicubic", crop_mode: str = "center"
+) -> ImageTransform:
     """`eval_geometry`, as a tensor."""
-    return Compose([*eval_geometry(size, crop_pct, interpolation), ToTensor()])
+    return Compose([*eval_geometry(size, crop_pct, interpolation, crop_mode), ToTensor()])
 
 
 def train_transform(

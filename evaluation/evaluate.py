@@ -155,12 +155,10 @@ class _Coordinator:
             tasks = [task for number in range(len(evaluations)) for task in self._to_do(number)]
         except UserError as error:
             return [], [], str(error)
-        for name, e in {e.network: e for e in evaluations}.items():
-            used = e.preprocessing
-            print(
-                f"{name}: {used.img_size} px, crop {used.crop_pct:g}, {used.interpolation} ({used.source})",
-                file=sys.stderr,
-            )
+        for note in self._plan.notes:
+            print(f"warning: {note} (--model.add_normalization=1).", file=sys.stderr)
+        for text in dict.fromkeys(f"{e.network}: {e.preprocessing}" for e in evaluations):
+            print(text, file=sys.stderr)
         # All norms of a network chunk by chunk, so that they come to the same number of images.
         firsts = {self._group(number): number for number in reversed(range(len(evaluations)))}
         tasks.sort(key=lambda task: (firsts[self._group(task.evaluation)], task.chunk if self._config.eval.ci else 0))

@@ -104,6 +104,7 @@ class ImageList:
             size=used.img_size,
             crop_pct=used.crop_pct,
             interpolation=used.interpolation,
+            crop_mode=used.crop_mode,
             batch_size=math.ceil(len(positions) / max(workers, 1)),  # a worker decodes whole batches: one for each
             num_workers=workers,
             upright=self._upright,

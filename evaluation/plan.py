@@ -84,11 +84,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """All evaluations of one call, the folder that holds theirs, and the images by network."""
+    """All evaluations of one call, the folder that holds theirs, the images by network, and sentences for the user."""
 
     evaluations: list[Evaluation]
     root: Path
     images: Mapping[str, ImageList]
+    notes: list[str]
 
 
 def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
@@ -110,14 +111,16 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
     open_for = image_lists(config)
     by_network: dict[str, ImageList] = {}
     evaluations: list[Evaluation] = []
+    notes: list[str] = []
     for entry, found, name in zip(entries, located, names):
         with blame("eval.model_in"):
             trained = load_trained(found.path, found.describe(entry.model))
         by_network[name] = open_for(trained.description["num_classes"], trained.class_names)
         folder = root / folder_name(name)
+        notes += [f"{name}: {note}" for note in trained.notes]
         own = found.preprocessing or trained.preprocessing
         evaluations += _plan_network(config, name, trained, own, found.published, by_network[name], folder, on_gpu)
-    return Plan(evaluations, root, by_network)
+    return Plan(evaluations, root, by_network, notes)
 
 
 def _plan_network(
@@ -139,6 +142,8 @@ def _plan_network(
     network = {"sha256": sha256(trained.path), **trained.description}
     for size in settings.img_size or (own.img_size,):
         used = replace(own, img_size=size, crop_pct=settings.crop_pct or own.crop_pct)
+        if settings.crop_pct is not None:
+            used = replace(used, crop_mode="center")
         if used != own:
             used = replace(used, source="the flags")
         try_size(trained.model, size, name=name)
@@ -267,7 +272,8 @@ def _numbers(config: EvalConfig, norm: str, eps: float, used: Preprocessing, *, 
     settings = config.eval
     device = {"device": "cuda"} if on_gpu else {"device": "cpu", "threads": settings.threads}
     return {
-        "transform": {"resize": used.interpolation, "crop_pct": used.crop_pct},
+        "transform": {"resize": used.interpolation, "crop_pct": used.crop_pct}
+        | ({} if used.crop_mode == "center" else {"crop_mode": used.crop_mode}),
         "attack": {
             "norm": norm,
             "eps": eps,

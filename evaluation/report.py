@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from evaluation.plan import Evaluation, show_eps
 from evaluation.stopping import METHOD, anytime_interval
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
-# The published evaluations: RobustBench's transform.
-PUBLISHED_EPS, PUBLISHED_PX, PUBLISHED_CROP = 4 / 255, 224, 0.875
+PUBLISHED_EPS = 4 / 255
 SUSPICIOUS = 0.3  # percentage points between the same evaluation here and there
 FAR_BELOW = 20.0  # percentage points below the validation of a network's own run
 AT_CHANCE, NEAR_CHANCE = (
@@ -111,7 +110,7 @@ def compare_with_published(evaluation: Evaluation, report: Mapping[str, Any]) ->
     model = evaluation.published
     if model is None:
         return None
-    numbers = model.results.get(evaluation.img_size) or model.results.get(PUBLISHED_PX)
+    numbers = model.results.get(evaluation.img_size) or model.results.get(model.preprocessing.img_size)
     differs = _differs_from_published(evaluation, report)
     found = {"name": model.name, "differs": differs, "external": model.external}
     if numbers is None:
@@ -125,8 +124,9 @@ def compare_with_published(evaluation: Evaluation, report: Mapping[str, Any]) ->
 
 
 def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -> list[str]:
-    """What is not as in the published evaluation: AutoAttack at Linf 4/255 on RobustBench's images, 256 → 224 px, bicubic."""
+    """What is not as in the published evaluation: AutoAttack at Linf 4/255 on RobustBench's images, which go through the same."""
     differs, used, listed = [], evaluation.preprocessing, robustbench_digests()
+    theirs = evaluation.published.preprocessing
     if evaluation.norm != "Linf" or abs(evaluation.eps - PUBLISHED_EPS) > 1e-9:
         differs.append(f"{evaluation.norm} {show_eps(evaluation.eps)} instead of Linf 4/255")
     if missing := [attack for attack in ATTACKS if attack not in evaluation.attacks]:
@@ -140,10 +140,10 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -
         differs.append(f"images that were all made {evaluation.image_size} before, as those of ImageNet-C")
     if report["data"]["unreadable"]:
         differs.append(f"{len(report['data']['unreadable'])} images could not be decoded")
-    if evaluation.img_size not in evaluation.published.results:
-        differs.append(f"{evaluation.img_size} px instead of {PUBLISHED_PX}")
-    if abs(used.crop_pct - PUBLISHED_CROP) > 1e-6 or used.interpolation != "bicubic":
-        differs.append(f"{used.interpolation} with crop {used.crop_pct:g} instead of bicubic with {PUBLISHED_CROP}")
+    # Some numbers are published at a second size, with the same crop.
+    own = theirs if evaluation.img_size not in evaluation.published.results else replace(theirs, img_size=used.img_size)
+    if str(replace(used, source="")) != str(replace(own, source="")):
+        differs.append(f"images {used}, published with {own}")
     return differs
 
 

@@ -1,6 +1,6 @@
 """Published models from the command line.
 
-python -m zoo list                                  the published models and their numbers
+python -m zoo list [--all]                          the published models and their numbers; --all: with RobustBench's
 python -m zoo show NAME                             all that is known of one
 python -m zoo download NAME [--to DIR] [--clean] [--force]
                                                     its robust weights, or its clean initialisation
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("list")
+    commands.add_parser("list").add_argument("--all", action="store_true", help="RobustBench's list too")
     commands.add_parser("readme")
     commands.add_parser("show").add_argument("name")
     download = commands.add_parser("download")
@@ -73,26 +73,43 @@ def parser() -> argparse.ArgumentParser:
 
 
 def list_models(arguments: argparse.Namespace) -> None:
-    from zoo.published import PUBLISHED
+    from zoo.published import LISTED, PUBLISHED
 
     def numbers(which: int, model) -> str:
         return " / ".join("–" if pair is None else f"{pair[which]:.1f}" for pair in model.results.values())
 
-    print(
-        markdown_table(
-            [
-                {
-                    "name": name,
-                    "model": model.title,
-                    "px": " / ".join(map(str, model.results)),
-                    "clean": numbers(0, model),
-                    "AutoAttack": numbers(1, model),
-                    "RobustBench": model.robustbench_id or "",
-                }
-                for name, model in PUBLISHED.items()
-            ]
-        )
-    )
+    rows = [
+        {
+            "name": name,
+            "model": model.title,
+            "px": " / ".join(map(str, model.results)),
+            "clean": numbers(0, model),
+            "AutoAttack": numbers(1, model),
+            "RobustBench": model.robustbench_id or "",
+        }
+        for name, model in PUBLISHED.items()
+    ]
+    if arguments.all:
+        ours = {model.robustbench_id for model in PUBLISHED.values()}
+        for row in rows:
+            row["stronger attack"] = ""
+        rows += [
+            {
+                "name": name if model.alone else f"({name})",
+                "model": model.architecture,
+                "px": str(model.preprocessing.img_size),
+                "clean": f"{model.clean:.1f}",
+                "AutoAttack": f"{model.autoattack:.1f}",
+                "RobustBench": name,
+                "stronger attack": "" if model.external is None else f"{model.external:.1f}",
+            }
+            for name, model in LISTED.items()
+            if name not in ours
+        ]
+        rows.sort(key=lambda row: row["stronger attack"] or row["AutoAttack"].replace("–", "0"), reverse=True)
+    print(markdown_table(rows))
+    if arguments.all:
+        print("In brackets: an ensemble, or weights that lie elsewhere; RobustBench's own package loads it.")
 
 
 def show(arguments: argparse.Namespace) -> None:

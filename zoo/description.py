@@ -25,13 +25,19 @@ class Preprocessing:
         img_size: side of the square images in pixels.
         crop_pct: the shorter side is resized to img_size / crop_pct, the centre cropped.
         interpolation: of that resize, "bicubic" or "bilinear".
+        crop_mode: "center" for that; "squash": both sides are resized to img_size; "crop": the centre is cropped without a resize.
         source: where this is from, in words.
     """
 
     img_size: int = 224
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
     source: str = "the default"
+
+    def __str__(self) -> str:
+        resize = {"center": f"crop {self.crop_pct:g}, {self.interpolation}", "crop": "the centre, not resized"}
+        return f"{self.img_size} px, {resize.get(self.crop_mode, f'squashed, {self.interpolation}')} ({self.source})"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from zoo.download import ShareUnavailable, choose, download_robustbench, downloa
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.models import ROBUSTBENCH_PREFIX
-from zoo.published import PUBLISHED, Published, find_published, nearest_published
-from zoo.robustbench import robustbench_preprocessing
+from zoo.published import LISTED, PUBLISHED, Listed, Published, find_published, nearest_published
 from zoo.runs import find_weights
 
 CHECKPOINTS = PROJECT / "checkpoints"
@@ -31,16 +30,12 @@ class Located:
 
     path: Path
     description: Mapping[str, Any]
-    published: Published | None = None
+    published: Published | Listed | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
         """What a published model's images went through; None where the weights or their run have to say."""
-        if self.published is not None:
-            return Preprocessing(source="the published table")
-        if (arch := str(self.description.get("arch"))).startswith(ROBUSTBENCH_PREFIX):
-            return robustbench_preprocessing(arch.removeprefix(ROBUSTBENCH_PREFIX))
-        return None
+        return self.published and self.published.preprocessing
 
     def describe(self, asked: NetworkDescription) -> NetworkDescription:
         """What was asked for, completed by what the name says."""
@@ -77,7 +72,11 @@ def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force
     if ROBUSTBENCH_ID.fullmatch(name):
         if kind == "clean":
             raise UserError(f"RobustBench has no clean initialisation of {name}.")
-        return Located(download_robustbench(name, folder / name, force=force), {"arch": ROBUSTBENCH_PREFIX + name})
+        return Located(
+            download_robustbench(name, folder / name, force=force),
+            {"arch": ROBUSTBENCH_PREFIX + name},
+            LISTED.get(name),
+        )
     near = nearest_published(name)
     hint = f" (did you mean {near}?)" if near else ""
     raise UserError(

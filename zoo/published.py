@@ -1,7 +1,6 @@
 """The published models: what they are, their numbers, where their weights lie. README's table and picture are made from this.
 
-Numbers: Singh, Croce, Hein, "Revisiting Adversarial Training for ImageNet: Architectures, Training and Generalization
-across Threat Models", NeurIPS 2023, and its code's README; AutoAttack at Linf 4/255 on RobustBench's 5,000 images.
+The table itself, and where its numbers are from: published.yaml.
 """
 
 from __future__ import annotations
@@ -10,14 +9,18 @@ import difflib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import yaml
+
 from common.errors import UserError
 from common.files import write_atomically
+from zoo.description import Preprocessing
 
 SHARES = "https://nc.mlcloud.uni-tuebingen.de/index.php/s/"
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
@@ -80,193 +83,70 @@ class Published:
         return f"configs/{self.name}.yaml"
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """What images go through in the published evaluation."""
+        return Preprocessing(source="the published table")
+
+    @property
     def description(self) -> dict[str, Any]:
         """What its network is built with, by the names of the flags `model.*`."""
         return {flag: getattr(self, flag) for flag in ("arch", "not_original", "updated", "add_normalization")}
 
 
-_ROWS = (
-    Published(
-        name="convnext_iso_cvst",
-        title="ConvNeXt-iso-CvSt",
-        family="ConvNeXt-iso",
-        arch="convnext_iso",
-        not_original=True,
-        add_normalization=False,
-        epochs=300,
-        results={224: Accuracies(70.2, 45.9)},
-        links=(SHARES + "HpNbkLTNTBiaeo8",),
-        params=23.04,
-        gflops=4.66,
-    ),
-    Published(
-        name="vit_s",
-        title="ViT-S",
-        family="ViT",
-        arch="vit_s",
-        not_original=False,
-        epochs=300,
-        results={224: Accuracies(69.2, 44.0)},
-        links=(SHARES + "XLLnoCnJxp74Zqn",),
-        params=22.05,
-        gflops=4.60,
-    ),
-    Published(
-        name="vit_s_cvst",
-        title="ViT-S-CvSt",
-        family="ViT",
-        arch="vit_s",
-        not_original=True,
-        add_normalization=True,
-        epochs=300,
-        results={224: Accuracies(72.5, 48.1)},
-        links=(SHARES + "agtDw3D7QXbDCmw",),
-        params=22.78,
-        gflops=4.98,
-        robustbench_id="Singh2023Revisiting_ViT-S-ConvStem",
-        robustbench=Accuracies(72.56, 48.08),
-    ),
-    Published(
-        name="convnext_tiny",
-        title="ConvNeXt-T",
-        family="ConvNeXt",
-        arch="convnext_tiny",
-        not_original=False,
-        epochs=300,
-        results={224: Accuracies(72.4, 48.6)},
-        links=(SHARES + "XLLnoCnJxp74Zqn",),
-        params=28.59,
-        gflops=4.46,
-    ),
-    Published(
-        name="convnext_tiny_cvst",
-        title="ConvNeXt-T-CvSt",
-        family="ConvNeXt",
-        arch="convnext_tiny",
-        not_original=True,
-        add_normalization=False,
-        epochs=300,
-        results={224: Accuracies(72.7, 49.5)},
-        links=(SHARES + "BFLoMrMdn8iBk7Y",),
-        params=28.63,
-        gflops=4.59,
-        robustbench_id="Singh2023Revisiting_ConvNeXt-T-ConvStem",
-        robustbench=Accuracies(72.72, 49.46),
-    ),
-    Published(
-        name="vit_m_cvst",
-        title="ViT-M-CvSt",
-        family="ViT",
-        arch="vit_m",
-        not_original=True,
-        epochs=50,
-        results={224: Accuracies(72.4, 48.8)},
-        links=(SHARES + "q2mkEYtq5Zjpa4e",),
-        params=39.53,
-        gflops=8.36,
-    ),
-    Published(
-        name="convnext_small_cvst",
-        title="ConvNeXt-S-CvSt",
-        family="ConvNeXt",
-        arch="convnext_small",
-        not_original=True,
-        add_normalization=False,
-        epochs=50,
-        results={224: Accuracies(74.4, 52.4)},
-        links=(SHARES + "m3bAwNg4CJY4jrp",),
-        params=50.26,
-        gflops=8.82,
-        robustbench_id="Singh2023Revisiting_ConvNeXt-S-ConvStem",
-        robustbench=Accuracies(74.10, 52.42),
-        note="RobustBench: 74.10.",
-        note_on="clean",
-    ),
-    Published(
-        name="vit_b",
-        title="ViT-B",
-        family="ViT",
-        arch="vit_b",
-        not_original=False,
-        epochs=50,
-        results={224: Accuracies(73.3, 50.0)},
-        links=(SHARES + "XLLnoCnJxp74Zqn",),
-        params=86.57,
-        gflops=17.56,
-    ),
-    Published(
-        name="convnext_base",
-        title="ConvNeXt-B",
-        family="ConvNeXt",
-        arch="convnext_base",
-        not_original=False,
-        epochs=50,
-        results={224: Accuracies(75.6, 54.3)},
-        links=(SHARES + "XLLnoCnJxp74Zqn",),
-        params=88.59,
-        gflops=15.35,
-    ),
-    Published(
-        name="vit_b_cvst",
-        title="ViT-B-CvSt",
-        family="ViT",
-        arch="vit_b",
-        not_original=True,
-        add_normalization=False,
-        epochs=250,
-        results={224: Accuracies(76.3, 54.7)},
-        links=(SHARES + "SbN5AJAicdZJXyr",),
-        params=87.15,
-        gflops=17.91,
-        robustbench_id="Singh2023Revisiting_ViT-B-ConvStem",
-        robustbench=Accuracies(76.30, 54.66),
-    ),
-    Published(
-        name="convnext_base_cvst",
-        title="ConvNeXt-B-CvSt",
-        family="ConvNeXt",
-        arch="convnext_base",
-        not_original=True,
-        add_normalization=False,
-        epochs=250,
-        results={224: Accuracies(75.9, 56.1), 256: Accuracies(76.9, 57.3)},
-        links=(SHARES + "RQBEXagC7R7XweX",),
-        params=88.75,
-        gflops=15.88,
-        robustbench_id="Singh2023Revisiting_ConvNeXt-B-ConvStem",
-        robustbench=Accuracies(75.90, 56.14),
-    ),
-    Published(
-        name="convnext_large_cvst",
-        title="ConvNeXt-L-CvSt",
-        family="ConvNeXt",
-        arch="convnext_large",
-        not_original=True,
-        add_normalization=False,
-        epochs=100,
-        results={224: Accuracies(77.0, 57.7), 320: Accuracies(78.2, 59.4)},
-        links=(SHARES + "YzBpeHRrRQzHBDz", SHARES + "LeYdmW9DMAr8zws"),
-        params=198.13,
-        gflops=35.54,
-        robustbench_id="Singh2023Revisiting_ConvNeXt-L-ConvStem",
-        robustbench=Accuracies(77.00, 57.70),
-    ),
-    Published(
-        name="convnext_base_cvst_ft8",
-        title="fine-tuned to Linf 8/255",
-        family="ConvNeXt",
-        arch="convnext_base",
-        not_original=True,
-        epochs=20,
-        results={224: None},
-        links=(SHARES + "FiTToeo4RKY896P",),
-        params=88.75,
-        gflops=15.88,
-        note="Recipe and architecture are ours.",
-        note_on="epochs",
-    ),
-)
-PUBLISHED: Mapping[str, Published] = MappingProxyType({row.name: row for row in _ROWS})
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """Another robust model, of RobustBench's list for ImageNet and Linf.
+
+    Attributes:
+        id: RobustBench's name, by which it is loaded.
+        architecture: in words.
+        clean, autoattack: in %; on 5,000 images at Linf 4/255.
+        external: as in `Published`.
+        images: what RobustBench's images go through first, such as BicubicRes256Crop224; None: nothing is stated.
+        alone: whether it is one network with one file at RobustBench; else only its own package loads it.
+    """
+
+    id: str
+    architecture: str
+    clean: float
+    autoattack: float
+    external: float | None = None
+    images: str | None = None
+    alone: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.id
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        found = re.fullmatch(r"(Bicubic)?(?:Res(\d+))?(?:Crop(\d+))?", self.images or "")
+        interpolation, resized, crop = "bicubic" if found[1] else "bilinear", int(found[2] or 0), int(found[3] or 0)
+        if not self.images:
+            return Preprocessing(source="the default, as RobustBench states nothing")
+        if not (resized and crop):
+            mode = "squash" if resized else "crop"
+            return Preprocessing(resized or crop, 1.0, interpolation, mode, source="RobustBench")
+        return Preprocessing(crop, crop / resized, interpolation, source="RobustBench")
+
+    @property
+    def results(self) -> Mapping[int, Accuracies]:
+        return {self.preprocessing.img_size: Accuracies(self.clean, self.autoattack)}
+
+
+def _read_table() -> tuple[dict[str, Published], dict[str, Listed]]:
+    table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    published = {}
+    for row in table["models"]:
+        row["results"] = {size: pair and Accuracies(*pair) for size, pair in row["results"].items()}
+        row["links"] = tuple(SHARES + token for token in row.pop("shares"))
+        if "robustbench" in row:
+            row["robustbench"] = Accuracies(*row["robustbench"])
+        published[row["name"]] = Published(**row)
+    return published, {row["id"]: Listed(**row) for row in table["robustbench"]}
+
+
+PUBLISHED, LISTED = map(MappingProxyType, _read_table())
 
 
 # ------------------------------------------------------------------------------------------------------- by name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +16,12 @@ from zoo.runs import load_trained
 
 
 def load_robust_model(
-    name: str, *, img_size: int | None = None, crop_pct: float | None = None, folder: str | Path | None = None
+    name: str,
+    *,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    folder: str | Path | None = None,
+    **description: Any,
 ) -> nn.Module:
     """A ready network: images (B, 3, H, W) in [0, 1] → logits, in eval mode on the CPU.
 
@@ -25,14 +32,20 @@ def load_robust_model(
             folder of a run or an export.
         img_size, crop_pct: of the transform: resize to img_size / crop_pct, centre crop; by default as the network was validated.
         folder: where downloads go; by default `checkpoints` in the project.
+        description: of the network, such as arch and add_normalization, where name and file do not say it
+            (`zoo.description.NetworkDescription`).
 
     Raises:
         UserError: nothing is called so, or it cannot be downloaded or loaded.
     """
     with blame("name"):
         located = locate(name, folder=folder and Path(folder))
-        trained = load_trained(located.path, located.describe(NetworkDescription()))
+        trained = load_trained(located.path, located.describe(NetworkDescription(**description)))
+    for note in trained.notes:
+        warnings.warn(note, stacklevel=2)
     used = located.preprocessing or trained.preprocessing
     model = trained.model
-    model.transform = eval_transform(img_size or used.img_size, crop_pct or used.crop_pct, used.interpolation)
+    model.transform = eval_transform(
+        img_size or used.img_size, crop_pct or used.crop_pct, used.interpolation, used.crop_mode
+    )
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from zoo.description import Preprocessing
 
 if TYPE_CHECKING:  # downloading needs no PyTorch
     from torch import nn
@@ -71,17 +69,6 @@ def robustbench_entry(robustbench_id: str) -> Mapping[str, Any]:
             f"are kept elsewhere. robustbench.load_model({robustbench_id!r}, dataset='imagenet', threat_model='Linf') loads it."
         )
     return entry
-
-
-def robustbench_preprocessing(robustbench_id: str) -> Preprocessing:
-    """What RobustBench does to images for this model, such as BicubicRes256Crop224."""
-    named = re.fullmatch(
-        r"(Bicubic)?Res(\d+)Crop(\d+)", str(robustbench_entry(robustbench_id).get("preprocessing", ""))
-    )
-    if named is None:
-        return Preprocessing(source="RobustBench's default")
-    resized, size = int(named[2]), int(named[3])
-    return Preprocessing(size, size / resized, "bicubic" if named[1] else "bilinear", "RobustBench")
 
 
 def robustbench_architecture(robustbench_id: str) -> nn.Module:

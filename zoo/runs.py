@@ -22,7 +22,7 @@ from zoo.description import DESCRIPTION, NetworkDescription, Preprocessing, RunF
 from zoo.inference import check_description
 from zoo.loading import has_normalizer, load_weights, read_weights
 from zoo.meansparse import add_operators
-from zoo.models import build_model
+from zoo.models import ROBUSTBENCH_PREFIX, build_model
 
 # Key of an exported folder's config.json under which it holds the same sections.
 EXPORT_KEY = "robust_training"
@@ -39,6 +39,7 @@ class TrainedModel:
         class_names: of its outputs, in order; None where the run does not say.
         preprocessing: what its images went through in validation.
         run: what its run says of it.
+        notes: sentences for the user.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class TrainedModel:
     class_names: list[str] | None
     preprocessing: Preprocessing = Preprocessing()
     run: RunFacts = RunFacts()
+    notes: tuple[str, ...] = ()
 
 
 def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedModel:
@@ -72,6 +74,13 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     inferred = {name: getattr(found, name, False) for name in DESCRIPTION}
     inferred["num_classes"] = found.num_classes or 1000  # an architecture whose head cannot be chosen is ImageNet's
     description = {name: inferred[name] if value is None else value for name, value in description.items()}
+    notes = ()
+    if weights.normalizer is None and asked.add_normalization is None and not run and not _is_robustbench(description):
+        # Many publish weights of a network that stood behind a normaliser, of which they show nothing.
+        notes = (
+            f"{path} holds no input normaliser, so the network gets images as they are, in [0, 1]; if it was trained behind one, "
+            "ask for it with add_normalization",
+        )
     model = build_model(**description, global_pool=found.global_pool)
     add_operators(model.model if has_normalizer(model) else model, weights.network)
     load_weights(model, weights, source=path)
@@ -82,7 +91,12 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         class_names=run.get(PROVENANCE_KEY, {}).get("classes"),
         preprocessing=_preprocessing(path, run, arch=description["arch"], positions=found.img_size),
         run=_run_facts(path, run),
+        notes=notes,
     )
+
+
+def _is_robustbench(description: Mapping[str, Any]) -> bool:
+    return description["arch"].startswith(ROBUSTBENCH_PREFIX)
 
 
 def find_weights(path: Path) -> Path:
@@ -137,6 +151,7 @@ def _of_timm(cfg: Mapping[str, Any], source: str) -> Preprocessing:
         int(cfg["input_size"][-1]),
         float(cfg.get("crop_pct", 0.875)),
         interpolation if interpolation in INTERPOLATIONS else "bicubic",
+        "squash" if cfg.get("crop_mode") == "squash" else "center",
         source,
     )
 

@@ -76,9 +76,18 @@ OTHER = {"identity": {"data": {"images": "of other images", "n": 5000}}}
         ({"norm": "L2", "eps": 2.0}, "L2 2 instead of Linf 4/255"),
         ({"eps": 8 / 255}, "Linf 8/255 instead of Linf 4/255"),
         ({"attacks": ATTACKS[:2]}, "without fab-t, square"),
-        ({"preprocessing": Preprocessing(256, 0.875)}, "256 px instead of 224"),
-        ({"preprocessing": Preprocessing(224, 1.0)}, "bicubic with crop 1 instead of bicubic with 0.875"),
-        ({"preprocessing": Preprocessing(224, 0.875, "bilinear")}, "bilinear with crop 0.875 instead of bicubic"),
+        (
+            {"preprocessing": Preprocessing(256, 0.875)},
+            "images 256 px, crop 0.875, bicubic (the default), published with 224 px,",
+        ),
+        (
+            {"preprocessing": Preprocessing(224, 1.0)},
+            "images 224 px, crop 1, bicubic (the default), published with 224 px,",
+        ),
+        (
+            {"preprocessing": Preprocessing(224, 0.875, "bilinear")},
+            "crop 0.875, bilinear (the default), published with 224 px,",
+        ),
     ],
 )
 def test_what_is_not_as_published_is_said_instead(changed: dict[str, Any], said: str) -> None:

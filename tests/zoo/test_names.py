@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 
 import pytest
@@ -24,6 +25,7 @@ from tests.training.helpers import base_flags, run
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
 from zoo.description import NetworkDescription
+from zoo.loading import has_normalizer
 from zoo.names import _share_name, locate, split_kind
 from zoo.published import PUBLISHED, Accuracies, Published
 from zoo.robust import load_robust_model
@@ -224,6 +226,17 @@ def test_kinds():
     assert split_kind("vit_s") == ("vit_s", "clean") == split_kind("vit_s:clean")
     assert split_kind("vit_s:robust") == ("vit_s", "robust")
     assert split_kind("a:b.pt") == ("a:b.pt", "clean")
+
+
+def test_a_normaliser_outside_is_asked_for_not_guessed(tmp_path):
+    (tmp_path / "w.pt").write_bytes(weights_file())
+    with pytest.warns(UserWarning, match="w.pt holds no input normaliser, so the network gets images as they are"):
+        bare = load_robust_model(str(tmp_path / "w.pt"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        normalized = load_robust_model(str(tmp_path / "w.pt"), add_normalization=True)
+        assert not has_normalizer(load_robust_model(str(tmp_path / "w.pt"), add_normalization=False))
+    assert has_normalizer(normalized) and not has_normalizer(bare)
 
 
 def test_torch_hub_from_another_folder(tmp_path):
