@@ -14,7 +14,6 @@ from torch import nn
 
 from attacks.norms import check_radius
 from common.errors import UserError, blame
-from common.files import sha256
 from common.provenance import installed_version
 from evaluation.autoattack import check_classes, package_name
 from evaluation.config import ATTACKS, EvalConfig, EvalModelConfig, ModelEntry
@@ -139,7 +138,7 @@ def _plan_network(
         {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(config.eval.chosen, "+".join(config.eval.chosen)),
     )
     check_classes(trained.description["num_classes"], settings.chosen)
-    network = {"sha256": sha256(trained.path), **trained.description}
+    network = {"sha256": trained.sha256, **trained.description}
     for size in settings.img_size or (own.img_size,):
         used = replace(own, img_size=size, crop_pct=settings.crop_pct or own.crop_pct)
         if settings.crop_pct is not None:

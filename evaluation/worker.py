@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError, blame
-from common.files import sha256, write_atomically
+from common.files import write_atomically
 from common.precision import float32_matmul
 from evaluation.autoattack import FastCopy, Verdicts, attack_chunk, check_adversarial
 from evaluation.config import EvalAttackConfig, EvalConfig
@@ -158,12 +158,12 @@ class _Worker:
             self._network = None  # before the next one takes memory
             if self.config.eval.compile:
                 torch._dynamo.reset()  # it compiles one piece of code, shared by all networks, a limited number of times
-            if sha256(evaluation.weights) != evaluation.identity["network"]["sha256"]:
-                raise UserError(
-                    f"eval.model_in: {evaluation.weights} is not the same file on all machines, or has changed meanwhile."
-                )
             with blame("eval.model_in"):
                 trained = load_trained(evaluation.weights, evaluation.description)
+                if trained.sha256 != evaluation.identity["network"]["sha256"]:
+                    raise UserError(
+                        f"{evaluation.weights} is not the same file on all machines, or has changed meanwhile."
+                    )
             model = trained.model.to(self.device).float().eval().requires_grad_(False)
             if evaluation.identity["arithmetic"]["channels_last"]:
                 model = model.to(memory_format=torch.channels_last)

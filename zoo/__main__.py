@@ -178,9 +178,10 @@ def submit(arguments: argparse.Namespace) -> None:
 
 
 def readme(arguments: argparse.Namespace) -> None:
-    from zoo.published import update_readme
+    from zoo.published import draw_all, update_readme
 
     update_readme(PROJECT / "README.md", PROJECT / "docs" / "published.png")
+    draw_all(PROJECT / "docs" / "robust_models.png")
 
 
 def published(name: str):

@@ -328,6 +328,69 @@ def draw_published(path: Path) -> None:
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
 
 
+class Bar(NamedTuple):
+    """What is drawn of a robust model, in %."""
+
+    name: str
+    clean: float
+    autoattack: float
+    external: float | None
+    in_readme: bool
+
+
+def drawn_bars() -> list[Bar]:
+    """The published models and those of RobustBench's list, the least robust one first."""
+    bars = []
+    known = {model.robustbench_id for model in PUBLISHED.values()}
+    for model in [*PUBLISHED.values(), *(model for name, model in LISTED.items() if name not in known)]:
+        numbers, ours = model.results[model.preprocessing.img_size], model.name in PUBLISHED
+        if numbers is not None:
+            bars.append(Bar(model.title if ours else model.name, *numbers, model.external, ours))
+    return sorted(bars, key=lambda bar: bar.external or bar.autoattack)
+
+
+def draw_all(path: Path) -> None:
+    """Write a PNG: accuracy under AutoAttack, or under a stronger attack where one is known, of `drawn_bars`; clean beside it.
+
+    The PNG's text `DRAWN_KEY` holds the bars as JSON.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bars = drawn_bars()
+    figure = Figure(figsize=(9, 0.24 * len(bars) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, bar in enumerate(bars):
+        axes.barh(
+            place,
+            bar.autoattack,
+            color="0.85" if bar.external else "#0072b2" if bar.in_readme else "#999999",
+            height=0.7,
+        )
+        if bar.external:
+            axes.barh(place, bar.external, color="#999999", height=0.7)
+        axes.plot(bar.clean, place, "o", color="#d55e00", markersize=4)
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=7)
+    axes.set(xlim=(0, 85), ylim=(-0.7, len(bars) - 0.3), xlabel="accuracy at Linf 4/255 [%]")
+    axes.grid(axis="x", alpha=0.25)
+    figure.legend(handles=_legend_of_all(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    metadata = {DRAWN_KEY: json.dumps(bars)}
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png", metadata=metadata))
+
+
+def _legend_of_all() -> list:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    return [
+        Patch(color="#0072b2", label="AutoAttack, models of README's table"),
+        Patch(color="#999999", label="AutoAttack (or a stronger attack), RobustBench's list"),
+        Patch(color="0.85", label="AutoAttack, where a stronger attack is known"),
+        Line2D([], [], linestyle="", marker="o", color="#d55e00", label="clean"),
+    ]
+
+
 def _draw_panel(axes, attribute: str, *, ticks: tuple[int, ...], limits: tuple[float, float]) -> None:
     points = {point.name: (getattr(point, attribute), point.autoattack) for point in drawn_points()}
     places = _LABEL_PLACES[attribute]

@@ -35,6 +35,7 @@ class TrainedModel:
 
     Attributes:
         path: the weights file.
+        sha256: of its content.
         description: the values of `DESCRIPTION` it was built with.
         class_names: of its outputs, in order; None where the run does not say.
         preprocessing: what its images went through in validation.
@@ -44,6 +45,7 @@ class TrainedModel:
 
     model: nn.Module
     path: Path
+    sha256: str
     description: dict[str, Any]
     class_names: list[str] | None
     preprocessing: Preprocessing = Preprocessing()
@@ -87,6 +89,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     return TrainedModel(
         model=model.eval(),
         path=path,
+        sha256=weights.sha256,
         description=description,
         class_names=run.get(PROVENANCE_KEY, {}).get("classes"),
         preprocessing=_preprocessing(path, run, arch=description["arch"], positions=found.img_size),

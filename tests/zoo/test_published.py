@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,16 +18,21 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
+from data.transforms import eval_transform
 from utils_architecture import ARCHITECTURES
 from zoo import published
+from zoo.__main__ import main
 from zoo.models import build_model
 from zoo.published import (
     BEGIN,
     DRAWN_KEY,
     END,
+    LISTED,
     PUBLISHED,
     Published,
+    draw_all,
     draw_published,
+    drawn_bars,
     drawn_points,
     find_published,
     nearest_published,
@@ -34,6 +41,7 @@ from zoo.published import (
     stem_pairs,
     update_readme,
 )
+from zoo.robustbench import import_robustbench
 
 PROJECT = Path(__file__).resolve().parents[2]
 NAMES = list(PUBLISHED)
@@ -347,3 +355,52 @@ def test_entries_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         PUBLISHED["vit_s"].epochs = 1
     assert all(isinstance(row, Published) and row.sha256 == {} for row in PUBLISHED.values())
+
+
+# --- RobustBench's list -----------------------------------------------------------------------------------------------
+
+
+def test_list_is_robustbenchs() -> None:
+    """Same ids, preprocessing and kind of weights as the installed package."""
+    import_robustbench()
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    theirs = importlib.import_module("robustbench.model_zoo").model_dicts
+    theirs = theirs[enums.BenchmarkDataset.imagenet][enums.ThreatModel.Linf]
+    assert theirs.keys() - LISTED.keys() == {"Standard_R50"}  # not a robust one
+    for name, model in LISTED.items():
+        assert theirs[name].get("preprocessing") == model.images, name
+        assert (isinstance(theirs[name]["gdrive_id"], str) and bool(theirs[name]["gdrive_id"])) == model.alone, name
+
+
+def test_preprocessing_of_the_list_is_robustbenchs(tmp_path: Path) -> None:
+    transforms = importlib.import_module("robustbench.data").PREPROCESSINGS
+    pixels = np.random.RandomState(0).randint(0, 256, (300, 410, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    for images in {model.images for model in LISTED.values()} - {None}:
+        used = next(model for model in LISTED.values() if model.images == images).preprocessing
+        ours = eval_transform(used.img_size, used.crop_pct, used.interpolation, used.crop_mode)
+        assert torch.equal(ours(image), transforms[images](image)), images
+
+
+def test_numbers_of_the_list_are_robustbenchs() -> None:
+    for model in PUBLISHED.values():
+        if model.robustbench_id:
+            listed = LISTED[model.robustbench_id]
+            assert (listed.clean, listed.autoattack) == model.robustbench
+    assert (
+        LISTED["Amini2024MeanSparse_Swin-L"].external
+        == 58.92
+        < LISTED["Amini2024MeanSparse_Swin-L"].autoattack
+        == 62.12
+    )
+
+
+def test_list_and_picture_of_all(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["list", "--all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(PUBLISHED) + len(LISTED) - 6 + 1
+    assert "Xu2024MIMIR_Swin-L" in lines[2] and "(Bai2024MixedNUTS)" in "".join(lines)
+    draw_all(tmp_path / "all.png")
+    for picture in (tmp_path / "all.png", PROJECT / "docs" / "robust_models.png"):
+        with Image.open(picture) as image:
+            assert json.loads(image.text[DRAWN_KEY]) == [list(bar) for bar in drawn_bars()]
