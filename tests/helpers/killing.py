@@ -146,7 +146,9 @@ def kill_and_go_on(
                 wait_until(lambda: program.age() >= moment.seconds or progress(program) > done, seconds=LIMIT)  # noqa: B023
             else:
                 wait_until(lambda: program.ended() or progress(program) >= moment.progress, seconds=LIMIT)  # noqa: B023
-                time.sleep(moment.seconds)
+                end, came = time.monotonic() + moment.seconds, progress(program)
+                # No later than the next step of the work: under another load than before it may be at its end by then.
+                wait_until(lambda: time.monotonic() >= end or progress(program) > came, seconds=LIMIT)  # noqa: B023
             program.kill(turn if in_turn else 0)
             done = max(done, progress(program))
         check()
