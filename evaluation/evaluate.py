@@ -27,6 +27,7 @@ from evaluation.stopping import chunks_enough
 from evaluation.worker import Task
 from evaluation.workqueue import WORKER_POLL_SECONDS, TaskFailed, prepare_workers, run_tasks
 
+NEEDED = {"robust_ci95", "chunks", "ci", "run", "published"}  # of a report, for it not to be made again
 SAVE_AGAIN_SECONDS = 10  # between two tries to write records that could not be written
 GIVE_UP_SECONDS = 600  # after the last chunk
 
@@ -173,13 +174,15 @@ class _Coordinator:
         evaluation = self._plan.evaluations[number]
         return evaluation.network, evaluation.img_size
 
-    def _chunks_enough(self, number: int) -> int:
-        """How many first chunks of an evaluation are enough, as far as is known: all of them, without `eval.ci`."""
+    def _chunks_enough(self, number: int) -> int | None:
+        """How many first chunks of an evaluation are enough: all of them, without `eval.ci`; None where that is not known yet."""
         evaluation, points = self._plan.evaluations[number], self._config.eval.ci
         if points is None:
             return evaluation.chunks
         members = [other for other in range(len(self._plan.evaluations)) if self._group(other) == self._group(number)]
-        return chunks_enough([self._records[other] for other in members], points=points) or evaluation.chunks
+        records = [self._records[other] for other in members]
+        all_done = all(len(some) == evaluation.chunks for some in records)
+        return chunks_enough(records, points=points) or (evaluation.chunks if all_done else None)
 
     def _open(self, number: int) -> None:
         """Read what an earlier call has finished of an evaluation, and keep others out of its folder."""
@@ -196,9 +199,10 @@ class _Coordinator:
     def _to_do(self, number: int) -> list[Task]:
         """The open chunks of one evaluation; its report, if it is finished."""
         evaluation, enough = self._plan.evaluations[number], self._chunks_enough(number)
-        tasks = [Task(number, chunk) for chunk in range(enough) if chunk not in self._records[number]]
-        report = None if tasks else _read_report(evaluation.folder)
-        if report is not None and report.get("chunks", evaluation.chunks) == enough:
+        wanted = range(evaluation.chunks if enough is None else enough)
+        tasks = [Task(number, chunk) for chunk in wanted if chunk not in self._records[number]]
+        report = None if tasks or enough is None else _read_report(evaluation.folder)
+        if report is not None and (report["chunks"], report["ci"]) == (enough, self._config.eval.ci):
             print(f"{evaluation}: finished before, skipped.", file=sys.stderr)
             self._reports[number] = report
             self._states.pop(number).close()
@@ -249,7 +253,7 @@ class _Coordinator:
                 self._records[number][record["chunk"]] = record
                 self.progress.chunk_done(self._plan.evaluations[number], self._records[number].values(), record)
             for number, enough in [(number, self._chunks_enough(number)) for number in self._states]:
-                if all(chunk in self._records[number] for chunk in range(enough)):
+                if enough is not None and all(chunk in self._records[number] for chunk in range(enough)):
                     self._report(number, enough)
             self._tries.succeeded()
         except OSError as error:
@@ -314,7 +318,7 @@ def _read_report(folder: Path) -> dict[str, Any] | None:
         report = json.loads((folder / "report.json").read_bytes())
     except (OSError, ValueError):
         return None
-    whole = isinstance(report, dict) and "robust_ci95" in report and (folder / "verdicts.csv").exists()
+    whole = isinstance(report, dict) and NEEDED <= report.keys() and (folder / "verdicts.csv").exists()
     return report if whole else None
 
 

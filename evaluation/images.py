@@ -88,13 +88,16 @@ class ImageList:
         return hashlib.sha256(chunk.x.mul(255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
 
     def common_size(self) -> str | None:
-        """The size of a few images where it is one square for all: photos come in many sizes, copies of them in one."""
+        """What a few images have in common, if it is a square or the shorter side: photos come in many sizes, copies in one."""
         sizes = set()
         for p in spread_indices(len(self), PROBED):
             with suppress(*DECODE_ERRORS):
                 sizes.add(decode(self.source.read(self.indices[p])[0], upright=self._upright).size)
-        (width, height) = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
-        return f"{width} × {height} px" if width == height else None
+        shorter = {min(size) for size in sizes}
+        if len(shorter) != 1:
+            return None
+        side = shorter.pop()
+        return f"{side} × {side} px" if sizes == {(side, side)} else f"{side} px at the shorter side"
 
     def read(self, positions: list[int], used: Preprocessing) -> Chunk:
         """Decode the images at these positions, through the evaluation transform (resize, centre crop)."""

@@ -23,6 +23,7 @@ from evaluation.images import ImageList, robustbench_digests
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
 from evaluation.stopping import METHOD, anytime_interval
+from zoo.published import UNSTATED
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
 PUBLISHED_EPS = 4 / 255
@@ -80,6 +81,7 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         "robust_ci95": [float(bound) for bound in interval],
         "interval": METHOD if config.eval.ci else "Wilson",
         "chunks": len(records),
+        "ci": config.eval.ci,
         "max_perturbation": max(check["max_perturbation"] for _, check in checks),
         "pixel_range": [min(low for low, _ in ranges), max(high for _, high in ranges)],
         "check": failed,
@@ -137,9 +139,19 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -
     elif shown != max(listed):
         differs.append(f"{shown} of RobustBench's 5,000 images")
     if evaluation.image_size is not None:
-        differs.append(f"images that were all made {evaluation.image_size} before, as those of ImageNet-C")
+        differs.append(f"images that were all made {evaluation.image_size} before, as those of ImageNet-C are")
+    network = report["network"]
+    expected = {"use_blurpool": False, **evaluation.published.description}
+    for name, value in expected.items():
+        if value is not None and network.get(name) != value:
+            differs.append(f"{name}={int(network[name]) if isinstance(network[name], bool) else network[name]}")
+    arithmetic = report["arithmetic"]
+    if arithmetic["precision"] != "fp32" or arithmetic["compile"]:
+        differs.append("attacked in tf32 or compiled")
     if report["data"]["unreadable"]:
         differs.append(f"{len(report['data']['unreadable'])} images could not be decoded")
+    if theirs.source == UNSTATED:
+        differs.append("it is not stated what its images went through")
     # Some numbers are published at a second size, with the same crop.
     own = theirs if evaluation.img_size not in evaluation.published.results else replace(theirs, img_size=used.img_size)
     if str(replace(used, source="")) != str(replace(own, source="")):
@@ -324,7 +336,7 @@ def _warnings_of_accuracy(report: Mapping[str, Any]) -> Iterator[str]:
         )
     elif clean - chance <= NEAR_CHANCE and binomtest(round(clean * n), n, chance, "greater").pvalue > AT_CHANCE:
         yield (
-            f"clean accuracy {percent(clean)} is that of guessing: most likely a missing or second normaliser "
+            f"clean accuracy {percent(clean)} of {n} images is no better than guessing: most likely a missing or second normaliser "
             f"(model.add_normalization), classes in another order, or another image size; here {shown}"
         )
     if run["norm"] == report["norm"] and abs(run["eps"] - report["eps"]) > 1e-9:

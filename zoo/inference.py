@@ -177,7 +177,7 @@ class _Blueprint:
         head: names of the tensors whose first dimension is the number of classes.
         grid: of its position embeddings.
         stride: pixels of a patch's side.
-        modules: PyTorch's description of its modules, which tells activations apart.
+        modules: a description of its modules, which tells activations and numbers of heads apart.
         network: itself, without values.
     """
 
@@ -231,6 +231,25 @@ class _NumbersOnCPU(TorchFunctionMode):
         return func(*args, **({"device": "cpu"} | kwargs if func is torch.linspace else kwargs))
 
 
+def _fingerprint(model: nn.Module) -> str:
+    """PyTorch's description of the modules, and what it does not show although results depend on it."""
+    hidden = [
+        f"{name} {key} {vars(module)[key]}"
+        for name, module in model.named_modules()
+        for key in (
+            "num_heads",
+            "window_size",
+            "shift_size",
+            "scale",
+            "global_pool",
+            "num_prefix_tokens",
+            "no_embed_class",
+        )
+        if key in vars(module)
+    ]
+    return "\n".join([str(model), *hidden])
+
+
 @functools.cache
 def _blueprint(arch: str, not_original: bool, updated: bool, global_pool: str | None = None) -> _Blueprint:
     options = {} if arch.startswith(ROBUSTBENCH_PREFIX) else {"num_classes": MARK, "global_pool": global_pool}
@@ -252,7 +271,7 @@ def _blueprint(arch: str, not_original: bool, updated: bool, global_pool: str | 
         head=tuple(name for name, value in state.items() if value.ndim and len(value) == MARK),
         grid=grid,
         stride=model.patch_embed.patch_size[0] if grid is not None else 0,
-        modules=str(model),
+        modules=_fingerprint(model),
         network=model,
     )
 

@@ -26,18 +26,32 @@ Which = Literal["ema", "raw"]
 
 # Words in the keys of a training state: a moving average lies under the first, no network under the others.
 AVERAGES = {"ema", "swa", "averaged"}
-NO_NETWORKS = ("optim", "sched", "scaler")
+NO_NETWORKS = {"optim", "optimizer", "optimizers", "opt", "sched", "scheduler", "schedulers", "scaler"}
+_DEEPEST = 20  # key of a training state under which a network is looked for
 # Normalisers: ours and RobustBench's (`normalize.mean`; `mu` or `mean` of the model itself), MadryLab's `normalizer.new_mean`,
 # and the first module of an `nn.Sequential`.
+NORMALIZER_MODULES = (
+    "normalize",
+    "normalizer",
+    "normalization",
+    "normalize_layer",
+    "norm_layer",
+    "input_norm",
+    "preprocess",
+    "0",
+)
 NORMALIZERS = [
     (module + mean, module + std)
-    for module in ("normalize.", "normalizer.", "0.", "")
+    for module in (*(f"{name}." for name in NORMALIZER_MODULES), "")
     for mean, std in (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"))
 ]
 NORMALIZER_SHAPES = [(3,), (3, 1, 1), (1, 3, 1, 1)]
 # Entries beside the tensors of a state dict that no network needs; `n_averaged` is the counter of torch's AveragedModel.
 IGNORED_TYPES = (bool, int, float, str, type(None))
 IGNORED_TENSORS = ("n_averaged",)
+COUNTER = "num_batches_tracked"  # of batch normalisation: no number of the network depends on it
+# Wrappers that stand inside of names too.
+INNER_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ATTACKER = "attacker."  # under which MadryLab's models hold a second copy of themselves
 POSITIONS, PATCHES = "pos_embed", "patch_embed.proj.weight"
 SHOWN_NAMES = 5
@@ -95,6 +109,8 @@ def parse_weights(content: Any, *, source: str | Path, which: Which | None = Non
     """The weights in what a file held, or in a `state_dict()`; `source` is named in errors. Else as `read_weights`."""
     chosen = _choose(list(_state_dicts(content)), content, which, str(source))
     state = {name: value for name, value in chosen.state.items() if isinstance(value, Tensor)}
+    for pair in NORMALIZERS:  # kept beside the network
+        state |= {name: chosen.beside[name] for name in pair if isinstance(chosen.beside.get(name), Tensor)}
     return replace(_bare(state, str(source)), which=chosen.kind, key=chosen.key)
 
 
@@ -132,7 +148,8 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
     broken = [name for name, value in found.items() if not value.isfinite().all()]
     if broken:
         raise UserError(f"{source} holds values that are not finite: {listed(broken)}.")
-    network.load_state_dict(_resized(found, expected, grid))
+    counters = {name: value for name, value in expected.items() if name.endswith(COUNTER)}
+    network.load_state_dict(counters | dict(_resized(found, expected, grid)))
     if weights.normalizer is not None:
         model.normalize.load_state_dict(weights.normalizer)
 
@@ -159,6 +176,8 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], gri
     """
     problems = []
     for name, value in expected.items():
+        if name.endswith(COUNTER):
+            continue
         if name not in found:
             problems.append(f"{name} is missing")
         elif kind := _other_kind(value, found[name]):
@@ -203,10 +222,11 @@ def listed(problems: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------- parsing
 @dataclass(frozen=True)
 class _Found:
-    """A state dict in a file, and the keys that lead to it."""
+    """A state dict in a file, the keys that lead to it, and the mapping that holds it under the last of them."""
 
     keys: tuple[str, ...]
     state: Mapping[str, Any]
+    beside: Mapping[str, Any]
 
     @property
     def key(self) -> str:
@@ -216,25 +236,35 @@ class _Found:
     def kind(self) -> Which | None:
         if not self.keys:
             return None
-        return "ema" if AVERAGES & set(re.split(r"[^a-z]+", self.key.lower())) else "raw"
+        return "ema" if AVERAGES & _words(self.key) else "raw"
 
     @property
-    def tensors(self) -> int:
-        return sum(isinstance(value, Tensor) for value in self.state.values())
+    def is_network(self) -> bool:
+        """Whether there is a matrix in it: statistics and the like have none."""
+        return any(isinstance(value, Tensor) and value.ndim > 1 for value in self.state.values())
 
 
-def _state_dicts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[_Found]:
-    """Each mapping of names to tensors in a file, plain values and objects of other programs between them."""
+def _words(key: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", key)}
+
+
+def _state_dicts(
+    content: Any, keys: tuple[str, ...] = (), beside: Mapping[str, Any] | None = None, seen: set[int] | None = None
+) -> Iterator[_Found]:
+    """Each mapping of names to tensors in a file, plain values and objects of other programs between them; none twice."""
+    seen = set() if seen is None else seen
+    if id(content) in seen or len(keys) > _DEEPEST:
+        return
+    seen.add(id(content))
     if isinstance(content, Foreign):
         content = modules_state(content) or content
     if not isinstance(content, Mapping):
         return
-    found = _Found(keys, content)
-    if found.tensors and not _not_weights(content):
-        yield found
+    if any(isinstance(value, Tensor) for value in content.values()) and not _not_weights(content):
+        yield _Found(keys, content, beside or {})
     for name, value in content.items():
-        if isinstance(name, str) and not any(word in name.lower() for word in NO_NETWORKS):
-            yield from _state_dicts(value, (*keys, name))
+        if isinstance(name, str) and not NO_NETWORKS & _words(name):
+            yield from _state_dicts(value, (*keys, name), content, seen)
 
 
 def _not_weights(content: Mapping[Any, Any]) -> str:
@@ -254,8 +284,7 @@ def _choose(found: list[_Found], content: Any, which: Which | None, where: str) 
             shown = f"a mapping with {', '.join(map(str, list(content)[:SHOWN_NAMES])) or 'nothing in it'}"
             shown += f" (and {odd})" if (odd := _not_weights(content)) else ""
         raise UserError(f"{where} holds no state dict (a mapping of names to tensors); got {shown}.")
-    most = max(entry.tensors for entry in found)
-    found = [entry for entry in found if 2 * entry.tensors >= most]  # statistics and the like are no networks
+    found = [entry for entry in found if entry.is_network] or found
     kinds = [entry.kind for entry in found]
     # A file of nothing but weights does not say what they are: it is taken for the raw ones.
     wanted = which or ("ema" if "ema" in kinds else "raw")
@@ -272,6 +301,7 @@ def _choose(found: list[_Found], content: Any, which: Which | None, where: str) 
 def _bare(state: dict[str, Tensor], where: str) -> Weights:
     """Without prefixes, in whatever order they are nested, and with the normaliser apart."""
     normalizer = None
+    state = {INNER_WRAPPERS.sub("", name): value for name, value in state.items()}
     while True:
         state = {name: value for name, value in state.items() if name not in IGNORED_TENSORS}
         firsts = {name.partition(".")[:2] for name in state}

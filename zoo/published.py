@@ -23,6 +23,7 @@ from common.files import write_atomically
 from zoo.description import Preprocessing
 
 SHARES = "https://nc.mlcloud.uni-tuebingen.de/index.php/s/"
+UNSTATED = "the default, as RobustBench states nothing"
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 DRAWN_PX = 224
 # Key of the PNG's text that holds what was drawn, so that a picture older than the table is noticed.
@@ -119,11 +120,16 @@ class Listed:
         return self.id
 
     @property
+    def description(self) -> dict[str, Any]:
+        """As of `Published`; RobustBench's package builds the network."""
+        return {}
+
+    @property
     def preprocessing(self) -> Preprocessing:
         found = re.fullmatch(r"(Bicubic)?(?:Res(\d+))?(?:Crop(\d+))?", self.images or "")
         interpolation, resized, crop = "bicubic" if found[1] else "bilinear", int(found[2] or 0), int(found[3] or 0)
         if not self.images:
-            return Preprocessing(source="the default, as RobustBench states nothing")
+            return Preprocessing(source=UNSTATED)
         if not (resized and crop):
             mode = "squash" if resized else "crop"
             return Preprocessing(resized or crop, 1.0, interpolation, mode, source="RobustBench")

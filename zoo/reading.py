@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import pickletools
 import re
 import sys
 import zipfile
@@ -133,39 +134,61 @@ def _why_unreadable(head: bytes, error: Exception) -> str:
 # --- pickles that torch's own reader refuses --------------------------------------------------------------------------
 
 
+class _Known:
+    """A function that a pickle may call, and can change nothing of."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, _: Any) -> None:
+        raise pickle.UnpicklingError("a state for a function")
+
+
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     # as_strided refuses what lies outside of the storage.
     return torch.as_strided(storage, size, stride, offset)
 
 
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
-def _of_another_type(function: Callable[..., Any], _: Any, arguments: tuple[Any, ...], __: Any) -> Any:
-    return function(*arguments) if function in (_tensor, _parameter) else Foreign()
+def _of_another_type(function: Any, _: Any, arguments: tuple[Any, ...], __: Any) -> Any:
+    return function(*arguments) if isinstance(function, _Known) else Foreign()
 
 
 # All that a pickle may name and get; none of it reaches outside of these functions.
-_KNOWN = {
+_REBUILD, _PARAMETER = _Known(_tensor), _Known(lambda data, *_: data)
+_NAMES = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _of_another_type,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("torch._utils", "_rebuild_tensor"): _REBUILD,
+    ("torch._utils", "_rebuild_tensor_v2"): _REBUILD,
+    ("torch._utils", "_rebuild_parameter"): _PARAMETER,
+    ("torch._utils", "_rebuild_parameter_with_state"): _PARAMETER,
+    ("torch._tensor", "_rebuild_from_type_v2"): _Known(_of_another_type),
     ("torch", "Size"): tuple,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
+_LARGEST_MEMO = 10_000_000  # entries; the unpickler makes room for the highest number that a file names
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BufferedIOBase, storage: Callable[[str, torch.dtype, int], Tensor]) -> None:
         super().__init__(file, encoding="utf-8")
+        self._file = file
         self._storage, self._storages = storage, {}
 
+    def load(self) -> Any:
+        place = self._file.tell()
+        for opcode, argument, _ in pickletools.genops(self._file):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > _LARGEST_MEMO:
+                raise pickle.UnpicklingError(f"memo entry {argument}")
+        self._file.seek(place)
+        return super().load()
+
     def find_class(self, module: str, name: str) -> Any:
-        return _KNOWN.get((module, name), Foreign)
+        return _NAMES.get((module, name), Foreign)
 
     def persistent_load(self, reference: Any) -> Any:
         if reference[0] == "module":  # a class, with its source
@@ -175,6 +198,8 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"a reference to a {kind} of {dtype}")
         if key not in self._storages:
             self._storages[key] = self._storage(key, dtype, count)
+        if self._storages[key].dtype != dtype:
+            raise pickle.UnpicklingError(f"storage {key} is both {self._storages[key].dtype} and {dtype}")
         return self._storages[key]
 
 
@@ -193,8 +218,7 @@ def _read_zip(data: bytes) -> Any:
             record = archive.read(f"{root}data/{key}")
             return torch.frombuffer(bytearray(record), dtype=dtype) if record else torch.empty(0, dtype=dtype)
 
-        with archive.open(f"{root}data.pkl") as file:
-            return _Unpickler(file, storage).load()
+        return _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
 
 
 def _read_legacy(data: bytes) -> Any:
@@ -208,7 +232,7 @@ def _read_legacy(data: bytes) -> Any:
         return storages[key]
 
     magic, _, _, content, keys = (_Unpickler(file, storage).load() for _ in range(5))
-    if magic != _LEGACY_MAGIC:
+    if magic != _LEGACY_MAGIC or set(keys) != storages.keys():
         raise ValueError("no file of torch.save")
     for key in keys:
         count, tensor = int.from_bytes(file.read(8), "little"), storages[key]
@@ -220,9 +244,13 @@ def _read_legacy(data: bytes) -> Any:
     return content
 
 
-def modules_state(content: Foreign) -> dict[str, Any]:
-    """The state dict of a pickled `nn.Module`; empty for any other object."""
-    if not isinstance(content.state, dict) or not isinstance(content.state.get("_modules"), dict):
+def modules_state(content: Foreign, above: tuple[Foreign, ...] = ()) -> dict[str, Any]:
+    """The state dict of a pickled `nn.Module`; empty for any other object. `above`: the modules that hold it."""
+    if (
+        not isinstance(content.state, dict)
+        or not isinstance(content.state.get("_modules"), dict)
+        or any(content is holder for holder in above)
+    ):
         return {}
     state, hidden = {}, content.state.get("_non_persistent_buffers_set", ())
     for kind in ("_parameters", "_buffers"):
@@ -230,5 +258,6 @@ def modules_state(content: Foreign) -> dict[str, Any]:
         state |= {name: v for name, v in values.items() if isinstance(v, Tensor) and name not in hidden}
     for name, module in content.state["_modules"].items():
         if isinstance(module, Foreign):
-            state |= {f"{name}.{inner}": value for inner, value in modules_state(module).items()}
+            inner = modules_state(module, (*above, content))
+            state |= {f"{name}.{key}": value for key, value in inner.items()}
     return state

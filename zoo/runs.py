@@ -168,9 +168,9 @@ def _run_facts(path: Path, run: Mapping[str, Any]) -> RunFacts:
             record = json.loads(line)
             if record.get("epoch") == int(epoch[2]):
                 clean = record.get("ema_top1" if epoch[1] == "weights_ema" else "top1", clean)
-    if not isinstance(adv, dict) or adv.get("attack", "none") == "none":
-        return RunFacts(clean_acc=clean)
-    return RunFacts(adv.get("norm"), adv.get("eps"), clean)
+    clean = clean if isinstance(clean, (int, float)) else None
+    known = isinstance(adv, dict) and adv.get("attack", "none") != "none" and isinstance(adv.get("eps"), (int, float))
+    return RunFacts(adv["norm"], adv["eps"], clean) if known and "norm" in adv else RunFacts(clean_acc=clean)
 
 
 def _run_params(folder: Path) -> Mapping[str, Any]:

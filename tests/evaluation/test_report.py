@@ -12,9 +12,10 @@ from evaluation.config import ATTACKS
 from evaluation.images import robustbench_digests
 from evaluation.report import compare_with_published, comparison_text, warnings_of
 from zoo.description import Preprocessing
-from zoo.published import PUBLISHED
+from zoo.published import LISTED, PUBLISHED
 
 MODEL = PUBLISHED["vit_s_cvst"]  # 72.5 % clean, 48.1 % robust
+NETWORK = {"num_classes": 1000, "use_blurpool": False} | MODEL.description
 AS_PUBLISHED = Preprocessing(224, 0.875, "bicubic")
 
 
@@ -36,7 +37,8 @@ def report(**changed: Any) -> dict[str, Any]:
     }
     rest = {
         "data": {"unreadable": [], "img_size": 224},
-        "network": {"num_classes": 1000},
+        "network": NETWORK,
+        "arithmetic": {"precision": "fp32", "compile": False},
         "devices": {"cpu": 1},
         "check": {},
     }
@@ -72,7 +74,7 @@ OTHER = {"identity": {"data": {"images": "of other images", "n": 5000}}}
     [
         ({"n": 5}, "5 of RobustBench's 5,000 images"),
         (OTHER, "other images than RobustBench's 5,000"),
-        ({"image_size": "224 × 224 px"}, "images that were all made 224 × 224 px before, as those of ImageNet-C"),
+        ({"image_size": "224 × 224 px"}, "images that were all made 224 × 224 px before, as those of ImageNet-C are"),
         ({"norm": "L2", "eps": 2.0}, "L2 2 instead of Linf 4/255"),
         ({"eps": 8 / 255}, "Linf 8/255 instead of Linf 4/255"),
         ({"attacks": ATTACKS[:2]}, "without fab-t, square"),
@@ -128,9 +130,9 @@ def test_other_networks_have_nothing_to_compare_with() -> None:
     ],
 )
 def test_the_accuracy_of_guessing(clean: float, n: int, classes: int, warned: bool) -> None:
-    texts = warnings_of(report(clean_acc=clean, n=n, network={"num_classes": classes}))
+    texts = warnings_of(report(clean_acc=clean, n=n, network=NETWORK | {"num_classes": classes}))
     assert bool(texts) == warned
-    assert all("is that of guessing: most likely a missing or second normaliser" in text for text in texts)
+    assert all("is no better than guessing: most likely a missing or second normaliser" in text for text in texts)
 
 
 def test_far_below_the_own_run() -> None:
@@ -143,3 +145,23 @@ def test_far_below_the_own_run() -> None:
     assert texts[1:] == ["trained for Linf 8/255, attacked at 4/255"]
     assert warnings_of(report(clean_acc=0.8, run=run | {"eps": 4 / 255})) == []
     assert warnings_of(report(clean_acc=0.8, run=run | {"norm": "L2"})) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"network": NETWORK | {"use_blurpool": True}}, "use_blurpool=1"),
+        ({"network": NETWORK | {"not_original": False}}, "not_original=0"),
+        ({"arithmetic": {"precision": "tf32", "compile": False}}, "attacked in tf32 or compiled"),
+    ],
+)
+def test_another_network_or_arithmetic_is_not_compared(changed: dict[str, Any], said: str) -> None:
+    assert compare_with_published(evaluation(), report(**changed))["differs"] == [said]
+
+
+def test_what_is_not_stated_is_not_compared() -> None:
+    model = LISTED["Debenedetti2022Light_XCiT-S12"]
+    found = compare_with_published(evaluation(published=model), report())
+    assert found["differs"] == ["it is not stated what its images went through"]
+    compared = evaluation(published=LISTED["Wong2020Fast"], preprocessing=LISTED["Wong2020Fast"].preprocessing)
+    assert compare_with_published(compared, report())["differs"] == []

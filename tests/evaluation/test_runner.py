@@ -616,6 +616,27 @@ def test_stops_where_both_norms_are_known_well_enough(trained, images, tmp_path,
     assert all(file.read_bytes() == content for file, content in kept.items())  # nothing is computed twice
 
 
+def test_a_norm_that_is_added_later_stops_with_the_others(trained, images, tmp_path):
+    """Linf is finished with all images; both norms are then reported on the images that are enough for both."""
+    out = tmp_path / "out"
+    assert evaluate(trained, images, out, "--eval.batch_size=1") == 0
+    both = ["--eval.norms=Linf,L2", "--eval.eps=0.1,4", "--eval.batch_size=1", "--eval.ci=47"]
+    assert evaluate(trained, images, out, *both) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    (n,) = {report["n"] for report in summary["evaluations"]}
+    assert n < 8 and summary["unions"][0]["n"] == n
+    assert summary["unions"][0]["robust_acc"] <= min(report["robust_acc"] for report in summary["evaluations"])
+
+
+def test_a_report_of_an_earlier_version_is_made_again(trained, images, tmp_path):
+    assert evaluate(trained, images, tmp_path / "out") == 0
+    file = only(tmp_path / "out", "report.json")
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps({key: report[key] for key in report.keys() - {"run", "ci", "chunks", "interval"}}))
+    assert evaluate(trained, images, tmp_path / "out") == 0
+    assert json.loads(file.read_text()).keys() == report.keys()
+
+
 def test_says_where_all_images_are_not_enough(trained, images, tmp_path, capsys):
     assert evaluate(trained, images, tmp_path / "out", "--eval.ci=1") == 0
     assert (

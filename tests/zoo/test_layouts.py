@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from zoo.description import NetworkDescription
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.meansparse import MeanSparse
+from zoo.reading import _Unpickler
 from zoo.runs import load_trained
 
 State = dict[str, torch.Tensor]
@@ -230,3 +233,74 @@ def test_several_architectures_of_timm_are_listed(tmp_path: Path, monkeypatch: p
     torch.save(network("vit_base_patch32_clip_224", img_size=32, num_classes=3).state_dict(), path)
     with pytest.raises(UserError, match="vit_base_patch32_clip_.*which have the same weights .*expected arch to say"):
         load_trained(path, NetworkDescription())
+
+
+# --- what a file must not lead to -------------------------------------------------------------------------------------
+
+
+def refusal(content: Any, path: Path) -> str:
+    torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        read_weights(path)
+    return str(error.value)
+
+
+def test_a_larger_teacher_is_not_taken_for_the_network(tmp_path: Path) -> None:
+    content = {"student": network("resnet10t").state_dict(), "teacher": network("resnet14t").state_dict(), "epoch": 3}
+    assert "expected one model, found 2: student, teacher" in refusal(content, tmp_path / "w.pth")
+
+
+def test_an_average_is_taken_however_large_the_rest(tmp_path: Path) -> None:
+    path, state = tmp_path / "w.pth", network().state_dict()
+    torch.save({**madry(network()), "modelEMA": state, "optimal": {"loss": torch.rand(3)}}, path)
+    assert read_weights(path).key == "modelEMA"
+
+
+def test_a_normaliser_beside_the_state_dict(tmp_path: Path) -> None:
+    model, path = network(), tmp_path / "w.pth"
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.1, 0.2, 0.3])
+    torch.save({"mean": mean, "std": std, "state_dict": model.state_dict()}, path)
+    assert same(logits_of(path, "timm_resnet10t"), normalize_model(model, mean.tolist(), std.tolist()))
+
+
+def test_wrappers_inside_of_names_and_counters_do_not_matter(tmp_path: Path) -> None:
+    model, path, state = network(), tmp_path / "w.pth", {}
+    for name, value in model.state_dict().items():
+        if "num_batches_tracked" not in name:
+            state[name.replace("layer1.", "layer1._orig_mod.").replace("layer2.", "layer2._fsdp_wrapped_module.")] = (
+                value
+            )
+    state["bn1.num_batches_tracked"] = torch.tensor(3.5)  # averaged with the rest
+    torch.save(state, path)
+    assert same(logits_of(path, "timm_resnet10t"), model)
+
+
+def test_networks_of_other_heads_are_not_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"swin_transformer_v2": ["swinv2_tiny_window8_256", "swinv2_tiny_window16_256"]}
+    monkeypatch.setattr("timm.list_models", lambda module: few[module])
+    path = tmp_path / "w.pth"
+    torch.save(network("swinv2_tiny_window16_256").state_dict(), path)
+    with pytest.raises(UserError, match="window8_256 and timm_swinv2_tiny_window16_256, which have the same weights"):
+        load_trained(path, NetworkDescription())
+
+
+def test_cycles_and_many_copies_end(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"weight": torch.rand(2, 2)}
+    for _ in range(40):
+        content = {"a": content, "b": content}
+    cycle: dict[str, Any] = {"args": NAMESPACE}
+    cycle["again"] = cycle
+    assert "no state dict" in refusal(cycle, tmp_path / "w.pth")
+    assert "no state dict" in refusal(
+        content | {"args": NAMESPACE}, tmp_path / "w.pth"
+    )  # deeper than anyone keeps weights
+
+
+def test_a_file_changes_nothing_for_the_next_one(tmp_path: Path) -> None:
+    """Not even defaults of the functions that files may name."""
+    opcodes = b"ctorch._utils\n_rebuild_tensor_v2\n}U\x0c__defaults__(K\x01tsb."
+    with pytest.raises(pickle.UnpicklingError, match="a state for a function"):
+        _Unpickler(io.BytesIO(b"\x80\x02" + opcodes), lambda *_: torch.empty(0)).load()
+    bomb = b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b"."
+    with pytest.raises(pickle.UnpicklingError, match="memo entry"):
+        _Unpickler(io.BytesIO(bomb), lambda *_: torch.empty(0)).load()
