@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from common.errors import UserError
 from common.provenance import PROJECT
 from zoo.description import NetworkDescription, Preprocessing
-from zoo.download import ShareUnavailable, choose, download_robustbench, download_share
+from zoo.download import WEIGHT_SUFFIXES, ShareUnavailable, download_robustbench, download_share
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.models import ROBUSTBENCH_PREFIX
@@ -22,6 +22,10 @@ from zoo.runs import find_weights
 
 CHECKPOINTS = PROJECT / "checkpoints"
 ROBUSTBENCH_ID = re.compile(r"[A-Z][A-Za-z]+\d{4}\S+")  # first author, year, first word of the title
+# Words in the names of weights. Those of `TRAINED` also describe how a clean model was trained, and count where no other does.
+CLEAN = re.compile(r"clean|pretrain|standard|(?<![a-z])init")
+ROBUST = re.compile(r"robust|linf|(?<![a-z])adv")
+TRAINED = re.compile(r"(?<![a-z])(ema|full)(?![a-z])|(?<!\d)(50|100|250|300)(?!\d)")
 
 
 @dataclass(frozen=True)
@@ -131,15 +135,51 @@ def _published_weights(published: Published, folder: Path, *, kind: str, force: 
     for link in published.links:
         share = {"name": published.name, "hint": published.robustbench_id or "", "known": published.sha256}
         try:
-            content = download_share(link, folder, force=force, **share)
+            files = download_share(link, folder, force=force, **share)
         except ShareUnavailable as error:
             problems.append(str(error))
             continue
         try:
-            return choose(content, kind, fits)
+            return choose(files, kind, fits)
         except UserError as error:
             raise UserError(" ".join([f"{link}: {error}", *unreadable])) from error
     if copy:
         print(f"{problems[-1]} Trying RobustBench's copy, {copy}.", file=sys.stderr)
         return download_robustbench(copy, folder, force=force)
     raise UserError(" ".join(problems))
+
+
+def choose(files: Iterable[Path], kind: str, fits: Callable[[Path], bool] = lambda path: True) -> Path:
+    """The one file of `kind` ("robust" or "clean") that fits; a share may hold several models'.
+
+    Weights whose names say nothing are taken for robust ones where no others fit.
+
+    Args:
+        files: of the share.
+        kind: what is wanted.
+        fits: whether a file holds weights of the model in question.
+
+    Raises:
+        UserError: none, or more than one.
+    """
+    weights = [path for path in files if path.suffix.lower() in WEIGHT_SUFFIXES]
+    found = [path for path in weights if _kind(path.name) == kind and fits(path)]
+    if not found and kind == "robust":
+        found = [path for path in weights if _kind(path.name) is None and fits(path)]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(map(str, found or weights)) or "no weights at all"
+    problem = "several files could be it" if found else "no file of the share is it"
+    raise UserError(
+        f"expected one file of {kind} weights for this model, but {problem}: {listed}. Give one by its path."
+    )
+
+
+def _kind(name: str) -> str | None:
+    name = name.lower()
+    clean, robust = CLEAN.search(name), ROBUST.search(name)
+    if clean and robust:
+        return None
+    if clean:
+        return "clean"
+    return "robust" if robust or TRAINED.search(name) else None

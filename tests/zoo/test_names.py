@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
 from zoo.description import NetworkDescription
 from zoo.loading import has_normalizer
-from zoo.names import _share_name, locate, split_kind
+from zoo.names import _kind, _share_name, choose, locate, split_kind
 from zoo.published import PUBLISHED, Accuracies, Published
 from zoo.robust import load_robust_model
 
@@ -249,3 +250,55 @@ print(*model(torch.zeros(2, 3, 32, 32)).shape)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.stdout.split() == ["2", "4"], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ConvNeXt_T_CvSt_robust.pt", "robust"),
+        ("clean_init.pt", "clean"),
+        ("ViT-S-PreTrained.pth", "clean"),
+        ("standard.pth.tar", "clean"),
+        ("init_model.safetensors", "clean"),
+        ("adv_trained.ckpt", "robust"),
+        ("weights_ema_300.pt", "robust"),
+        ("convnext_linf4.pt", "robust"),
+        ("full_model.pt", "robust"),
+        ("clean_ema_300.pt", "clean"),
+        ("definite.pt", None),
+        ("schema.pt", None),
+        ("vit_3000.pt", None),
+        ("clean_to_robust.pt", None),
+    ],
+)
+def test_names_tell_files_apart(name, kind):
+    assert _kind(name) == kind
+
+
+def paths(*names):
+    return [Path(name) for name in names]
+
+
+def test_choose_one_of_several_models():
+    files = paths("vit_s_robust.pt", "vit_b_robust.pt", "vit_s_clean.pt", "vit_b_clean.pt", "robust_log.txt")
+    assert choose(files, "robust", lambda path: "vit_b" in path.name) == files[1]
+    assert choose(files, "clean", lambda path: "vit_s" in path.name) == files[2]
+    with pytest.raises(
+        UserError, match="robust weights.*several files could be it: vit_s_robust.pt, vit_b_robust.pt[.]"
+    ):
+        choose(files, "robust")
+    with pytest.raises(UserError, match="no file of the share is it: .*vit_b_robust.pt.*vit_s_clean.pt"):
+        choose(files, "robust", lambda path: False)
+
+
+def test_choose_among_names_that_say_nothing():
+    files = paths("vit_s.pt", "vit_b.pt", "README.md")
+    assert choose(files, "robust", lambda path: "vit_b" in path.name) == files[1]
+    assert choose(paths("net.pt", "clean.pt", "a.txt"), "robust") == Path("net.pt")
+    assert choose(paths("net.pt", "robust.pt"), "robust") == Path("robust.pt")
+    with pytest.raises(UserError, match="several files"):
+        choose(files, "robust")
+    with pytest.raises(UserError, match="clean weights"):
+        choose(files, "clean", lambda path: "vit_b" in path.name)
+    with pytest.raises(UserError, match="no weights at all"):
+        choose([], "robust")
