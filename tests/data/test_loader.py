@@ -410,7 +410,7 @@ class TestBrokenImages:
         assert full.index.tolist() == [2, 3]
 
     def test_a_defect_of_the_transform_names_the_image(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def defect(size: int, crop_pct: float) -> object:
+        def defect(*_: object) -> object:
             return lambda image: 1 / 0
 
         monkeypatch.setattr("data.loader.eval_transform", defect)

@@ -16,7 +16,7 @@ from evaluation.stopping import anytime_interval, chunks_enough, half_width
 @pytest.mark.parametrize("share", [0.03, 0.5, 0.8])
 def test_the_share_leaves_the_interval_of_no_stopping_time(share: float) -> None:
     """Looked at again and again, an interval for a fixed number of images misses the share far more often than in 5 % of cases."""
-    generator, looks, missed, missed_by_wilson = np.random.RandomState(0), range(100, 2001, 100), 0, 0
+    generator, looks, missed, missed_by_wilson = np.random.RandomState(0), range(200, 2001, 200), 0, 0
     for _ in range(80):
         standing = np.cumsum(generator.rand(2000) < share)
         intervals = [anytime_interval(int(standing[n - 1]), n, points=5.0) for n in looks]
