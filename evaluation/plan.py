@@ -133,10 +133,9 @@ def _plan_network(
     on_gpu: bool,
 ) -> Iterator[Evaluation]:
     """The evaluations of one network."""
-    settings, version = (
-        config.eval,
-        {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(config.eval.chosen, "+".join(config.eval.chosen)),
-    )
+    settings = config.eval
+    version = {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(settings.chosen, "+".join(settings.chosen))
+    image_size = images.common_size() if published is not None and len(images) > 1 else None
     check_classes(trained.description["num_classes"], settings.chosen)
     network = {"sha256": trained.sha256, **trained.description}
     for size in settings.img_size or (own.img_size,):
@@ -156,7 +155,7 @@ def _plan_network(
                 weights=trained.path,
                 description=EvalModelConfig(**trained.description),
                 class_names=trained.class_names,
-                image_size=images.common_size() if published is not None and len(images) > 1 else None,
+                image_size=image_size,
                 published=published,
                 norm=norm,
                 eps=eps,

@@ -20,7 +20,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
-from zoo.reading import Foreign, modules_state, read_content
+from zoo.reading import SHOWN_NAMES, Foreign, listed, modules_state, read_content
 
 Which = Literal["ema", "raw"]
 
@@ -54,7 +54,6 @@ COUNTER = "num_batches_tracked"  # of batch normalisation: no number of the netw
 INNER_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ATTACKER = "attacker."  # under which MadryLab's models hold a second copy of themselves
 POSITIONS, PATCHES = "pos_embed", "patch_embed.proj.weight"
-SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -211,12 +210,6 @@ def with_timm_names(
     known = {value.untyped_storage().data_ptr() for value in state.values()}
     same = all(value.untyped_storage().data_ptr() in known for value in renamed.values())
     return renamed if same and renamed.keys() == expected.keys() else state
-
-
-def listed(problems: list[str]) -> str:
-    """The first few, and how many more there are."""
-    more = f" and {len(problems) - SHOWN_NAMES} more" if len(problems) > SHOWN_NAMES else ""
-    return "; ".join(problems[:SHOWN_NAMES]) + more
 
 
 # ---------------------------------------------------------------------------------------------------- parsing

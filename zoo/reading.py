@@ -39,7 +39,7 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-SHOWN = 5
+SHOWN_NAMES = 5
 
 
 class Foreign(dict):
@@ -63,6 +63,12 @@ class Foreign(dict):
         """What a pickle does with lists and sets of other programs."""
 
     extend = add = append
+
+
+def listed(problems: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(problems) - SHOWN_NAMES} more" if len(problems) > SHOWN_NAMES else ""
+    return "; ".join(problems[:SHOWN_NAMES]) + more
 
 
 def read_content(path: Path) -> tuple[Any, str]:
@@ -103,8 +109,7 @@ def _content(data: bytes, suffix: str) -> Any:
 def _why_not_weights(archive: zipfile.ZipFile) -> str | None:
     names = archive.namelist()
     if not any(name.endswith("/data.pkl") for name in names):
-        shown = "; ".join(map(repr, names[:SHOWN])) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-        return f"it is an archive of other files ({shown})"
+        return f"it is an archive of other files ({listed([repr(name) for name in names])})"
     if any(name.endswith("/constants.pkl") for name in names):
         return "it is TorchScript, a program; expected the state_dict() of the model"
     if (record := damaged_record(archive)) is not None:
