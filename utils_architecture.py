@@ -30,6 +30,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from huggingface_hub import hf_hub_download
 from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
-TIMM_PREFIX = "timm_"
+TIMM_PREFIX, TORCHVISION_PREFIX = "timm_", "torchvision_"
 
 
 # ------------------------------------------------------------------------------------------------------ stems
@@ -225,7 +226,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     # The weights of ResNet-50 were trained with ReLU; they are not weights of this model.
     "resnet50_gelu": Architecture("resnet", "resnet50", options={"act_layer": "gelu"}, pretrained=False),
     "resnet101": Architecture("resnet", "resnet101.a1h_in1k"),
+    "resnet152": Architecture("resnet", "resnet152.a1h_in1k"),
+    # ARES trained these two with GELU.
+    "resnet152_gelu": Architecture("resnet", "resnet152", options={"act_layer": "gelu"}, pretrained=False),
+    "wrn_50_2_gelu": Architecture("resnet", "wide_resnet50_2", options={"act_layer": "gelu"}, pretrained=False),
     "wrn_50_2": Architecture("resnet", "wide_resnet50_2.racm_in1k"),
+    "wrn_50_4": Architecture("resnet", "wide_resnet50_2", options={"base_width": 256}, pretrained=False),
+    "xcit_m12": Architecture("xcit", "xcit_medium_24_p16_224", options={"depth": 12}, pretrained=False),
+    "xcit_l12": Architecture("xcit", "xcit_large_24_p16_224", options={"depth": 12}, pretrained=False),
     "densenet201": Architecture("densenet", "densenet201.tv_in1k"),
     "inception": Architecture("inception", "inception_v3.tv_in1k", img_size=299),
     # ours, for 32x32 images
@@ -268,7 +276,8 @@ def get_new_model(
     """Build the model called `name`: images (B, 3, H, W) to logits (B, num_classes), the input not normalised.
 
     Args:
-        name: a key of `ARCHITECTURES`, or `timm_` followed by any name timm knows (`timm_resnet50.a1_in1k`).
+        name: a key of `ARCHITECTURES`, or `timm_` followed by any name timm knows (`timm_resnet50.a1_in1k`), or `torchvision_`
+            by a classifier of torchvision, which starts from random weights.
         pretrained: load the published weights; with `num_classes` other than theirs, all but the head.
         not_original: replace the PatchStem by the ConvStem, freshly initialised even if `pretrained`.
         num_classes: number of classes.
@@ -331,13 +340,17 @@ def _find(name: str) -> Architecture:
     is_timm = timm.is_model(timm_name)
     if is_timm and timm_name != name:
         return _timm_architecture(name, timm_name)
+    of_torchvision = name.removeprefix(TORCHVISION_PREFIX)
+    if of_torchvision != name and of_torchvision in torchvision.models.list_models(module=torchvision.models):
+        builder = partial(torchvision.models.get_model, of_torchvision, weights=None)
+        return Architecture("torchvision", builder, pretrained=False)
     candidates = list(ARCHITECTURES)
     if is_timm or name.startswith(TIMM_PREFIX):
         candidates = [TIMM_PREFIX + known for known in timm.list_models()]
     nearest = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"arch: expected one of {', '.join(ARCHITECTURES)}, or {TIMM_PREFIX}<name known to timm>; "
-        f"got {name!r}. The nearest name is {nearest!r}."
+        f"arch: expected one of {', '.join(ARCHITECTURES)}, {TIMM_PREFIX}<name known to timm> or "
+        f"{TORCHVISION_PREFIX}<name known to torchvision>; got {name!r}. The nearest name is {nearest!r}."
     )
 
 

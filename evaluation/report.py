@@ -23,10 +23,8 @@ from evaluation.images import ImageList, robustbench_digests
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
 from evaluation.stopping import METHOD, anytime_interval
-from zoo.published import UNSTATED
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
-PUBLISHED_EPS = 4 / 255
 SUSPICIOUS = 0.3  # percentage points between the same evaluation here and there
 FAR_BELOW = 20.0  # percentage points below the validation of a network's own run
 AT_CHANCE, NEAR_CHANCE = (
@@ -112,24 +110,26 @@ def compare_with_published(evaluation: Evaluation, report: Mapping[str, Any]) ->
     model = evaluation.published
     if model is None:
         return None
-    numbers = model.results.get(evaluation.img_size) or model.results.get(model.preprocessing.img_size)
+    numbers = model.results.get(evaluation.img_size) or next(iter(model.results.values()))
+    robust = model.autoattack(evaluation.norm, evaluation.eps, evaluation.img_size)
     differs = _differs_from_published(evaluation, report)
-    found = {"name": model.name, "differs": differs, "external": model.external}
-    if numbers is None:
+    found = {"name": model.name, "differs": differs, "external": model.external if evaluation.norm == "Linf" else None}
+    if numbers is None or numbers.autoattack is None:
         return found | {"differs": ["no number is published at this image size"], "clean": None, "autoattack": None}
-    found |= {"clean": numbers.clean, "autoattack": numbers.autoattack}
+    found |= {"clean": numbers.clean, "autoattack": numbers.autoattack if robust is None else robust}
     if not differs:
-        found["difference"] = round(100 * report["robust_acc"] - numbers.autoattack, 2)
+        found["difference"] = round(100 * report["robust_acc"] - robust, 2)
         found["clean_difference"] = round(100 * report["clean_acc"] - numbers.clean, 2)
         found["suspicious"] = max(abs(found["difference"]), abs(found["clean_difference"])) > SUSPICIOUS
     return found
 
 
 def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -> list[str]:
-    """What is not as in the published evaluation: AutoAttack at Linf 4/255 on RobustBench's images, which go through the same."""
-    differs, used, listed = [], evaluation.preprocessing, robustbench_digests()
-    theirs = evaluation.published.preprocessing
-    if evaluation.norm != "Linf" or abs(evaluation.eps - PUBLISHED_EPS) > 1e-9:
+    """What is not as in the published evaluation: AutoAttack on RobustBench's images, which go through the same."""
+    model, used, listed = evaluation.published, evaluation.preprocessing, robustbench_digests()
+    theirs = model.preprocessing or used
+    differs = [model.unlike] if model.unlike else []
+    if all(model.autoattack(evaluation.norm, evaluation.eps, size) is None for size in model.results):
         differs.append(f"{evaluation.norm} {show_eps(evaluation.eps)} instead of Linf 4/255")
     if missing := [attack for attack in ATTACKS if attack not in evaluation.attacks]:
         differs.append(f"without {', '.join(missing)}")
@@ -141,7 +141,7 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -
     if evaluation.image_size is not None:
         differs.append(f"images that were all made {evaluation.image_size} before, as those of ImageNet-C are")
     network = report["network"]
-    expected = {"use_blurpool": False, **evaluation.published.description}
+    expected = {"use_blurpool": False, **model.description}
     for name, value in expected.items():
         if value is not None and network.get(name) != value:
             differs.append(f"{name}={int(network[name]) if isinstance(network[name], bool) else network[name]}")
@@ -150,10 +150,8 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -
         differs.append("attacked in tf32 or compiled")
     if report["data"]["unreadable"]:
         differs.append(f"{len(report['data']['unreadable'])} images could not be decoded")
-    if theirs.source == UNSTATED:
-        differs.append("it is not stated what its images went through")
     # Some numbers are published at a second size, with the same crop.
-    own = theirs if evaluation.img_size not in evaluation.published.results else replace(theirs, img_size=used.img_size)
+    own = theirs if evaluation.img_size not in model.results else replace(theirs, img_size=used.img_size)
     if str(replace(used, source="")) != str(replace(own, source="")):
         differs.append(f"images {used}, published with {own}")
     return differs

@@ -23,7 +23,7 @@ ENTRIES = ["train", "runner_aa_eval", "demo", "hubconf"]
 
 # A room imports from itself and from lower floors only. Entries are scripts and may use one another.
 FLOORS = {
-    **dict.fromkeys([*ENTRIES, "ablation", "benchmarks"], 5),
+    **dict.fromkeys([*ENTRIES, "ablation", "benchmarks", "tools"], 5),
     **dict.fromkeys(["training", "evaluation"], 4),
     "zoo": 3,
     **dict.fromkeys(["attacks", "data", "utils_architecture"], 2),

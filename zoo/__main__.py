@@ -1,6 +1,6 @@
 """Published models from the command line.
 
-python -m zoo list [--all]                          the published models and their numbers; --all: with RobustBench's
+python -m zoo list [--all]                          the published models and their numbers; --all: everybody's
 python -m zoo show NAME                             all that is known of one
 python -m zoo download NAME [--to DIR] [--clean] [--force]
                                                     its robust weights, or its clean initialisation
@@ -8,7 +8,8 @@ python -m zoo verify PATH                           SHA-256 of a file, and what 
 python -m zoo export NAME|PATH --to DIR [--push REPOSITORY]
                                                     safetensors and config.json, for timm and the Hugging Face Hub
 python -m zoo submit REPORT.json [--title …]        RobustBench's model_info JSON and the text of its form
-python -m zoo readme                                writes the table and the picture of the README anew
+python -m zoo zero-shot MODEL --to DIR [--tower FILE] [--pretrained TAG]
+                                                    a CLIP model of open_clip as ImageNet classifier
 
 Exit status 2 for wrong input or a download that failed.
 """
@@ -22,7 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError, blame
-from common.provenance import PROJECT
 from common.tables import markdown_table
 
 
@@ -49,8 +49,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("list").add_argument("--all", action="store_true", help="RobustBench's list too")
-    commands.add_parser("readme")
+    commands.add_parser("list").add_argument("--all", action="store_true", help="all that are known by name")
     commands.add_parser("show").add_argument("name")
     download = commands.add_parser("download")
     download.add_argument("name")
@@ -64,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--img-size", type=int, help="pixels that it is meant for (default: the network's own)")
     export.add_argument("--crop-pct", type=float, help="of the evaluation transform (default: the network's own)")
     export.add_argument("--push", metavar="REPOSITORY", help="upload to <owner>/<name> of the Hugging Face Hub")
+    zero_shot = commands.add_parser("zero-shot")
+    zero_shot.add_argument("model", help="open_clip's name, or hf-hub:<owner>/<repository>")
+    zero_shot.add_argument("--to", type=Path, required=True)
+    zero_shot.add_argument("--tower", type=Path, help="other weights of the image tower, such as FARE's")
+    zero_shot.add_argument("--pretrained", metavar="TAG", help="open_clip's tag of weights, such as openai")
     submit = commands.add_parser("submit")
     submit.add_argument("report", type=Path)
     for name in ("title", "link", "authors", "venue", "checkpoint", "architecture"):
@@ -73,51 +77,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def list_models(arguments: argparse.Namespace) -> None:
-    from zoo.published import LISTED, PUBLISHED
+    from zoo.published import KNOWN, PUBLISHED
 
     def numbers(which: int, model) -> str:
-        return " / ".join("–" if pair is None else f"{pair[which]:.1f}" for pair in model.results.values())
+        pairs = [pair and pair[which] for pair in model.results.values()]
+        return " / ".join("–" if number is None else f"{number:.1f}" for number in pairs)
 
     rows = [
-        {
-            "name": name,
-            "model": model.title,
-            "px": " / ".join(map(str, model.results)),
-            "clean": numbers(0, model),
-            "AutoAttack": numbers(1, model),
-            "RobustBench": model.robustbench_id or "",
-        }
-        for name, model in PUBLISHED.items()
+        {"name": model.name, "model": model.title, "px": " / ".join(map(str, model.results))}
+        | ({"by": model.by} if arguments.all else {})
+        | {"clean": numbers(0, model), "AutoAttack": numbers(1, model)}
+        | ({"stronger attack": f"{model.external or ''}"} if arguments.all else {})
+        | {"RobustBench": model.robustbench_id or ""}
+        for model in (KNOWN if arguments.all else PUBLISHED).values()
     ]
     if arguments.all:
-        ours = {model.robustbench_id for model in PUBLISHED.values()}
-        for row in rows:
-            row["stronger attack"] = ""
-        rows += [
-            {
-                "name": name if model.alone else f"({name})",
-                "model": model.architecture,
-                "px": str(model.preprocessing.img_size),
-                "clean": f"{model.clean:.1f}",
-                "AutoAttack": f"{model.autoattack:.1f}",
-                "RobustBench": name,
-                "stronger attack": "" if model.external is None else f"{model.external:.1f}",
-            }
-            for name, model in LISTED.items()
-            if name not in ours
-        ]
-        rows.sort(key=lambda row: row["stronger attack"] or row["AutoAttack"].replace("–", "0"), reverse=True)
+        rows.sort(key=lambda row: row["stronger attack"] or row["AutoAttack"].replace("–", ""), reverse=True)
     print(markdown_table(rows))
-    if arguments.all:
-        print("In brackets: an ensemble, or weights that lie elsewhere; RobustBench's own package loads it.")
 
 
 def show(arguments: argparse.Namespace) -> None:
     model = published(arguments.name)
     for field, value in vars(model).items():
         print(f"{field + ':':20}{value if value not in (None, '', {}) else '–'}")
-    print(f"{'config:':20}{model.config}")
-    print(f"{'train it:':20}bash run_train.sh --config-file {model.config} --data.train_dataset=… --data.val_dataset=…")
+    if model.config:
+        print(
+            f"{'train it:':20}bash run_train.sh --config-file {model.config} --data.train_dataset=… --data.val_dataset=…"
+        )
     print(f"{'evaluate it:':20}bash run_eval.sh {model.name} --data.val_dataset=…")
 
 
@@ -177,11 +163,11 @@ def submit(arguments: argparse.Namespace) -> None:
     print(form_text(report, paper, architecture=architecture))
 
 
-def readme(arguments: argparse.Namespace) -> None:
-    from zoo.published import draw_all, update_readme
+def zero_shot(arguments: argparse.Namespace) -> None:
+    from zoo.clip import write_zero_shot
 
-    update_readme(PROJECT / "README.md", PROJECT / "docs" / "published.png")
-    draw_all(PROJECT / "docs" / "robust_models.png")
+    with blame("MODEL"):
+        print(write_zero_shot(arguments.model, arguments.to, pretrained=arguments.pretrained, tower=arguments.tower))
 
 
 def published(name: str):
@@ -202,7 +188,7 @@ COMMANDS = {
     "verify": verify,
     "export": export,
     "submit": submit,
-    "readme": readme,
+    "zero-shot": zero_shot,
 }
 
 if __name__ == "__main__":

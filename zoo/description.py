@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# In front of names where an architecture is named: of RobustBench's package, of open_clip's configurations.
+ROBUSTBENCH_PREFIX, CLIP_PREFIX = "robustbench_", "open_clip_"
+# The weights of an exported folder, and the key of its config.json under which it holds the sections of a run's params.json.
+EXPORTED, EXPORT_KEY = "model.safetensors", "robust_training"
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkDescription:

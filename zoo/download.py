@@ -1,4 +1,4 @@
-"""Published weights from a Nextcloud share, or RobustBench's copy from Google Drive: whole and verified, or an error that helps on.
+"""Published weights from a share, Google Drive, the Hugging Face Hub or a web server: whole and verified, or an error.
 
 A download under way is `.<name>.part`, continued after a break. What came is unpacked beside its place, tested, compared with the
 digests known so far, and moved into the folder; `sha256.json` there holds {link: {file: SHA-256}}.
@@ -19,6 +19,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
 
 import requests
+from huggingface_hub import hf_hub_url
 from tqdm import tqdm
 from urllib3.util import Retry
 
@@ -43,13 +44,14 @@ class ShareUnavailable(UserError):
     """The files cannot be had, or not as what they should be: another source of them may do."""
 
 
-def download_share(
+def download(
     link: str, folder: Path, *, name: str, hint: str = "", known: Mapping[str, str] | None = None, force: bool = False
 ) -> list[Path]:
-    """Weights and logs of a public share, in `folder`; what is there and agrees with its digests is not fetched again.
+    """Weights and logs of a link, in `folder`; what is there and agrees with its digests is not fetched again.
 
     Args:
-        link: `<link>/download` answers with a ZIP of a folder, or with a file of weights, which becomes `<name>.pt`.
+        link: `hub:<owner>/<repository>/<file>`, `drive:<id>`, `robustbench:<id>`, the address of a file of weights, or of a public
+            share, where `<link>/download` answers with a ZIP of a folder. A single file becomes `<name>.pt`.
         name: of the partial file, the progress bar, and in errors; hint: the model's RobustBench id, if it has one.
         known: file name → SHA-256, enforced from the start.
         force: fetch afresh, and accept other content than recorded (not other than `known`).
@@ -57,15 +59,19 @@ def download_share(
     Raises:
         UserError: a full disk, or other content than recorded; `ShareUnavailable` where there are no whole weights to be had.
     """
-    url = link.rstrip("/").removesuffix("/download") + "/download"
-    advice = (f"RobustBench's copy by its id, {hint}, " if hint else "") + "another link, or a local file by its path"
-    return _download(name, link, url, folder, advice, known or {}, force)
+    advice = f"RobustBench's copy by its id, {hint}, " if hint and not link.startswith("robustbench:") else ""
+    advice += "another link, or a local file by its path"
+    return _download(name, link, _address(link), folder, advice, known or {}, force)
 
 
-def download_robustbench(robustbench_id: str, folder: Path, *, force: bool = False) -> Path:
-    """RobustBench's copy of an ImageNet model for Linf as `<folder>/<id>.pt`; otherwise as `download_share`."""
-    link, url = f"robustbench:{robustbench_id}", GOOGLE_DRIVE + robustbench_entry(robustbench_id)["gdrive_id"]
-    return _download(robustbench_id, link, url, folder, "the model's link, or a local file by its path", {}, force)[0]
+def _address(link: str) -> str:
+    kind, _, rest = link.partition(":")
+    if kind == "hub":
+        owner, repository, file = rest.split("/", 2)
+        return hf_hub_url(f"{owner}/{repository}", file)
+    if kind in ("drive", "robustbench"):
+        return GOOGLE_DRIVE + (rest if kind == "drive" else robustbench_entry(rest)["gdrive_id"])
+    return link if link.endswith(WEIGHT_SUFFIXES) else link.rstrip("/").removesuffix("/download") + "/download"
 
 
 def verify(path: Path) -> str:

@@ -19,8 +19,9 @@ from torch import nn
 from common.errors import UserError
 from common.files import write_atomically
 from utils_architecture import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, TIMM_PREFIX
+from zoo.description import EXPORT_KEY, EXPORTED
 from zoo.loading import has_normalizer
-from zoo.runs import EXPORT_KEY, EXPORTED, TrainedModel, run_sections
+from zoo.runs import TrainedModel, run_sections
 
 CONFIG, CARD = "config.json", "README.md"
 

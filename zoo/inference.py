@@ -15,12 +15,14 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
-from utils_architecture import ARCHITECTURES, TIMM_PREFIX
+from utils_architecture import ARCHITECTURES, TIMM_PREFIX, TORCHVISION_PREFIX
+from zoo.description import ROBUSTBENCH_PREFIX
 from zoo.loading import (
     POSITIONS,
     PositionGrid,
@@ -32,10 +34,11 @@ from zoo.loading import (
     with_timm_names,
 )
 from zoo.meansparse import without_operators
-from zoo.models import ROBUSTBENCH_PREFIX, build_model
+from zoo.models import build_model
 
 FC_NORM = "fc_norm.weight"  # what a ViT has instead of norm.weight, whose head reads the mean over patches
-# Pattern of a tensor's name, digits as #, → modules of timm whose networks have such ones; the first that occurs counts.
+# Pattern of a tensor's name, digits as #, → modules of timm, or with an asterisk names of torchvision, whose networks have such
+# tensors; the first pattern that occurs counts.
 _FAMILIES = {
     "blocks.#.local_mp.conv#.weight": ("xcit",),
     "blocks_token_only.#.attn.q.weight": ("cait",),
@@ -46,8 +49,11 @@ _FAMILIES = {
     "stages.#.#.dwconv.weight": ("convnext",),
     "features.denseblock#.denselayer#.conv#.weight": ("densenet",),
     "blocks.#.#.conv_pwl.weight": ("mobilenetv3", "efficientnet"),
+    "layers.#.#.layers.#.weight": ("mnasnet*",),
+    "features.#.conv.#.#.weight": ("mobilenet_v2*",),
+    "stage#.#.branch#.#.weight": ("shufflenet*",),
     "layer#.#.conv#.weight": ("resnet",),
-    "features.#.weight": ("vgg",),
+    "features.#.weight": ("vgg", "vgg*", "alexnet*"),
 }
 # Models are built with so many classes to tell the head by: a prime, which no other dimension is.
 MARK = 1009
@@ -98,14 +104,14 @@ def describe_weights(weights: Weights, arch: str | None = None) -> Description:
     Args:
         weights: from `read_weights`.
         arch: compare with this architecture only (also a `timm_…` one); None: with all of `ARCHITECTURES`, and where none of them
-            fits with all that timm has of the family that the names speak of.
+            fits with all that timm and torchvision have of the family that the names speak of.
 
     Raises:
         UserError: `arch` is not known.
     """
     fitting = [blueprint for blueprint in _blueprints(weights, arch) if not blueprint.differences(weights)]
     if not fitting and arch is None:
-        fitting = [blueprint for blueprint in _of_timm(weights) if not blueprint.differences(weights)]
+        fitting = [blueprint for blueprint in _of_libraries(weights) if not blueprint.differences(weights)]
     normalized = weights.normalizer is not None
     if not fitting:
         return Description(None, None, None, None, normalized, None, (), True)
@@ -149,6 +155,7 @@ def check_description(
         raise UserError(
             f"{source} does not fit: nothing in it {known}. Nearest is {nearest}, but {listed(problems)}. Other models "
             "of timm have the arch timm_<name>."
+            + (" It looks like the image tower of a CLIP model: see `python -m zoo zero-shot`." * _is_tower(weights))
         )
     wrong = [
         f"{name} asks for {int(value) if isinstance(value, bool) else value}"
@@ -165,6 +172,10 @@ def check_description(
             "things; expected arch to say which."
         )
     return found
+
+
+def _is_tower(weights: Weights) -> bool:
+    return {"class_embedding", "positional_embedding"} <= weights.network.keys()
 
 
 # ------------------------------------------------------------------------------------------- known architectures
@@ -292,12 +303,18 @@ def _variants(weights: Weights, name: str) -> Iterator[_Blueprint]:
         yield _blueprint(name, not_original, False, "avg")
 
 
-def _of_timm(weights: Weights) -> Iterator[_Blueprint]:
-    """All that timm has of the family that the weights' names speak of."""
+def _of_libraries(weights: Weights) -> Iterator[_Blueprint]:
+    """All that timm and torchvision have of the family that the weights' names speak of."""
     patterns = {re.sub(r"\d+", "#", name) for name in without_operators(weights.network)}
     modules = next((modules for pattern, modules in _FAMILIES.items() if pattern in patterns), ())
-    names = [name for module in modules for name in timm.list_models(module=module)]
-    for arch in (TIMM_PREFIX + name for name in sorted(names, key=lambda name: (len(name), name))):
+    names = []
+    for module in modules:
+        if module.endswith("*"):
+            found = torchvision.models.list_models(module=torchvision.models, include=module)
+            names += [TORCHVISION_PREFIX + name for name in found]
+        else:
+            names += [TIMM_PREFIX + name for name in timm.list_models(module=module)]
+    for arch in sorted(names, key=lambda name: (len(name), name)):
         try:
             yield from _variants(weights, arch)
         except (RuntimeError, ValueError, AssertionError):  # one that timm cannot build for so many classes

@@ -147,8 +147,9 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
     broken = [name for name, value in found.items() if not value.isfinite().all()]
     if broken:
         raise UserError(f"{source} holds values that are not finite: {listed(broken)}.")
-    counters = {name: value for name, value in expected.items() if name.endswith(COUNTER)}
-    network.load_state_dict(counters | dict(_resized(found, expected, grid)))
+    with torch.no_grad():
+        for name, value in _resized(found, expected, grid).items():
+            expected[name].copy_(value)
     if weights.normalizer is not None:
         model.normalize.load_state_dict(weights.normalizer)
 

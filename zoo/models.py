@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from utils_architecture import get_new_model, normalize_model
+from zoo.clip import clip_architecture
+from zoo.description import CLIP_PREFIX, ROBUSTBENCH_PREFIX
 from zoo.robustbench import robustbench_architecture
-
-# In front of a RobustBench id where an architecture is named.
-ROBUSTBENCH_PREFIX = "robustbench_"
 
 
 def build_model(
@@ -28,14 +27,20 @@ def build_model(
 ) -> nn.Module:
     """Images (B, 3, H, W) in [0, 1] → logits (B, num_classes). Arguments as in `get_new_model` and the flags of their names.
 
-    `arch` may also be `robustbench_<id>`: the network as RobustBench builds it, which takes no other argument.
+    `arch` may also be `robustbench_<id>`, the network as RobustBench builds it, with its normaliser, for 1000 classes; or
+    `open_clip_<name>`, see `zoo.clip.clip_architecture`.
 
     Raises:
-        UserError: see `get_new_model`, `add_blurpool`, `robustbench_architecture`.
+        UserError: see `get_new_model`, `add_blurpool`, `robustbench_architecture`, `clip_architecture`.
     """
-    if arch.startswith(ROBUSTBENCH_PREFIX):
-        if pretrained or not_original or updated or use_blurpool or num_classes != 1000:
-            raise UserError(f"arch: {arch} is as RobustBench builds it; expected nothing else that describes a model.")
+    if arch.startswith((ROBUSTBENCH_PREFIX, CLIP_PREFIX)):
+        if pretrained or not_original or updated or use_blurpool:
+            raise UserError(f"arch: {arch} is built by another package; expected nothing else that describes a model.")
+        if arch.startswith(CLIP_PREFIX):
+            model = clip_architecture(arch.removeprefix(CLIP_PREFIX), num_classes)
+            return normalize_model(model) if add_normalization else model
+        if num_classes != 1000:
+            raise UserError(f"num_classes: {arch} has 1000 classes, expected were {num_classes}.")
         return robustbench_architecture(arch.removeprefix(ROBUSTBENCH_PREFIX))
     model = get_new_model(
         arch,

@@ -12,12 +12,12 @@ from typing import Any
 
 from common.errors import UserError
 from common.provenance import PROJECT
-from zoo.description import NetworkDescription, Preprocessing
-from zoo.download import WEIGHT_SUFFIXES, ShareUnavailable, download_robustbench, download_share
+from zoo.clip import write_zero_shot
+from zoo.description import CLIP_PREFIX, EXPORTED, ROBUSTBENCH_PREFIX, NetworkDescription, Preprocessing
+from zoo.download import WEIGHT_SUFFIXES, ShareUnavailable, download
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
-from zoo.models import ROBUSTBENCH_PREFIX
-from zoo.published import LISTED, PUBLISHED, Listed, Published, find_published, nearest_published
+from zoo.published import KNOWN, Published, find_published, nearest_published
 from zoo.runs import find_weights
 
 CHECKPOINTS = PROJECT / "checkpoints"
@@ -34,7 +34,7 @@ class Located:
 
     path: Path
     description: Mapping[str, Any]
-    published: Published | Listed | None = None
+    published: Published | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -66,21 +66,15 @@ def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force
     if _exists(path) and not (known and path.is_dir() and not _is_run(path)):
         return Located(find_weights(path), {})
     if published is not None:
-        return Located(
-            _published_weights(published, folder / _share_name(published), kind=kind, force=force),
-            published.description,
-            published,
-        )
+        weights = _published_weights(published, folder / _share_name(published), kind=kind, force=force)
+        return Located(weights, published.description, published)
     if "/" in name or path.suffix:
         raise UserError(f"expected a file of weights, got {name!r}, which does not exist.")
-    if ROBUSTBENCH_ID.fullmatch(name):
+    if ROBUSTBENCH_ID.fullmatch(name):  # newer than the table
         if kind == "clean":
             raise UserError(f"RobustBench has no clean initialisation of {name}.")
-        return Located(
-            download_robustbench(name, folder / name, force=force),
-            {"arch": ROBUSTBENCH_PREFIX + name},
-            LISTED.get(name),
-        )
+        (weights,) = download(f"robustbench:{name}", folder / name, name=name, force=force)
+        return Located(weights, {"arch": ROBUSTBENCH_PREFIX + name})
     near = nearest_published(name)
     hint = f" (did you mean {near}?)" if near else ""
     raise UserError(
@@ -105,7 +99,7 @@ def _is_run(folder: Path) -> bool:
 
 def _share_name(published: Published) -> str:
     """Name of the folder for a model's share: the model's, or the share's where several models lie in it."""
-    several = sum(model.links == published.links for model in PUBLISHED.values()) > 1
+    several = sum(model.links == published.links for model in KNOWN.values()) > 1
     return published.links[0].rsplit("/", 1)[-1] if several else published.name
 
 
@@ -117,7 +111,10 @@ def split_kind(name: str) -> tuple[str, str]:
 
 def _published_weights(published: Published, folder: Path, *, kind: str, force: bool) -> Path:
     """The share's file; of robust weights RobustBench's copy where the share cannot be had."""
-
+    if kind == "clean" and published.by != "paper":
+        raise UserError(f"no clean initialisation of {published.name} is published.")
+    if published.arch.startswith(CLIP_PREFIX):
+        return _zero_shot(published, folder, force=force)
     unreadable = []
 
     def fits(path: Path) -> bool:
@@ -130,23 +127,31 @@ def _published_weights(published: Published, folder: Path, *, kind: str, force: 
 
     copy = published.robustbench_id if kind == "robust" else None
     if copy and not force and (folder / f"{copy}.pt").exists():  # downloaded before, when the share could not be had
-        return download_robustbench(copy, folder)
+        return download(f"robustbench:{copy}", folder, name=copy)[0]
     problems = []
     for link in published.links:
         share = {"name": published.name, "hint": published.robustbench_id or "", "known": published.sha256}
         try:
-            files = download_share(link, folder, force=force, **share)
+            files = download(link, folder, force=force, **share)
         except ShareUnavailable as error:
             problems.append(str(error))
             continue
+        if published.by != "paper":
+            return files[0]
         try:
             return choose(files, kind, fits)
         except UserError as error:
             raise UserError(" ".join([f"{link}: {error}", *unreadable])) from error
-    if copy:
+    if copy and published.by == "paper":
         print(f"{problems[-1]} Trying RobustBench's copy, {copy}.", file=sys.stderr)
-        return download_robustbench(copy, folder, force=force)
+        return download(f"robustbench:{copy}", folder, name=copy, force=force)[0]
     raise UserError(" ".join(problems))
+
+
+def _zero_shot(published: Published, folder: Path, *, force: bool) -> Path:
+    if not force and (folder / EXPORTED).exists():
+        return folder / EXPORTED
+    return write_zero_shot(published.arch.removeprefix(CLIP_PREFIX), folder)
 
 
 def choose(files: Iterable[Path], kind: str, fits: Callable[[Path], bool] = lambda path: True) -> Path:

@@ -1,16 +1,13 @@
-"""The published models: what they are, their numbers, where their weights lie. README's table and picture are made from this.
+"""Robust ImageNet models that are known by name: what they are, their numbers, where their weights lie.
 
-The table itself, and where its numbers are from: published.yaml.
+The tables, and where their numbers are from: published.yaml.
 """
 
 from __future__ import annotations
 
 import difflib
-import io
-import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,420 +15,153 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from common.errors import UserError
-from common.files import write_atomically
-from zoo.description import Preprocessing
+from zoo.description import CLIP_PREFIX, ROBUSTBENCH_PREFIX, Preprocessing
 
 SHARES = "https://nc.mlcloud.uni-tuebingen.de/index.php/s/"
-UNSTATED = "the default, as RobustBench states nothing"
-BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
-DRAWN_PX = 224
-# Key of the PNG's text that holds what was drawn, so that a picture older than the table is noticed.
-DRAWN_KEY = "Points"
+PREFIXES = {"robustbench": ROBUSTBENCH_PREFIX, "open_clip": CLIP_PREFIX}  # of architectures, by the kind of link
+EPS = {"Linf": 4 / 255, "L2": 2.0, "L1": 75.0}  # radii of the numbers
 
 
 class Accuracies(NamedTuple):
-    """In % of the images."""
+    """In % of the images; None: not published."""
 
-    clean: float
-    autoattack: float
+    clean: float | None
+    autoattack: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One row of the published table.
+    """A robust ImageNet model.
 
     Attributes:
-        name: ours; also the stem of its config.
-        title: the published name.
+        name: ours; of the models of the paper also the stem of its config.
+        title: the published name, or the architecture in words.
+        by: who published it: "paper" for the models of README's table, else a section of published.yaml.
         family: "ConvNeXt", "ConvNeXt-iso" or "ViT".
         arch, not_original, updated: as the flags `model.*`.
-        add_normalization: whether the released weights have the input normaliser; None: not stated, found in the file.
+        add_normalization: whether the weights need an input normaliser, or have one; None: not stated, found in the file.
         epochs: of adversarial training, as in the config.
-        results: by image side in pixels, AutoAttack at Linf 4/255; None: not published. Training is at 224 px.
-        links: of the folder (a public share) with the weights, the newest first.
+        results: by image side in pixels, AutoAttack at Linf 4/255; None: not published.
+        other_norms: AutoAttack accuracy at L2 2 and L1 75 in %, at the model's own size.
+        links: of the weights, the newest first; see `zoo.download.download` and `zoo.clip`.
         params: in millions.
         gflops: multiply-adds of the forward pass of one image of 224 px, in billions.
         robustbench_id: RobustBench's name of the same weights.
         robustbench: RobustBench's own numbers, at 224 px.
         external: lower accuracy in % that a stronger or adaptive attack left of it, where one is known.
+        unlike: why no evaluation can be compared with the published numbers; empty: it can.
         note, note_on: footnote, and the column of README's table it belongs to.
+        preprocessing: what images go through in the published evaluation; None: the weights' own configuration says it.
         sha256: by file name in the share; empty: not known yet.
     """
 
     name: str
     title: str
-    family: str
+    by: str = "paper"
+    family: str = ""
     arch: str
-    not_original: bool
+    not_original: bool = False
     updated: bool = False
     add_normalization: bool | None = None
-    epochs: int
+    epochs: int | None = None
     results: Mapping[int, Accuracies | None]
+    other_norms: Mapping[str, float] = field(default_factory=dict)
     links: tuple[str, ...]
-    params: float
-    gflops: float
+    params: float | None = None
+    gflops: float | None = None
     robustbench_id: str | None = None
     robustbench: Accuracies | None = None
     external: float | None = None
+    unlike: str = ""
     note: str = ""
     note_on: str = ""
+    preprocessing: Preprocessing | None = Preprocessing(source="the published table")
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def config(self) -> str:
+    def config(self) -> str | None:
         """Its config, relative to the project."""
-        return f"configs/{self.name}.yaml"
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """What images go through in the published evaluation."""
-        return Preprocessing(source="the published table")
+        return f"configs/{self.name}.yaml" if self.by == "paper" else None
 
     @property
     def description(self) -> dict[str, Any]:
         """What its network is built with, by the names of the flags `model.*`."""
         return {flag: getattr(self, flag) for flag in ("arch", "not_original", "updated", "add_normalization")}
 
-
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """Another robust model, of RobustBench's list for ImageNet and Linf.
-
-    Attributes:
-        id: RobustBench's name, by which it is loaded.
-        architecture: in words.
-        clean, autoattack: in %; on 5,000 images at Linf 4/255.
-        external: as in `Published`.
-        images: what RobustBench's images go through first, such as BicubicRes256Crop224; None: nothing is stated.
-        alone: whether it is one network with one file at RobustBench; else only its own package loads it.
-    """
-
-    id: str
-    architecture: str
-    clean: float
-    autoattack: float
-    external: float | None = None
-    images: str | None = None
-    alone: bool = True
-
-    @property
-    def name(self) -> str:
-        return self.id
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """As of `Published`; RobustBench's package builds the network."""
-        return {}
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        found = re.fullmatch(r"(Bicubic)?(?:Res(\d+))?(?:Crop(\d+))?", self.images or "")
-        interpolation, resized, crop = "bicubic" if found[1] else "bilinear", int(found[2] or 0), int(found[3] or 0)
-        if not self.images:
-            return Preprocessing(source=UNSTATED)
-        if not (resized and crop):
-            mode = "squash" if resized else "crop"
-            return Preprocessing(resized or crop, 1.0, interpolation, mode, source="RobustBench")
-        return Preprocessing(crop, crop / resized, interpolation, source="RobustBench")
-
-    @property
-    def results(self) -> Mapping[int, Accuracies]:
-        return {self.preprocessing.img_size: Accuracies(self.clean, self.autoattack)}
+    def autoattack(self, norm: str, eps: float, img_size: int) -> float | None:
+        """Its published accuracy in % under AutoAttack in this threat model; None: not published."""
+        if abs(eps - EPS[norm]) > 1e-9:
+            return None
+        numbers = self.results.get(img_size)
+        return None if numbers is None else numbers.autoattack if norm == "Linf" else self.other_norms.get(norm)
 
 
-def _read_table() -> tuple[dict[str, Published], dict[str, Listed]]:
-    table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    published = {}
-    for row in table["models"]:
+def _read_tables() -> Iterator[Published]:
+    tables = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    for row in tables.pop("paper"):
         row["results"] = {size: pair and Accuracies(*pair) for size, pair in row["results"].items()}
         row["links"] = tuple(SHARES + token for token in row.pop("shares"))
         if "robustbench" in row:
             row["robustbench"] = Accuracies(*row["robustbench"])
-        published[row["name"]] = Published(**row)
-    return published, {row["id"]: Listed(**row) for row in table["robustbench"]}
+        yield Published(**row)
+    for by, table in tables.items():
+        for row in _rows_of_files(table) if "files" in table else table["models"]:
+            row = {"by": by, **table.get("all", {}), **row}
+            row["links"] = tuple(row.pop("links", [f"robustbench:{row['name']}"]))
+            if by == "RobustBench":
+                row["robustbench_id"] = row["name"]
+            kind, _, name = row["links"][0].partition(":")
+            row.setdefault("arch", PREFIXES.get(kind, "") + name)
+            row["preprocessing"] = used = _preprocessing(row.pop("images", None), by)
+            numbers = Accuracies(row.pop("clean", None), row.pop("autoattack", None))
+            yield Published(results={used.img_size if used else 224: numbers}, **row)
 
 
-PUBLISHED, LISTED = map(MappingProxyType, _read_table())
+def _rows_of_files(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each radius of each architecture, in one file each."""
+    for kind, arch in table["files"].items():
+        for norm, clean_of in table["clean"][kind].items():
+            for radius, clean in clean_of.items():
+                name = f"{kind}_{norm}_eps{radius}"
+                title = f"{kind}, {norm.capitalize()} {radius}{'/255' if norm == 'linf' else ''}"
+                yield {
+                    "name": name,
+                    "title": title,
+                    "arch": arch,
+                    "clean": clean,
+                    "links": [f"{table['at']}{name}.ckpt"],
+                }
 
 
-# ------------------------------------------------------------------------------------------------------- by name
+def _preprocessing(images: str | Mapping[str, Any] | None, by: str) -> Preprocessing | None:
+    """Of RobustBench's name for it, such as BicubicRes256Crop224, or of a `Preprocessing`'s fields."""
+    if not isinstance(images, str):
+        return images if images is None else Preprocessing(**images, source=by)
+    found = re.fullmatch(r"(Bicubic)?(?:Res(\d+))?(?:Crop(\d+))?", images)
+    interpolation, resized, crop = "bicubic" if found[1] else "bilinear", int(found[2] or 0), int(found[3] or 0)
+    if resized and crop:
+        return Preprocessing(crop, crop / resized, interpolation, source=by)
+    return Preprocessing(resized or crop, 1.0, interpolation, "squash" if resized else "crop", source=by)
+
+
+# All models by name, and those of README's table.
+KNOWN = MappingProxyType({model.name: model for model in _read_tables()})
+PUBLISHED = MappingProxyType({name: model for name, model in KNOWN.items() if model.by == "paper"})
+
+
 def find_published(name: str) -> Published | None:
-    """The entry of our name, a published name or a RobustBench id, in upper or lower case; None if there is none."""
+    """The model of our name, a published name or a RobustBench id, in upper or lower case; None if there is none."""
     return _aliases().get(name.casefold())
 
 
 def nearest_published(name: str) -> str | None:
-    """Our name of the entry whose name, title or RobustBench id is most like `name`; None if none is much alike."""
+    """Our name of the model whose name, title or RobustBench id is most like `name`; None if none is much alike."""
     aliases = _aliases()
     nearest = difflib.get_close_matches(name.casefold(), aliases, n=1)
     return aliases[nearest[0]].name if nearest else None
 
 
 def _aliases() -> dict[str, Published]:
-    return {
-        alias.casefold(): row
-        for row in PUBLISHED.values()
-        for alias in (row.name, row.title, row.robustbench_id)
-        if alias is not None
-    }
-
-
-# -------------------------------------------------------------------------------------------------- README's table
-def readme_table() -> str:
-    """The Markdown table of README's section "Published models", with its footnotes."""
-    notes = [row.note for row in PUBLISHED.values() if row.note]
-    lines = []
-    for row in PUBLISHED.values():
-        results = row.results.values()
-        cells = {
-            "model": row.title,
-            "epochs": str(row.epochs),
-            "px": " / ".join(map(str, row.results)),
-            "clean": " / ".join("–" if r is None else f"{r.clean:.1f}" for r in results),
-            "AutoAttack": " / ".join("–" if r is None else f"{r.autoattack:.1f}" for r in results),
-            "command": f"[`--config-file {row.config}`]({row.config})",
-            "weights": f"[share]({row.links[0]})",
-            "RobustBench": f"`{row.robustbench_id}`" if row.robustbench_id else "–",
-        }
-        if row.note:
-            cells[row.note_on] += _mark(notes.index(row.note))
-        if not lines:
-            lines = [_line(cells), "|" + "---|" * len(cells)]
-        lines.append(_line(cells.values()))
-    footnotes = " ".join(f"{_mark(i)} {note}" for i, note in enumerate(notes))
-    return "\n".join([*lines, "", footnotes])
-
-
-def readme_section(picture: str) -> str:
-    """What stands between the markers in README: the picture, found at `picture` from there, and the table."""
-    alternative = f"AutoAttack accuracy at {DRAWN_PX} px of the published models against parameters and multiply-adds"
-    return f"{BEGIN}\n![{alternative}]({picture})\n\n{readme_table()}\n{END}"
-
-
-def update_readme(readme: Path, picture: Path) -> None:
-    """Draw the picture and replace what stands between the markers in `readme`.
-
-    Raises:
-        UserError: `readme` cannot be read, or lacks the markers; then nothing is written.
-    """
-    try:
-        text = readme.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{readme}: expected a README with the table of published models; {error}.") from error
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise UserError(
-            f"{readme}: expected {BEGIN} and after it {END}, each once, around the table of published models; "
-            f"got {text.count(BEGIN)} and {text.count(END)} of them, or the other order."
-        )
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_published(picture)
-    link = Path(os.path.relpath(picture, readme.parent)).as_posix()
-    new = before + readme_section(link) + after
-    write_atomically(readme, lambda file: file.write(new.encode()))
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _mark(number: int) -> str:
-    return "¹²³⁴⁵⁶⁷⁸⁹"[number]
-
-
-# ------------------------------------------------------------------------------------------------ README's picture
-_MARKERS = {"ConvNeXt": ("o", "#0072b2"), "ViT": ("s", "#d55e00"), "ConvNeXt-iso": ("D", "#009e73")}
-# Where a label stands beside its marker in a panel: to the right unless that would cover another one.
-_LABEL_PLACES = {
-    "params": {
-        "vit_s": "below",
-        "vit_s_cvst": "left",
-        "convnext_tiny": "below right",
-        "convnext_tiny_cvst": "above",
-        "convnext_small_cvst": "left",
-        "vit_b": "below",
-        "vit_b_cvst": "left",
-        "convnext_base_cvst": "left",
-        "convnext_large_cvst": "left",
-    },
-    "gflops": {
-        "vit_s": "below",
-        "convnext_tiny": "left",
-        "convnext_tiny_cvst": "above",
-        "vit_b": "below",
-        "convnext_base": "left",
-        "convnext_base_cvst": "left",
-        "convnext_large_cvst": "left",
-    },
-}
-_PLACES = {
-    "vit_s": "below",
-    "convnext_tiny_cvst": "above",
-    "vit_b": "below",
-    "vit_b_cvst": "left",
-    "convnext_base": "right",
-    "convnext_base_cvst": "left",
-    "convnext_large_cvst": "left",
-}
-_PLACES = {  # offset in points, horizontal and vertical alignment
-    "right": ((7, 0), "left", "center"),
-    "left": ((-7, 0), "right", "center"),
-    "above": ((0, 7), "center", "bottom"),
-    "below": ((0, -7), "center", "top"),
-    "below right": ((2, -7), "left", "top"),
-}
-
-
-class Point(NamedTuple):
-    """What is drawn of an entry: parameters in millions, multiply-adds in billions, AutoAttack accuracy in %."""
-
-    name: str
-    params: float
-    gflops: float
-    autoattack: float
-
-
-def drawn_points() -> list[Point]:
-    """All entries with a published AutoAttack accuracy at 224 px."""
-    return [
-        Point(row.name, row.params, row.gflops, row.results[DRAWN_PX].autoattack)
-        for row in PUBLISHED.values()
-        if row.results[DRAWN_PX] is not None
-    ]
-
-
-def stem_pairs() -> list[tuple[Published, Published]]:
-    """Drawn entries of one architecture, with PatchStem and with ConvStem."""
-    rows = [PUBLISHED[point.name] for point in drawn_points()]
-    return [
-        (patch, conv)
-        for patch in rows
-        for conv in rows
-        if (patch.arch, patch.updated) == (conv.arch, conv.updated) and not patch.not_original and conv.not_original
-    ]
-
-
-def draw_published(path: Path) -> None:
-    """Write a PNG: AutoAttack accuracy at 224 px against parameters, and against multiply-adds.
-
-    The PNG's text `DRAWN_KEY` holds the points as JSON.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.set(xlabel="parameters [millions]", ylabel=f"AutoAttack accuracy at {DRAWN_PX} px, Linf 4/255 [%]")
-    right.set(xlabel=f"multiply-adds at {DRAWN_PX} px [billions]")
-    _draw_panel(left, "params", ticks=(20, 30, 50, 100, 200), limits=(14, 260))
-    _draw_panel(right, "gflops", ticks=(4, 5, 10, 20, 40), limits=(2.5, 47))
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png", metadata={DRAWN_KEY: json.dumps(drawn_points())})
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
-
-
-class Bar(NamedTuple):
-    """What is drawn of a robust model, in %."""
-
-    name: str
-    clean: float
-    autoattack: float
-    external: float | None
-    in_readme: bool
-
-
-def drawn_bars() -> list[Bar]:
-    """The published models and those of RobustBench's list, the least robust one first."""
-    bars = []
-    known = {model.robustbench_id for model in PUBLISHED.values()}
-    for model in [*PUBLISHED.values(), *(model for name, model in LISTED.items() if name not in known)]:
-        numbers, ours = model.results[model.preprocessing.img_size], model.name in PUBLISHED
-        if numbers is not None:
-            bars.append(Bar(model.title if ours else model.name, *numbers, model.external, ours))
-    return sorted(bars, key=lambda bar: bar.external or bar.autoattack)
-
-
-def draw_all(path: Path) -> None:
-    """Write a PNG: accuracy under AutoAttack, or under a stronger attack where one is known, of `drawn_bars`; clean beside it.
-
-    The PNG's text `DRAWN_KEY` holds the bars as JSON.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    bars = drawn_bars()
-    figure = Figure(figsize=(9, 0.24 * len(bars) + 1), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for place, bar in enumerate(bars):
-        axes.barh(
-            place,
-            bar.autoattack,
-            color="0.85" if bar.external else "#0072b2" if bar.in_readme else "#999999",
-            height=0.7,
-        )
-        if bar.external:
-            axes.barh(place, bar.external, color="#999999", height=0.7)
-        axes.plot(bar.clean, place, "o", color="#d55e00", markersize=4)
-    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=7)
-    axes.set(xlim=(0, 85), ylim=(-0.7, len(bars) - 0.3), xlabel="accuracy at Linf 4/255 [%]")
-    axes.grid(axis="x", alpha=0.25)
-    figure.legend(handles=_legend_of_all(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    metadata = {DRAWN_KEY: json.dumps(bars)}
-    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png", metadata=metadata))
-
-
-def _legend_of_all() -> list:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    return [
-        Patch(color="#0072b2", label="AutoAttack, models of README's table"),
-        Patch(color="#999999", label="AutoAttack (or a stronger attack), RobustBench's list"),
-        Patch(color="0.85", label="AutoAttack, where a stronger attack is known"),
-        Line2D([], [], linestyle="", marker="o", color="#d55e00", label="clean"),
-    ]
-
-
-def _draw_panel(axes, attribute: str, *, ticks: tuple[int, ...], limits: tuple[float, float]) -> None:
-    points = {point.name: (getattr(point, attribute), point.autoattack) for point in drawn_points()}
-    places = _LABEL_PLACES[attribute]
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.set_xticks([], minor=True)
-    axes.set(xlim=limits, ylim=(42.5, 59.5))
-    axes.grid(alpha=0.25)
-    for patch, conv in stem_pairs():
-        # A pair trained for different times differs in more than its stem.
-        style = "-" if patch.epochs == conv.epochs else ":"
-        axes.plot(*zip(points[patch.name], points[conv.name]), style, color="0.5", zorder=1)
-    for name, place in points.items():
-        row = PUBLISHED[name]
-        marker, colour = _MARKERS[row.family]
-        axes.scatter(*place, s=48, marker=marker, edgecolors=colour, facecolors=colour if row.not_original else "white")
-        offset, across, upright = _PLACES[places.get(name, "right")]
-        axes.annotate(
-            row.title, place, offset, textcoords="offset points", ha=across, va=upright, fontsize=8, color="0.2"
-        )
-
-
-def _legend() -> list:
-    from matplotlib.lines import Line2D
-
-    families = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, label=family)
-        for family, (marker, colour) in _MARKERS.items()
-    ]
-    stems = [
-        Line2D([], [], linestyle="", marker="o", color="0.3", markerfacecolor=filling, label=stem)
-        for stem, filling in (("ConvStem", "0.3"), ("PatchStem", "white"))
-    ]
-    pairs = [
-        Line2D([], [], linestyle=style, color="0.5", label=label)
-        for style, label in (("-", "same epochs"), (":", "different epochs"))
-    ]
-    return families + stems + pairs
+    titles = {model.title.casefold(): model for model in PUBLISHED.values()}
+    ids = {model.robustbench_id.casefold(): model for model in KNOWN.values() if model.robustbench_id}
+    return titles | ids | {name.casefold(): model for name, model in KNOWN.items()}

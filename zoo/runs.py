@@ -18,15 +18,19 @@ from common.files import read_json
 from common.provenance import PROVENANCE_KEY
 from data.transforms import INTERPOLATIONS
 from utils_architecture import TIMM_PREFIX
-from zoo.description import DESCRIPTION, NetworkDescription, Preprocessing, RunFacts
+from zoo.description import (
+    DESCRIPTION,
+    EXPORT_KEY,
+    EXPORTED,
+    ROBUSTBENCH_PREFIX,
+    NetworkDescription,
+    Preprocessing,
+    RunFacts,
+)
 from zoo.inference import check_description
 from zoo.loading import has_normalizer, load_weights, read_weights
 from zoo.meansparse import add_operators
-from zoo.models import ROBUSTBENCH_PREFIX, build_model
-
-# Key of an exported folder's config.json under which it holds the same sections.
-EXPORT_KEY = "robust_training"
-EXPORTED = "model.safetensors"
+from zoo.models import build_model
 
 
 @dataclass(frozen=True)

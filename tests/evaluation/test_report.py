@@ -12,7 +12,7 @@ from evaluation.config import ATTACKS
 from evaluation.images import robustbench_digests
 from evaluation.report import compare_with_published, comparison_text, warnings_of
 from zoo.description import Preprocessing
-from zoo.published import LISTED, PUBLISHED
+from zoo.published import KNOWN, PUBLISHED
 
 MODEL = PUBLISHED["vit_s_cvst"]  # 72.5 % clean, 48.1 % robust
 NETWORK = {"num_classes": 1000, "use_blurpool": False} | MODEL.description
@@ -159,9 +159,24 @@ def test_another_network_or_arithmetic_is_not_compared(changed: dict[str, Any], 
     assert compare_with_published(evaluation(), report(**changed))["differs"] == [said]
 
 
-def test_what_is_not_stated_is_not_compared() -> None:
-    model = LISTED["Debenedetti2022Light_XCiT-S12"]
-    found = compare_with_published(evaluation(published=model), report())
-    assert found["differs"] == ["it is not stated what its images went through"]
-    compared = evaluation(published=LISTED["Wong2020Fast"], preprocessing=LISTED["Wong2020Fast"].preprocessing)
-    assert compare_with_published(compared, report())["differs"] == []
+def test_what_is_published_for_other_images_is_not_compared() -> None:
+    network = NETWORK | {"arch": "resnet50", "not_original": False, "add_normalization": True}
+    found = compare_with_published(evaluation(published=KNOWN["ares_resnet50"]), report(network=network))
+    assert found["differs"] == ["its number is of 1,000 images drawn at random"]
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "eps", "published"),
+    [
+        ("Wong2020Fast", "Linf", 4 / 255, 26.24),
+        ("Debenedetti2022Light_XCiT-S12", "Linf", 4 / 255, 41.78),
+        ("advxl_vit_h14", "L2", 2.0, 69.8),
+        ("advxl_vit_h14", "L1", 75.0, 46.0),
+    ],
+)
+def test_others_are_compared_with_their_number_for_the_norm(name: str, norm: str, eps: float, published: float) -> None:
+    model = KNOWN[name]
+    network = NETWORK | model.description
+    compared = evaluation(published=model, preprocessing=model.preprocessing, norm=norm, eps=eps)
+    found = compare_with_published(compared, report(network=network, robust_acc=published / 100))
+    assert (found["differs"], found["autoattack"], found["difference"]) == ([], published, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.server
 import importlib.util
@@ -21,11 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import hf_hub_url
 
 import zoo.download
 from common.errors import UserError
 from common.files import LOCK_FILE, sha256
-from zoo.download import DIGESTS, ShareUnavailable, download_robustbench, download_share, verify
+from zoo.download import DIGESTS, ShareUnavailable, download, verify
 from zoo.robustbench import import_robustbench, robustbench_architecture
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -91,7 +93,7 @@ class Share:
 
     def download(self, folder: Path, *answers: Answer, link: str | None = None, **arguments) -> list[Path]:
         self.set(*answers)
-        return download_share(link or self.link, folder, name="net", **arguments)
+        return download(link or self.link, folder, name="net", **arguments)
 
     def fails(self, folder: Path, *answers: Answer, match: str, error: type = ShareUnavailable, **arguments) -> str:
         """The message of the error, which names the link and what to try, in one paragraph without flags."""
@@ -398,8 +400,8 @@ def test_two_at_a_time_download_once(share: Share, tmp_path: Path) -> None:
         whole(BODY)(handler)
 
     share.set(slow)
-    code = "import sys; from pathlib import Path; from zoo.download import download_share; "
-    code += "download_share(sys.argv[1], Path(sys.argv[2]), name='net')"
+    code = "import sys; from pathlib import Path; from zoo.download import download; "
+    code += "download(sys.argv[1], Path(sys.argv[2]), name='net')"
     command = [sys.executable, "-c", code, share.link, str(tmp_path)]
     first = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL)
     assert begun.wait(60)
@@ -765,11 +767,11 @@ def made_while_sent(megabytes: int) -> Answer:
 PEAK = """
 import sys
 from pathlib import Path
-from zoo.download import download_share
+from zoo.download import download
 def peak():  # of this process alone: getrusage counts the one it was started from
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 before = peak()
-files = download_share(sys.argv[1], Path(sys.argv[2]), name="net")
+files = download(sys.argv[1], Path(sys.argv[2]), name="net")
 print(peak() - before, files[0].stat().st_size)
 """
 
@@ -802,31 +804,35 @@ def drive(share: Share, monkeypatch: pytest.MonkeyPatch) -> Share:
     return share
 
 
+def robustbench_copy(name: str, folder: Path, **options: bool) -> Path:
+    return download(f"robustbench:{name}", folder, name=name, **options)[0]
+
+
 def test_robustbench_copy(drive: Share, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     drive.set(whole(TORCH, stop=THIRD), whole(TORCH))
-    path = download_robustbench(ID, folder)
+    path = robustbench_copy(ID, folder)
     check_files(folder, [path], {f"{ID}.pt": TORCH})
     assert "agrees" in verify(path)
-    assert download_robustbench(ID, folder) == path
+    assert robustbench_copy(ID, folder) == path
     assert [asked for asked, _ in drive.seen] == [f"/index.php/s/token?id={GDRIVE_ID}"] * 2
 
     path.write_bytes(b"changed here")
     with pytest.raises(UserError, match=digest(TORCH)):
-        download_robustbench(ID, folder)
+        robustbench_copy(ID, folder)
     path.unlink()
     other = zipped({"data.pkl": b"other"})
     drive.set(whole(other))
     with pytest.raises(UserError, match=f"{digest(other)}.*{digest(TORCH)}.*force"):
-        download_robustbench(ID, folder)
+        robustbench_copy(ID, folder)
     assert not path.exists()
-    assert sha256(download_robustbench(ID, folder, force=True)) == digest(other)
+    assert sha256(robustbench_copy(ID, folder, force=True)) == digest(other)
 
 
 @pytest.mark.parametrize(
     ("answer", "match"),
     [
-        (status(200, b"<html>quota exceeded", Content_Type="text/html"), "its quota is used up.*Try the model's link"),
+        (status(200, b"<html>quota exceeded", Content_Type="text/html"), "its quota is used up.*Try another link"),
         (status(200, b"<html>quota exceeded"), "neither a ZIP nor weights.*<html>"),
         (status(503), "status 503"),
     ],
@@ -834,7 +840,7 @@ def test_robustbench_copy(drive: Share, tmp_path: Path) -> None:
 def test_robustbench_copy_that_cannot_be_had(drive: Share, tmp_path: Path, answer: Answer, match: str) -> None:
     drive.set(answer)
     with pytest.raises(UserError, match=f"{ID}: .*{match}"):
-        download_robustbench(ID, tmp_path)
+        robustbench_copy(ID, tmp_path)
     check_nothing_final(tmp_path)
 
 
@@ -849,9 +855,28 @@ def test_robustbench_copy_that_cannot_be_had(drive: Share, tmp_path: Path, answe
     ],
 )
 def test_robustbench_ids_that_have_no_copy(tmp_path: Path, name: str, match: str) -> None:
-    for use in (robustbench_architecture, lambda name: download_robustbench(name, tmp_path)):
+    for use in (robustbench_architecture, lambda name: robustbench_copy(name, tmp_path)):
         with pytest.raises(UserError, match=match):
             use(name)
+
+
+@pytest.mark.parametrize(
+    ("link", "address"),
+    [
+        ("hub:UCSC-VLAA/AdvXL-ViT-H14/advxl_vit_h14.pth", "/UCSC-VLAA/AdvXL-ViT-H14/resolve/main/advxl_vit_h14.pth"),
+        ("drive:1GOqjNsRQM", "/index.php/s/token?id=1GOqjNsRQM"),
+        ("{server}/ckpt/ARES_ResNet50_AT.pth", "/ckpt/ARES_ResNet50_AT.pth"),
+    ],
+)
+def test_single_files_of_others(
+    drive: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str, address: str
+) -> None:
+    server = drive.link.removesuffix("/index.php/s/token")
+    monkeypatch.setattr(zoo.download, "hf_hub_url", functools.partial(hf_hub_url, endpoint=server))
+    drive.set(whole(TORCH, stop=THIRD), whole(TORCH))
+    paths = download(link.format(server=server), tmp_path / "new", name="net")
+    check_files(tmp_path / "new", paths, {"net.pt": TORCH})
+    assert [asked for asked, _ in drive.seen] == [address] * 2  # continued
 
 
 def test_robustbench_architecture_is_robustbenchs() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from common.errors import UserError
@@ -215,6 +216,27 @@ def test_architectures_of_timm_are_found_by_their_shapes(tmp_path: Path, name: s
     torch.save({"state_dict": prefixed(state, "module."), "args": NAMESPACE}, path)
     found = describe_weights(read_weights(path))
     assert found.arch == f"timm_{name}" and found.num_classes == 5 and not found.add_normalization
+
+
+@pytest.mark.parametrize("name", ["mnasnet1_0", "mobilenet_v2", "shufflenet_v2_x1_0", "vgg16_bn", "vgg11"])
+def test_architectures_of_torchvision_are_found_by_their_shapes(tmp_path: Path, name: str) -> None:
+    model = torchvision.models.get_model(name, weights=None, num_classes=5).eval()
+    path = tmp_path / "w.pth"
+    torch.save(prefixed(model.state_dict(), "module.model."), path)
+    trained = load_trained(path, NetworkDescription())
+    assert trained.description["arch"] == f"torchvision_{name}" and trained.description["num_classes"] == 5
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(trained.model(x), model(x))
+
+
+def test_image_tower_of_a_clip_model_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "fare_eps_2.pt"
+    torch.save(
+        {"class_embedding": torch.rand(8), "positional_embedding": torch.rand(5, 8), "proj": torch.rand(8, 4)}, path
+    )
+    with pytest.raises(UserError, match="does not fit.*image tower of a CLIP model: see `python -m zoo zero-shot`"):
+        load_trained(path, NetworkDescription())
 
 
 def test_several_architectures_of_timm_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

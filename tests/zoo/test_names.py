@@ -26,6 +26,7 @@ from tests.training.helpers import base_flags, run
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
 from zoo.description import NetworkDescription
+from zoo.download import download
 from zoo.loading import has_normalizer
 from zoo.names import _kind, _share_name, choose, locate, split_kind
 from zoo.published import PUBLISHED, Accuracies, Published
@@ -139,12 +140,14 @@ def test_robustbenchs_copy_where_the_share_cannot_be_had(published, files, tmp_p
     gone = dataclasses.replace(model, links=model.links[:1], robustbench_id="Some2023Model")
     monkeypatch.setattr(zoo.names, "find_published", {NAME: gone}.get)
 
-    def download(robustbench_id, folder, *, force):
+    def download_copy(link, folder, *, name, **options):
+        if not link.startswith("robustbench:"):
+            return download(link, folder, name=name, **options)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{robustbench_id}.pt").write_bytes(files["micro/convnext_robust.pt"])
-        return folder / f"{robustbench_id}.pt"
+        (folder / f"{name}.pt").write_bytes(files["micro/convnext_robust.pt"])
+        return [folder / f"{name}.pt"]
 
-    monkeypatch.setattr(zoo.names, "download_robustbench", download)
+    monkeypatch.setattr(zoo.names, "download", download_copy)
     found = locate(NAME, folder=tmp_path / "somewhere")
     assert found.path.name == "Some2023Model.pt" and "Some2023Model" in capsys.readouterr().err
 
@@ -191,7 +194,7 @@ def test_a_downloads_folder_does_not_hide_its_name(published, files, tmp_path, m
 def test_robustbenchs_copy_is_used_again_without_asking_the_share(published, tmp_path, monkeypatch):
     server, model = published
     monkeypatch.setattr(zoo.names, "find_published", {NAME: dataclasses.replace(model, robustbench_id="A2023B")}.get)
-    monkeypatch.setattr(zoo.names, "download_robustbench", lambda name, folder: folder / f"{name}.pt")
+    monkeypatch.setattr(zoo.names, "download", lambda link, folder, name: [folder / f"{name}.pt"])
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "A2023B.pt").touch()
     assert locate(NAME, folder=tmp_path).path.name == "A2023B.pt" and server.requests == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -13,34 +12,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from matplotlib.image import imread
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.errors import UserError
 from data.transforms import eval_transform
 from utils_architecture import ARCHITECTURES
-from zoo import published
 from zoo.__main__ import main
+from zoo.inference import _NumbersOnCPU, check_description
+from zoo.loading import parse_weights
 from zoo.models import build_model
-from zoo.published import (
-    BEGIN,
-    DRAWN_KEY,
-    END,
-    LISTED,
-    PUBLISHED,
-    Published,
-    draw_all,
-    draw_published,
-    drawn_bars,
-    drawn_points,
-    find_published,
-    nearest_published,
-    readme_section,
-    readme_table,
-    stem_pairs,
-    update_readme,
-)
+from zoo.published import KNOWN, PUBLISHED, Published, find_published, nearest_published
 from zoo.robustbench import import_robustbench
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -223,132 +204,6 @@ def test_nearest(name: str, expected: str | None) -> None:
     assert nearest_published(name) == expected
 
 
-# ----------------------------------------------------------------------------------------------------------- README
-def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_readme_is_up_to_date() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    assert text.count(BEGIN) == text.count(END) == 1
-    section = text[text.index("## Published models") : text.index("## Flags")]
-    assert readme_section("docs/published.png") in section, "run `python -m zoo readme`"
-
-
-def test_table_holds_every_number_of_the_paper() -> None:
-    head, _, *lines, _, footnotes = readme_table().splitlines()
-    assert cells(head) == ["model", "epochs", "px", "clean", "AutoAttack", "command", "weights", "RobustBench"]
-    rows = {cells(line)[0]: dict(zip(cells(head), cells(line))) for line in lines}
-    assert rows.keys() == PAPER.keys()
-    assert rows["ConvNeXt-B-CvSt"] == {
-        "model": "ConvNeXt-B-CvSt",
-        "epochs": "250",
-        "px": "224 / 256",
-        "clean": "75.9 / 76.9",
-        "AutoAttack": "56.1 / 57.3",
-        "command": "[`--config-file configs/convnext_base_cvst.yaml`](configs/convnext_base_cvst.yaml)",
-        "weights": "[share](https://nc.mlcloud.uni-tuebingen.de/index.php/s/RQBEXagC7R7XweX)",
-        "RobustBench": "`Singh2023Revisiting_ConvNeXt-B-ConvStem`",
-    }
-    assert rows["ConvNeXt-S-CvSt"]["clean"] == "74.4¹"
-    assert "YzBpeHRrRQzHBDz" in rows["ConvNeXt-L-CvSt"]["weights"]
-    tuned = rows["fine-tuned to Linf 8/255"]
-    assert [tuned[key] for key in ("epochs", "clean", "AutoAttack", "RobustBench")] == ["20²", "–", "–", "–"]
-    assert footnotes == "¹ RobustBench: 74.10. ² Recipe and architecture are ours."
-
-
-def test_update_replaces_what_is_between_the_markers_alone(tmp_path: Path) -> None:
-    readme, picture = tmp_path / "README.md", tmp_path / "pictures" / "published.png"
-    readme.write_text(f"# Title\n\nBefore – ¹\n\n{BEGIN}\nold\n{END}\n\nAfter\n", encoding="utf-8")
-    for _ in range(2):  # the second time there is nothing left to change
-        update_readme(readme, picture)
-        expected = f"# Title\n\nBefore – ¹\n\n{readme_section('pictures/published.png')}\n\nAfter\n"
-        assert readme.read_text(encoding="utf-8") == expected
-    assert picture.is_file()
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["README.md", "pictures", "published.png"]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "no marker\n", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}{END}{BEGIN}{END}", f"{BEGIN}{END}{END}"]
-)
-def test_update_wants_each_marker_once_and_in_order(tmp_path: Path, text: str) -> None:
-    readme, picture = tmp_path / "README.md", tmp_path / "published.png"
-    readme.write_text(text)
-    with pytest.raises(UserError, match="README.md: expected <!-- published: begin -->"):
-        update_readme(readme, picture)
-    assert readme.read_text() == text and not picture.exists()
-
-
-def test_update_wants_a_readme(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a README"):
-        update_readme(tmp_path / "README.md", tmp_path / "published.png")
-
-
-# ---------------------------------------------------------------------------------------------------------- picture
-def test_points_are_the_twelve_with_a_result_at_224_px() -> None:
-    points = {PUBLISHED[p.name].title: p for p in drawn_points()}
-    assert {title: p.autoattack for title, p in points.items()} == {
-        title: results[224][1] for title, (_, results, _) in PAPER.items() if results[224] is not None
-    }
-    assert len(points) == 12
-    for point in points.values():
-        row = PUBLISHED[point.name]
-        assert (point.params, point.gflops) == (row.params, row.gflops)
-
-
-def test_pairs_are_joined() -> None:
-    assert {(patch.title, conv.title) for patch, conv in stem_pairs()} == {
-        ("ViT-S", "ViT-S-CvSt"),
-        ("ConvNeXt-T", "ConvNeXt-T-CvSt"),
-        ("ViT-B", "ViT-B-CvSt"),
-        ("ConvNeXt-B", "ConvNeXt-B-CvSt"),
-    }
-
-
-def test_committed_picture_shows_the_table_as_it_is() -> None:
-    file = PROJECT / "docs" / "published.png"
-    with Image.open(file) as image:
-        drawn = json.loads(image.text[DRAWN_KEY])
-    assert drawn == [list(point) for point in drawn_points()], "run `python -m zoo readme`"
-    assert file.stat().st_size < 100_000
-
-
-def test_picture_has_two_panels_with_a_marker_and_a_label_for_each_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    panels = {}
-    draw_panel = published._draw_panel
-
-    def kept(axes, attribute, **options):
-        draw_panel(axes, attribute, **options)
-        panels[attribute] = axes
-
-    monkeypatch.setattr(published, "_draw_panel", kept)
-    draw_published(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert imread(tmp_path / "picture.png").shape[1] > 600
-    assert panels.keys() == {"params", "gflops"}
-    markers = set()
-    for attribute, axes in panels.items():
-        expected = [(getattr(point, attribute), point.autoattack) for point in drawn_points()]
-        assert [tuple(c.get_offsets()[0]) for c in axes.collections] == expected
-        assert [text.get_text() for text in axes.texts] == [PUBLISHED[p.name].title for p in drawn_points()]
-        assert len(axes.lines) == 4
-        low, high = axes.get_xlim()
-        bottom, top = axes.get_ylim()
-        assert all(low < x < high and bottom < y < top for x, y in expected)
-        # No label is over another one or over the edge of its panel.
-        boxes = [text.get_window_extent() for text in axes.texts]
-        assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-        frame = axes.get_window_extent()
-        assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
-        markers |= {
-            (PUBLISHED[p.name].family, c.get_paths()[0].vertices.tobytes())
-            for p, c in zip(drawn_points(), axes.collections)
-        }
-    assert len(markers) == len({shape for _, shape in markers}) == len(FAMILIES)
-
-
 def test_entries_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         PUBLISHED["new"] = PUBLISHED["vit_s"]
@@ -357,50 +212,69 @@ def test_entries_cannot_be_changed() -> None:
     assert all(isinstance(row, Published) and row.sha256 == {} for row in PUBLISHED.values())
 
 
-# --- RobustBench's list -----------------------------------------------------------------------------------------------
+# --- everybody's models -------------------------------------------------------------------------------------------------
 
 
-def test_list_is_robustbenchs() -> None:
-    """Same ids, preprocessing and kind of weights as the installed package."""
+def robustbenchs() -> dict[str, dict]:
+    """RobustBench's own list for ImageNet and Linf."""
     import_robustbench()
     enums = importlib.import_module("robustbench.model_zoo.enums")
-    theirs = importlib.import_module("robustbench.model_zoo").model_dicts
-    theirs = theirs[enums.BenchmarkDataset.imagenet][enums.ThreatModel.Linf]
-    assert theirs.keys() - LISTED.keys() == {"Standard_R50"}  # not a robust one
-    for name, model in LISTED.items():
-        assert theirs[name].get("preprocessing") == model.images, name
-        assert (isinstance(theirs[name]["gdrive_id"], str) and bool(theirs[name]["gdrive_id"])) == model.alone, name
+    models = importlib.import_module("robustbench.model_zoo").model_dicts
+    return models[enums.BenchmarkDataset.imagenet][enums.ThreatModel.Linf]
 
 
-def test_preprocessing_of_the_list_is_robustbenchs(tmp_path: Path) -> None:
+def test_ids_are_robustbenchs() -> None:
+    ids = [model.robustbench_id for model in KNOWN.values() if model.robustbench_id]
+    assert robustbenchs().keys() - set(ids) == {"Standard_R50"}  # not a robust one
+    assert len(ids) == len(set(ids)) == 29
+
+
+def test_images_are_robustbenchs() -> None:
     transforms = importlib.import_module("robustbench.data").PREPROCESSINGS
     pixels = np.random.RandomState(0).randint(0, 256, (300, 410, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    for images in {model.images for model in LISTED.values()} - {None}:
-        used = next(model for model in LISTED.values() if model.images == images).preprocessing
+    for name, entry in robustbenchs().items():
+        if name == "Standard_R50":  # not a robust one
+            continue
+        used = find_published(name).preprocessing
         ours = eval_transform(used.img_size, used.crop_pct, used.interpolation, used.crop_mode)
-        assert torch.equal(ours(image), transforms[images](image)), images
+        if entry.get("preprocessing"):
+            assert torch.equal(ours(image), transforms[entry["preprocessing"]](image)), name
+        else:  # XCiT: RobustBench goes by the configuration of its timm model
+            assert used.crop_pct == 1.0 and used.interpolation == "bicubic", name
 
 
-def test_numbers_of_the_list_are_robustbenchs() -> None:
-    for model in PUBLISHED.values():
-        if model.robustbench_id:
-            listed = LISTED[model.robustbench_id]
-            assert (listed.clean, listed.autoattack) == model.robustbench
-    assert (
-        LISTED["Amini2024MeanSparse_Swin-L"].external
-        == 58.92
-        < LISTED["Amini2024MeanSparse_Swin-L"].autoattack
-        == 62.12
-    )
+def test_numbers_of_others() -> None:
+    sparse = KNOWN["Amini2024MeanSparse_Swin-L"]
+    assert sparse.external == 58.92 < sparse.autoattack("Linf", 4 / 255, 224) == 62.12
+    giant = KNOWN["advxl_vit_g14"]
+    assert [giant.autoattack(norm, eps, 336) for norm, eps in (("Linf", 4 / 255), ("L2", 2), ("L1", 75))] == [
+        71.0,
+        70.4,
+        46.7,
+    ]
+    assert giant.autoattack("L2", 0.5, 336) is giant.autoattack("Linf", 4 / 255, 224) is None
+    assert KNOWN["resnet50_l2_eps3"].results[224].clean == 62.83
+    assert sum(model.by == "robustness" for model in KNOWN.values()) == 67
 
 
-def test_list_and_picture_of_all(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_list_of_all(capsys: pytest.CaptureFixture) -> None:
     assert main(["list", "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(PUBLISHED) + len(LISTED) - 6 + 1
-    assert "Xu2024MIMIR_Swin-L" in lines[2] and "(Bai2024MixedNUTS)" in "".join(lines)
-    draw_all(tmp_path / "all.png")
-    for picture in (tmp_path / "all.png", PROJECT / "docs" / "robust_models.png"):
-        with Image.open(picture) as image:
-            assert json.loads(image.text[DRAWN_KEY]) == [list(bar) for bar in drawn_bars()]
+    assert len(lines) == 2 + len(KNOWN)
+    assert "advxl_vit_g14" in lines[2] and "Bai2024MixedNUTS" in "".join(lines)
+
+
+NETWORKS = {model.arch: model for model in KNOWN.values() if not model.arch.startswith(("robustbench_", "open_clip_"))}
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_network_of_a_known_model_is_recognised(arch: str) -> None:
+    """Weights of its names and shapes are what its row says, by the row's own description."""
+    model = NETWORKS[arch]
+    kind = "avg" if arch.startswith(("timm_vit_huge", "timm_vit_giant")) else None
+    with torch.device("meta"), _NumbersOnCPU():
+        network = build_model(arch, not_original=model.not_original, updated=model.updated, global_pool=kind)
+    weights = parse_weights({f"module.{name}": value for name, value in network.state_dict().items()}, source="file")
+    found = check_description(weights, model.description | {"add_normalization": None}, source="file")
+    assert (found.arch, found.num_classes, found.global_pool) == (arch, 1000, kind)

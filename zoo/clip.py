@@ -1,0 +1,130 @@
+"""Robust CLIP models as zero-shot classifiers: the image tower of open_clip, and a linear head made from the names of classes.
+
+The package open_clip_torch is optional. The head is made once, with the text tower, and kept with the image tower in a folder like
+that of an export: from there on the classifier is a network like any other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors.torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import write_atomically
+from utils_architecture import normalize_model
+from zoo.description import CLIP_PREFIX, EXPORT_KEY, EXPORTED
+from zoo.reading import read_content
+
+SMALL_TEXT = {
+    "context_length": 1,
+    "vocab_size": 1,
+    "width": 64,
+    "heads": 1,
+    "layers": 1,
+}  # of a text tower that is not used
+
+
+class ZeroShotClassifier(nn.Module):
+    """Normalised images (B, 3, H, W) → logits (B, num_classes): cosines with the classes' embeddings, times the logit scale."""
+
+    def __init__(self, visual: nn.Module, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.visual = visual
+        self.head = nn.Linear(width, num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.normalize(self.visual(x), dim=-1))
+
+
+def import_open_clip() -> ModuleType:
+    """The package; UserError where it is not installed."""
+    try:
+        return importlib.import_module("open_clip")
+    except ImportError as error:
+        raise UserError(
+            f"CLIP models need the package open_clip_torch ({error}). Try: pip install open_clip_torch."
+        ) from error
+
+
+def clip_architecture(name: str, num_classes: int = 1000) -> ZeroShotClassifier:
+    """The classifier with random weights; `name` is one of open_clip's, or hf-hub:<repository>, whose configuration is downloaded.
+
+    Raises:
+        UserError: open_clip is not installed or does not know the name, or the repository cannot be reached.
+    """
+    cfg = _config(name)
+    model = import_open_clip().CLIP(
+        cfg["embed_dim"], cfg["vision_cfg"], SMALL_TEXT, quick_gelu=cfg.get("quick_gelu", False)
+    )
+    return ZeroShotClassifier(model.visual, cfg["embed_dim"], num_classes)
+
+
+def _config(name: str) -> dict[str, Any]:
+    open_clip = import_open_clip()
+    if not name.startswith("hf-hub:"):
+        if (cfg := open_clip.get_model_config(name)) is None:
+            raise UserError(f"open_clip has no model named {name!r}; open_clip.list_models() lists them.")
+        return cfg
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(name.removeprefix("hf-hub:"), "open_clip_config.json")
+        return json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: its open_clip_config.json cannot be had ({error}).") from error
+
+
+def write_zero_shot(name: str, folder: Path, *, pretrained: str | None = None, tower: Path | None = None) -> Path:
+    """Make ImageNet's zero-shot classifier of a CLIP model, and write it into `folder`; returns the weights file.
+
+    The head is the mean over open_clip's 80 templates of OpenAI, as in its own zero-shot evaluation.
+
+    Args:
+        name: as in `clip_architecture`; both towers of a repository of the Hub are downloaded.
+        folder: gets model.safetensors and config.json.
+        pretrained: open_clip's tag of weights, such as openai, for a model that is not on the Hub.
+        tower: a file with other weights for the image tower, such as FARE's.
+
+    Raises:
+        UserError: open_clip is not installed, it cannot have the model, or `tower` does not fit.
+    """
+    open_clip = import_open_clip()
+    try:
+        model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{name}: open_clip cannot load it ({error}).") from error
+    model = model.float().eval()
+    if tower is not None:
+        try:
+            model.visual.load_state_dict(read_content(tower)[0])
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"{tower} does not fit the image tower of {name}: {error}.") from error
+    classes = open_clip.IMAGENET_CLASSNAMES
+    embeddings = open_clip.build_zero_shot_classifier(model, tokenizer, classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
+    used = model.visual.preprocess_cfg
+    network = normalize_model(clip_architecture(name, len(classes)), used["mean"], used["std"])
+    network.model.visual.load_state_dict(model.visual.state_dict())
+    network.model.head.weight.data = (model.logit_scale.exp() * embeddings).T.detach()
+    size = used["size"] if isinstance(used["size"], int) else used["size"][0]
+    content = {
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "interpolation": used["interpolation"],
+            "crop_pct": 1.0,
+            "crop_mode": "squash" if used["resize_mode"] == "squash" else "center",
+        },
+        EXPORT_KEY: {"model": {"arch": CLIP_PREFIX + name, "num_classes": len(classes), "add_normalization": True}},
+    }
+    weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
+    write_atomically(folder / EXPORTED, lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})))
+    return folder / EXPORTED
