@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from timm.models import split_model_name_tag
 from torch import nn
 
 from common.errors import UserError
 from common.files import write_atomically
-from utils_architecture import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, TIMM_PREFIX
+from utils_architecture import ARCHITECTURES, TIMM_PREFIX
 from zoo.description import EXPORT_KEY, EXPORTED
 from zoo.loading import has_normalizer
 from zoo.runs import TrainedModel, run_sections
@@ -31,7 +30,7 @@ def export(
 ) -> None:
     """Write model.safetensors (the bare network), config.json and README.md into `folder`.
 
-    timm's models get normalised images: a normaliser inside ours becomes `mean` and `std` of config.json, none becomes 0 and 1.
+    timm's models get normalised images: a normaliser inside ours becomes `mean` and `std` of config.json; none: 0 and 1.
 
     Args:
         trained: from `load_trained`.
@@ -40,11 +39,11 @@ def export(
         card: text for README.md, such as a table of results.
 
     Raises:
-        UserError: a normaliser other than ImageNet's, or a folder that cannot be written.
+        UserError: a folder that cannot be written.
     """
-    network, normalized = bare_network(trained.model)
+    network = trained.model.model if has_normalizer(trained.model) else trained.model
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    content = config(trained, network, normalized=normalized, img_size=img_size, crop_pct=crop_pct)
+    content = config(trained, network, img_size=img_size, crop_pct=crop_pct)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / EXPORTED, lambda f: f.write(safetensors.torch.save(weights, {"format": "pt"})))
@@ -54,23 +53,12 @@ def export(
         raise UserError(f"--to: cannot write to {folder} ({error.strerror or error}).") from error
 
 
-def bare_network(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The network behind its normaliser, and whether there is one."""
-    if not has_normalizer(model):
-        return model, False
-    for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-        found = getattr(model.normalize, name).flatten()
-        if not torch.allclose(found.double(), torch.tensor(values, dtype=torch.float64), atol=1e-6):
-            raise UserError(f"the normaliser's {name} is {found.tolist()}, expected ImageNet's {list(values)}.")
-    return model.model, True
-
-
-def config(
-    trained: TrainedModel, network: nn.Module, *, normalized: bool, img_size: int, crop_pct: float
-) -> dict[str, Any]:
+def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct: float) -> dict[str, Any]:
     """config.json: timm's keys, and ours from which `load_trained` builds the network."""
-    description = trained.description
-    mean, std = (list(IMAGENET_MEAN), list(IMAGENET_STD)) if normalized else ([0.0] * 3, [1.0] * 3)
+    description, mean, std = trained.description, [0.0] * 3, [1.0] * 3
+    if has_normalizer(trained.model):
+        normalize = trained.model.normalize
+        mean, std = ([round(v, 6) for v in values.flatten().tolist()] for values in (normalize.mean, normalize.std))
     timm_cfg = getattr(network, "pretrained_cfg", None) or {}
     return {
         "architecture": timm_name(description) or description["arch"],
@@ -78,9 +66,9 @@ def config(
         "pretrained_cfg": {
             "input_size": [3, img_size, img_size],
             "fixed_input_size": False,
-            "interpolation": "bicubic",
+            "interpolation": trained.preprocessing.interpolation,
             "crop_pct": crop_pct,
-            "crop_mode": "center",
+            "crop_mode": "squash" if trained.preprocessing.crop_mode == "squash" else "center",
             "mean": mean,
             "std": std,
             "num_classes": description["num_classes"],

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import read_json
@@ -31,6 +32,8 @@ from zoo.inference import check_description
 from zoo.loading import has_normalizer, load_weights, read_weights
 from zoo.meansparse import add_operators
 from zoo.models import build_model
+
+HUB_FILES = (EXPORTED, "pytorch_model.bin")  # of a folder of the Hugging Face Hub
 
 
 @dataclass(frozen=True)
@@ -69,19 +72,21 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         UserError: no such file, a broken params.json, or weights that do not fit the description.
     """
     path = find_weights(Path(model_in))
-    run = _run_params(path.parent)
-    description = {}
+    run, of_timm = _run_params(path.parent), _timm_config(path)
+    description = {"arch": of_timm.get("architecture")}
     for name, (section, _) in DESCRIPTION.items():
         value = getattr(asked, name)
-        description[name] = run.get(section, {}).get(name) if value is None else value
+        description[name] = run.get(section, {}).get(name, description.get(name)) if value is None else value
     weights = read_weights(path)
+    if weights.normalizer is None and asked.add_normalization is not False:
+        weights = replace(weights, normalizer=_normalizer(of_timm))
     by = "the flags, or the params.json beside the file" if run else "the flags"
     found = check_description(weights, description, source=path, by=by)
     inferred = {name: getattr(found, name, False) for name in DESCRIPTION}
     inferred["num_classes"] = found.num_classes or 1000  # an architecture whose head cannot be chosen is ImageNet's
     description = {name: inferred[name] if value is None else value for name, value in description.items()}
     notes = ()
-    if weights.normalizer is None and asked.add_normalization is None and not run and not _is_robustbench(description):
+    if not (weights.normalizer or run or of_timm or _is_robustbench(description)) and asked.add_normalization is None:
         # Many publish weights of a network that stood behind a normaliser, of which they show nothing.
         notes = (
             f"{path} holds no input normaliser, so the network gets images as they are, in [0, 1]; if it was trained behind one, "
@@ -96,7 +101,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         sha256=weights.sha256,
         description=description,
         class_names=run.get(PROVENANCE_KEY, {}).get("classes"),
-        preprocessing=_preprocessing(path, run, arch=description["arch"], positions=found.img_size),
+        preprocessing=_preprocessing(run, of_timm, arch=description["arch"], positions=found.img_size),
         run=_run_facts(path, run),
         notes=notes,
     )
@@ -116,8 +121,9 @@ def find_weights(path: Path) -> Path:
         ]
         if found:
             return max(found)[1]
-    if (path / EXPORTED).is_file():
-        return path / EXPORTED
+    for name in HUB_FILES:
+        if (path / name).is_file():
+            return path / name
     raise UserError(
         f"expected a weights file or a run folder, got the folder {path} without weights_<epoch>.pt or {EXPORTED} in it."
     )
@@ -131,22 +137,40 @@ def run_sections(trained: TrainedModel) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _preprocessing(path: Path, run: Mapping[str, Any], *, arch: str, positions: int | None) -> Preprocessing:
+def _timm_config(path: Path) -> dict[str, Any]:
+    """What timm, or an export, says in config.json of the weights beside it, with the architecture as `model.arch`; else empty."""
+    if path.name not in HUB_FILES or not isinstance(content := read_json(path.parent / "config.json"), dict):
+        return {}
+    cfg = content.get("pretrained_cfg", content)
+    if not isinstance(cfg, dict) or "input_size" not in cfg:
+        return {}
+    architecture = str(content.get("architecture"))
+    return cfg | {"architecture": TIMM_PREFIX + architecture if timm.is_model(architecture) else None}
+
+
+def _normalizer(cfg: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """What images are normalised with according to timm's configuration; None: with nothing."""
+    mean, std = (
+        torch.tensor(cfg.get(name, value)).view(1, 3, 1, 1) for name, value in (("mean", [0.0] * 3), ("std", [1.0] * 3))
+    )
+    return None if (mean == 0).all() and (std == 1).all() else {"mean": mean, "std": std}
+
+
+def _preprocessing(
+    run: Mapping[str, Any], of_timm: Mapping[str, Any], *, arch: str, positions: int | None
+) -> Preprocessing:
     """Of the run or the export beside the weights; else timm's for its architectures; else what the position embeddings are for."""
     validation = run.get("validation", {})
     with suppress(KeyError, TypeError, ValueError):
         return Preprocessing(
             int(validation["resolution"]), float(validation["crop_pct"]), source="the run's params.json"
         )
-    if path.name == EXPORTED:
-        with suppress(KeyError, TypeError, ValueError, UserError):
-            return _of_timm(
-                (read_json(path.parent / "config.json") or {})["pretrained_cfg"], "config.json beside the weights"
-            )
+    if of_timm:
+        return _of_timm(of_timm, "config.json beside the weights")
     if arch.startswith(TIMM_PREFIX):
         cfg = timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX))
-        of_timm = _of_timm(cfg.to_dict(), "timm's pretrained_cfg") if cfg is not None else Preprocessing()
-        return replace(of_timm, img_size=positions) if positions else of_timm
+        used = _of_timm(cfg.to_dict(), "timm's pretrained_cfg") if cfg is not None else Preprocessing()
+        return replace(used, img_size=positions) if positions else used
     if positions:
         return Preprocessing(positions, source="the position embeddings")
     return Preprocessing()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 
 from common.errors import UserError
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
-from zoo.description import NetworkDescription
+from zoo.description import NetworkDescription, Preprocessing
 from zoo.export import CARD, CONFIG, export, push
 from zoo.robust import load_robust_model
 from zoo.runs import EXPORTED, load_trained
@@ -82,12 +83,36 @@ def test_transform_goes_with_the_model(tmp_path, images):
     assert x.shape == (3, 32, 32) and 0 <= x.min() and x.max() <= 1
 
 
-def test_another_normaliser_is_refused(tmp_path):
+def test_another_normaliser_is_kept(tmp_path):
     trained = saved(tmp_path, "convnext_micro")
-    trained.model.normalize.mean.fill_(0.5)
-    with pytest.raises(UserError, match="normaliser's mean is .*, expected ImageNet's"):
-        export(trained, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    trained.model.normalize.mean.fill_(0.25)
+    export(trained, tmp_path / "out")
+    again = load_trained(tmp_path / "out", NetworkDescription())
+    assert again.model.normalize.mean.flatten().tolist() == [0.25] * 3 and again.notes == ()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.model(x), trained.model(x))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_folder_as_timm_writes_it(tmp_path, old):
+    """Normaliser, architecture and images are those of its config.json."""
+    network = timm.create_model("resnet18", num_classes=5).eval()
+    cfg = {"input_size": [3, 64, 64], "interpolation": "bilinear", "crop_pct": 0.9, "crop_mode": "squash"}
+    cfg |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    content = {"architecture": "resnet18", "num_classes": 5}
+    (tmp_path / CONFIG).write_text(json.dumps(content | cfg if old else content | {"pretrained_cfg": cfg}))
+    if old:
+        torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(network.state_dict(), tmp_path / EXPORTED)
+    trained = load_trained(tmp_path, NetworkDescription())
+    assert trained.description["arch"] == "timm_resnet18" and trained.description["add_normalization"]
+    assert trained.preprocessing == Preprocessing(64, 0.9, "bilinear", "squash", "config.json beside the weights")
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(trained.model(x), network((x - 0.5) / 0.25), atol=1e-5)
+    assert not load_trained(tmp_path, NetworkDescription(add_normalization=False)).description["add_normalization"]
 
 
 def test_upload(tmp_path, monkeypatch):
