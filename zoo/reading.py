@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -27,18 +28,6 @@ from common.errors import UserError
 from common.files import damaged_record
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch.save wrote before PyTorch 1.6
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 SHOWN_NAMES = 5
 
 
@@ -152,9 +141,17 @@ class _Known:
         raise pickle.UnpicklingError("a state for a function")
 
 
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    # as_strided refuses what lies outside of the storage.
-    return torch.as_strided(storage, size, stride, offset)
+def _tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], _: Any = 0, __: Any = 0, bits: Any = 0
+) -> Tensor:
+    if bits:
+        raise pickle.UnpicklingError("a tensor that is conjugated or negated when it is read")
+    return torch.as_strided(storage, size, stride, offset)  # refuses what lies outside of the storage
+
+
+def _tensor_of_type(storage: Tensor, *view: Any) -> Tensor:
+    offset, size, stride, _, _, dtype, *bits = view
+    return _tensor(storage.view(dtype), offset, size, stride, 0, 0, *bits)
 
 
 def _of_another_type(function: Any, _: Any, arguments: tuple[Any, ...], __: Any) -> Any:
@@ -163,23 +160,30 @@ def _of_another_type(function: Any, _: Any, arguments: tuple[Any, ...], __: Any)
 
 # All that a pickle may name and get; none of it reaches outside of these functions.
 _REBUILD, _PARAMETER = _Known(_tensor), _Known(lambda data, *_: data)
+_STORAGES = {"Byte": "uint8", "Char": "int8", "Short": "int16", "Int": "int32", "Long": "int64", "Half": "float16"}
+_STORAGES |= {"BFloat16": "bfloat16", "Float": "float32", "Double": "float64", "Bool": "bool"}
+_STORAGES |= {"ComplexFloat": "complex64", "ComplexDouble": "complex128"}
 _NAMES = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
     ("torch._utils", "_rebuild_tensor"): _REBUILD,
     ("torch._utils", "_rebuild_tensor_v2"): _REBUILD,
+    ("torch._utils", "_rebuild_tensor_v3"): _Known(_tensor_of_type),
     ("torch._utils", "_rebuild_parameter"): _PARAMETER,
     ("torch._utils", "_rebuild_parameter_with_state"): _PARAMETER,
     ("torch._tensor", "_rebuild_from_type_v2"): _Known(_of_another_type),
     ("torch", "Size"): tuple,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    ("torch.storage", "UntypedStorage"): torch.uint8,
+    **{("torch", f"{name}Storage"): getattr(torch, dtype) for name, dtype in _STORAGES.items()},
+    **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
 }
 _LARGEST_MEMO = 10_000_000  # entries; the unpickler makes room for the highest number that a file names
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BufferedIOBase, storage: Callable[[str, torch.dtype, int], Tensor]) -> None:
+    def __init__(self, file: io.BufferedIOBase, storage: Callable[[str, torch.dtype, int], np.ndarray]) -> None:
+        """`storage`: the bytes of a storage by its key, where it is asked for as one of so many numbers of a type."""
         super().__init__(file, encoding="utf-8")
         self._file = file
         self._storage, self._storages = storage, {}
@@ -202,7 +206,9 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
             raise pickle.UnpicklingError(f"a reference to a {kind} of {dtype}")
         if key not in self._storages:
-            self._storages[key] = self._storage(key, dtype, count)
+            # A pickle may call set_() of it (BUILD), which enlarges storages, but none of NumPy.
+            values = torch.from_numpy(self._storage(key, dtype, count))
+            self._storages[key] = values.as_strided(values.shape, (1,)).view(dtype)
         if self._storages[key].dtype != dtype:
             raise pickle.UnpicklingError(f"storage {key} is both {self._storages[key].dtype} and {dtype}")
         return self._storages[key]
@@ -219,9 +225,8 @@ def _read_zip(data: bytes) -> Any:
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
             raise ValueError("it was written on a machine of another byte order")
 
-        def storage(key: str, dtype: torch.dtype, _: int) -> Tensor:
-            record = archive.read(f"{root}data/{key}")
-            return torch.frombuffer(bytearray(record), dtype=dtype) if record else torch.empty(0, dtype=dtype)
+        def storage(key: str, *_: Any) -> np.ndarray:
+            return np.frombuffer(bytearray(archive.read(f"{root}data/{key}")), np.uint8)
 
         return _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
 
@@ -230,22 +235,19 @@ def _read_legacy(data: bytes) -> Any:
     """Pickles one after the other: magic number, version, facts of the machine, content, keys of storages; then those."""
     file, storages = io.BytesIO(data), {}
 
-    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+    def storage(key: str, dtype: torch.dtype, count: int) -> np.ndarray:
         if not 0 <= count <= len(data):  # no more memory than the file can fill
             raise ValueError("a tensor is larger than the file")
-        storages[key] = torch.empty(count, dtype=dtype)
-        return storages[key]
+        storages[key] = count, np.zeros(count * dtype.itemsize, np.uint8)
+        return storages[key][1]
 
     magic, _, _, content, keys = (_Unpickler(file, storage).load() for _ in range(5))
     if magic != _LEGACY_MAGIC or set(keys) != storages.keys():
         raise ValueError("no file of torch.save")
     for key in keys:
-        count, tensor = int.from_bytes(file.read(8), "little"), storages[key]
-        if count != tensor.numel():
+        count, values = storages[key]
+        if int.from_bytes(file.read(8), "little") != count or file.readinto(values) != values.nbytes:
             raise ValueError("a storage of another size than its tensors")
-        values = file.read(count * tensor.itemsize)
-        if count:
-            tensor.copy_(torch.frombuffer(bytearray(values), dtype=tensor.dtype, count=count))
     return content
 
 

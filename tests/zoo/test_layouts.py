@@ -7,6 +7,9 @@ import collections
 import io
 import pickle
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from zoo.description import NetworkDescription
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.meansparse import MeanSparse
-from zoo.reading import _Unpickler
+from zoo.reading import Foreign, _Unpickler
 from zoo.runs import load_trained
 
 State = dict[str, torch.Tensor]
@@ -122,6 +125,15 @@ def test_half_precision(tmp_path: Path) -> None:
     model, path = network(), tmp_path / "w.pth"
     torch.save(model.half().state_dict(), path)
     assert same(logits_of(path, "timm_resnet10t"), model)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "uint16", "complex64", "bool", "bfloat16", "int8", "float64"])
+def test_every_type_of_number_beside_objects(tmp_path: Path, dtype: str) -> None:
+    path, values = tmp_path / "w.pth", torch.rand(4, 4).mul(9).to(getattr(torch, dtype))
+    torch.save({"args": NAMESPACE, "net": {"w": values.t()[1:], "none": values[:0]}}, path)
+    found = read_weights(path).network
+    assert found["w"].dtype == values.dtype and found["none"].shape == (0, 4)
+    assert torch.equal(found["w"].cfloat(), values.t()[1:].cfloat())
 
 
 def test_swin_of_earlier_timm(tmp_path: Path) -> None:
@@ -318,11 +330,71 @@ def test_cycles_and_many_copies_end(tmp_path: Path) -> None:
     )  # deeper than anyone keeps weights
 
 
-def test_a_file_changes_nothing_for_the_next_one(tmp_path: Path) -> None:
-    """Not even defaults of the functions that files may name."""
-    opcodes = b"ctorch._utils\n_rebuild_tensor_v2\n}U\x0c__defaults__(K\x01tsb."
-    with pytest.raises(pickle.UnpicklingError, match="a state for a function"):
-        _Unpickler(io.BytesIO(b"\x80\x02" + opcodes), lambda *_: torch.empty(0)).load()
-    bomb = b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b"."
+def unpickled(opcodes: bytes, size: int = 16) -> Any:
+    """What a pickle becomes that may ask for one storage, of `size` bytes."""
+    return _Unpickler(io.BytesIO(b"\x80\x02" + opcodes + b"."), lambda *_: np.zeros(size, np.uint8)).load()
+
+
+STORAGE = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ"
+
+
+def test_a_file_changes_nothing_for_the_next_one() -> None:
+    """Not even defaults of the functions that files may name, nor the classes and types that they get."""
+    state = b"}U\x0c__defaults__(K\x01ts"
+    for name in ("_utils\n_rebuild_tensor_v2", "_utils\n_rebuild_parameter", "_tensor\n_rebuild_from_type_v2"):
+        with pytest.raises(pickle.UnpicklingError, match="a state for a function"):
+            unpickled(f"ctorch.{name}\n".encode() + state + b"b")
+    before = dict(vars(Foreign))
+    for name in ("torch\nfloat32", "torch\nFloatStorage", "torch\nSize", "collections\nOrderedDict", "os\nsystem"):
+        for attributes in (state, b"N" + state + b"\x86"):  # through __dict__, and through setattr
+            with pytest.raises((TypeError, AttributeError)):
+                unpickled(f"c{name}\n".encode() + attributes + b"b")
+    assert vars(Foreign) == before
+
+
+def test_no_more_memory_than_the_file_has() -> None:
     with pytest.raises(pickle.UnpicklingError, match="memo entry"):
-        _Unpickler(io.BytesIO(bomb), lambda *_: torch.empty(0)).load()
+        unpickled(b"}r" + (2**31 - 1).to_bytes(4, "little"))
+    assert unpickled(STORAGE).tolist() == [0.0] * 4
+    for view in (b"K\x00(K\x05t(K\x01t", b"K\x00(J\xff\xff\xff\x7ft(J\xff\xff\xff\x7ft", b"K\x04(K\x01t(K\x01t"):
+        with pytest.raises(RuntimeError, match="[sS]torage"):
+            unpickled(b"ctorch._utils\n_rebuild_tensor\n(" + STORAGE + view + b"tR")
+        with pytest.raises(RuntimeError, match="not resizable|overflowed"):
+            unpickled(STORAGE + b"(" + STORAGE + view + b"tb")  # Tensor.__setstate__, which calls set_()
+
+
+def test_storages_of_old_torch_are_those_of_the_file(tmp_path: Path) -> None:
+    """All of them, each as large as its tensors: no tensor is of what was in memory."""
+    path = tmp_path / "w.pth"
+    torch.save({"args": NAMESPACE, "w": torch.ones(6, 50)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    values, keys = 6 * 50 * 4 + 8, data.rindex(b"\x80\x02]")
+    broken = {
+        "cut": data[:-1],
+        "no keys": data[:keys] + pickle.dumps([], protocol=2),
+        "another size": data[:-values] + (299).to_bytes(8, "little") + data[8 - values :],
+    }
+    for content in broken.values():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as weights"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize("extra", ["long name", "other name"])
+def test_torchscript_that_is_called_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str) -> None:
+    """torch's reader of archives cuts names and does not know of second ones: it sees constants.pkl where zipfile does not."""
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("a program was loaded"))
+    path, root = tmp_path / "w.pth", "a" * 497
+    torch.save({"args": NAMESPACE, "w": torch.ones(2, 2)}, path)
+    with zipfile.ZipFile(path) as source:
+        records = {f"{root}/{name.partition('/')[2]}": source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+        constants = zipfile.ZipInfo(f"{root}/constants.pkl" + ("XXXX" if extra == "long name" else ""))
+        if extra == "other name":
+            second = b"\x01" + zlib.crc32(constants.filename.encode()).to_bytes(4, "little") + f"{root}/x".encode()
+            constants.extra = struct.pack("<HH", 0x7075, len(second)) + second
+        archive.writestr(constants, b"")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_weights(path)
