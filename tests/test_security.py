@@ -12,6 +12,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,6 +272,17 @@ def save(folder: Path, step: int) -> None:
     files.save({"step": step})
     files.wait()
     assert [outcome.error for outcome in files.outcomes()] == [None]
+
+
+@pytest.mark.parametrize("name", ["data", "zoo", "utils_architecture"])
+def test_modules_of_another_program_are_not_taken_for_ours(tmp_path, name):
+    """Not run either: torch.hub loads ours into whatever program there is."""
+    (tmp_path / f"{name}.py").touch()
+    code = f"import {name}, torch; torch.hub.load({str(PROJECT)!r}, 'robust', 'w.pt', source='local')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: expected the module {name} of {PROJECT}"), result.stderr
+    assert last.endswith(f"{tmp_path / name}.py.")
 
 
 # --- the source -------------------------------------------------------------------------------------------------------
