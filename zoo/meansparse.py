@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
+
 _PARTS = ("running_mean", "running_var", "threshold")
 
 
@@ -40,7 +42,14 @@ def operators(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         at: {key.removeprefix(f"{at}."): value for key, value in state.items() if key.startswith(f"{at}.")}
         for at in names
     }
-    return {at: tensors for at, tensors in found.items() if all(part in tensors for part in _PARTS)}
+    return {at: tensors for at, tensors in found.items() if _is_operator(tensors)}
+
+
+def _is_operator(tensors: Mapping[str, Tensor]) -> bool:
+    if not all(part in tensors for part in _PARTS) or any("." in name for name in tensors):
+        return False
+    mean, variance, threshold = (tensors[part] for part in _PARTS)
+    return mean.ndim == 1 and mean.shape == variance.shape and threshold.numel() == 1
 
 
 def without_operators(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,8 +59,15 @@ def without_operators(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_operators(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put the operators that `state` has behind (`….1`) or before (`….0`) their layers, in place."""
+    """Put the operators that `state` has behind (`….1`) or before (`….0`) their layers, in place.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    layers = dict(network.named_modules())
     for at, buffers in operators(state).items():
         layer, _, place = at.rpartition(".")
+        if not layer or layer not in layers:
+            raise UserError(f"expected {at} to be an operator of MeanSparse beside a layer, but there is no {layer!r}.")
         pair = [network.get_submodule(layer), MeanSparse(buffers)]
         network.set_submodule(layer, nn.Sequential(*(pair if place == "1" else pair[::-1])))

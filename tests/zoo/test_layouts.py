@@ -202,6 +202,23 @@ def test_mean_sparse(tmp_path: Path) -> None:
     assert same(found, model) and not same(found, plain)
 
 
+@pytest.mark.parametrize(
+    "at, changed, words",
+    [
+        ("nowhere.1", {}, "there is no 'nowhere'"),
+        (".1", {}, "there is no ''"),
+        ("act1.1", {"threshold": torch.ones(2)}, "act1.1.threshold is unexpected"),
+        ("act1.1", {"running_mean": torch.tensor(1.0)}, "act1.1.threshold is unexpected"),
+        ("act1.1", {"a.b": torch.tensor(1.0)}, "act1.1.threshold is unexpected"),
+    ],
+)
+def test_operators_that_fit_nowhere(tmp_path: Path, at: str, changed: State, words: str) -> None:
+    buffers = {name: value for name, value in Published(64).state_dict().items() if "flag" not in name} | changed
+    torch.save(network().state_dict() | prefixed(buffers, f"{at}."), path := tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words):
+        load_trained(path, NetworkDescription(arch="timm_resnet10t"))
+
+
 def test_nothing_of_a_file_runs(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple:
