@@ -20,13 +20,14 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
-from zoo.reading import SHOWN_NAMES, Foreign, listed, modules_state, read_content
+from zoo.reading import SHOWN_NAMES, Array, Foreign, listed, modules_state, read_content
 
 Which = Literal["ema", "raw"]
 
 # Words in the keys of a training state: a moving average lies under the first, no network under the others.
-AVERAGES = {"ema", "swa", "averaged"}
+AVERAGES = {"ema", "swa", "averaged", "shadow"}
 NO_NETWORKS = {"optim", "optimizer", "optimizers", "opt", "sched", "scheduler", "schedulers", "scaler"}
+SHADOWS = "shadow_params"  # key of torch_ema: a moving average as a list, in the order of model.parameters()
 _DEEPEST = 20  # key of a training state under which a network is looked for
 # Normalisers: ours and RobustBench's (`normalize.mean`; `mu` or `mean` of the model itself), MadryLab's `normalizer.new_mean`,
 # and the first module of an `nn.Sequential`.
@@ -47,9 +48,11 @@ NORMALIZERS = [
 ]
 NORMALIZER_SHAPES = [(3,), (3, 1, 1), (1, 3, 1, 1)]
 # Entries beside the tensors of a state dict that no network needs; `n_averaged` is the counter of torch's AveragedModel.
-IGNORED_TYPES = (bool, int, float, str, type(None))
+IGNORED_TYPES = (bool, int, float, str, bytes, type(None))
 IGNORED_TENSORS = ("n_averaged",)
 COUNTER = "num_batches_tracked"  # of batch normalisation: no number of the network depends on it
+STATISTICS = ("running_mean", "running_var")  # of batch normalisation, which are no parameters
+_LARGEST = 2**30  # numbers of a tensor: a file may claim more than it holds, by a view that repeats them
 # Wrappers that stand inside of names too.
 INNER_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ATTACKER = "attacker."  # under which MadryLab's models hold a second copy of themselves
@@ -62,7 +65,7 @@ class Weights:
 
     Attributes:
         network: by name, without prefixes and normaliser.
-        normalizer: `mean` and `std`, [1, 3, 1, 1], if there was one.
+        normalizer: `mean` and `std` of images in [0, 1], [1, 3, 1, 1], if there was one.
         which: "ema" or "raw", by the key of the training state they were under; None for a file of nothing but weights.
         key: that key, by dots if nested; empty for a file of nothing but weights.
         sha256: of the file.
@@ -89,25 +92,29 @@ class PositionGrid:
         return side if side and side**2 == count else None
 
 
-def read_weights(path: str | Path, *, which: Which | None = None) -> Weights:
+def read_weights(path: str | Path, *, which: Which | None = None, key: str | None = None) -> Weights:
     """Read a weights file (`torch.save`, or safetensors) on the CPU; see `zoo.reading`.
 
     Args:
         path: the file.
         which: of a training state with a moving average: "ema" takes that, "raw" the last weights, None the average if
             there is one.
+        key: of a file with several networks, the key that leads to one of them, by dots if nested.
 
     Raises:
-        UserError: no such file, not a weights file, or no state dict in it (of that kind).
+        UserError: no such file, not a weights file, or no state dict in it (of that kind, under that key).
     """
     content, digest = read_content(Path(path))
-    return replace(parse_weights(content, source=path, which=which), sha256=digest)
+    return replace(parse_weights(content, source=path, which=which, key=key), sha256=digest)
 
 
-def parse_weights(content: Any, *, source: str | Path, which: Which | None = None) -> Weights:
+def parse_weights(content: Any, *, source: str | Path, which: Which | None = None, key: str | None = None) -> Weights:
     """The weights in what a file held, or in a `state_dict()`; `source` is named in errors. Else as `read_weights`."""
-    chosen = _choose(list(_state_dicts(content)), content, which, str(source))
+    found = _with_names(list(_state_dicts(content))) or list(_state_dicts(content, arrays=True))
+    chosen = _choose(found, content, which, key, str(source))
     state = {name: value for name, value in chosen.state.items() if isinstance(value, Tensor)}
+    if large := [f"{name}, {list(value.shape)}" for name, value in state.items() if value.numel() > _LARGEST]:
+        raise UserError(f"{source}: expected tensors of at most {_LARGEST} numbers, got {listed(large)}.")
     for pair in NORMALIZERS:  # kept beside the network
         state |= {name: chosen.beside[name] for name in pair if isinstance(chosen.beside.get(name), Tensor)}
     return replace(_bare(state, str(source)), which=chosen.kind, key=chosen.key)
@@ -243,22 +250,48 @@ def _words(key: str) -> set[str]:
 
 
 def _state_dicts(
-    content: Any, keys: tuple[str, ...] = (), beside: Mapping[str, Any] | None = None, seen: set[int] | None = None
+    content: Any,
+    keys: tuple[str, ...] = (),
+    beside: Mapping[str, Any] | None = None,
+    seen: set[int] | None = None,
+    arrays: bool = False,
 ) -> Iterator[_Found]:
-    """Each mapping of names to tensors in a file, plain values and objects of other programs between them; none twice."""
+    """Each mapping of names to tensors in a file, plain values and objects of other programs between them; none twice.
+
+    A list under `SHADOWS` is one too, by its places. `arrays`: those of NumPy count as tensors.
+    """
     seen = set() if seen is None else seen
     if id(content) in seen or len(keys) > _DEEPEST:
         return
     seen.add(id(content))
     if isinstance(content, Foreign):
         content = modules_state(content) or content
+    if keys[-1:] == (SHADOWS,) and isinstance(content, list) and content:
+        if all(isinstance(value, Tensor) for value in content):
+            yield _Found(keys, dict(enumerate(content)), {})
     if not isinstance(content, Mapping):
         return
+    if arrays:
+        content = {name: value.tensor if isinstance(value, Array) else value for name, value in content.items()}
     if any(isinstance(value, Tensor) for value in content.values()) and not _not_weights(content):
         yield _Found(keys, content, beside or {})
     for name, value in content.items():
         if isinstance(name, str) and not NO_NETWORKS & _words(name):
-            yield from _state_dicts(value, (*keys, name), content, seen)
+            yield from _state_dicts(value, (*keys, name), content, seen, arrays)
+
+
+def _with_names(found: list[_Found]) -> list[_Found]:
+    """A moving average that is a list gets the names of the one network of which it has the parameters, and its buffers."""
+    averages, networks = [], [entry for entry in found if 0 not in entry.state]
+    for entry in (entry for entry in found if 0 in entry.state):
+        named = []
+        for raw in networks:
+            floats = {n: v for n, v in raw.state.items() if isinstance(v, Tensor) and v.is_floating_point()}
+            parameters = {n: v.shape for n, v in floats.items() if not n.endswith((COUNTER, *STATISTICS))}
+            if list(parameters.values()) == [value.shape for value in entry.state.values()]:
+                named.append(replace(entry, state={**raw.state, **dict(zip(parameters, entry.state.values()))}))
+        averages += named if len(named) == 1 else []
+    return networks + averages
 
 
 def _not_weights(content: Mapping[Any, Any]) -> str:
@@ -271,7 +304,7 @@ def _not_weights(content: Mapping[Any, Any]) -> str:
     return ""
 
 
-def _choose(found: list[_Found], content: Any, which: Which | None, where: str) -> _Found:
+def _choose(found: list[_Found], content: Any, which: Which | None, key: str | None, where: str) -> _Found:
     if not found:
         shown = f"a {type(content).__name__}"
         if isinstance(content, Mapping):
@@ -279,17 +312,25 @@ def _choose(found: list[_Found], content: Any, which: Which | None, where: str) 
             shown += f" (and {odd})" if (odd := _not_weights(content)) else ""
         raise UserError(f"{where} holds no state dict (a mapping of names to tensors); got {shown}.")
     found = [entry for entry in found if entry.is_network] or found
+    if key is not None:
+        under = [entry for entry in found if f"{entry.key}.".startswith(f"{key}.")]
+        if not under:
+            raise UserError(f"{where}: expected weights under the key {key}, found only {_keys(found)}.")
+        found = under
     kinds = [entry.kind for entry in found]
     # A file of nothing but weights does not say what they are: it is taken for the raw ones.
     wanted = which or ("ema" if "ema" in kinds else "raw")
     chosen = [entry for entry in found if (entry.kind or "raw") == wanted]
-    keys = ", ".join(entry.key or "the file itself" for entry in chosen or found)
     if not chosen:
         expected = {"ema": "a moving average (under a key with ema in it)", "raw": "raw weights"}[wanted]
-        raise UserError(f"{where}: expected {expected}, found only {keys}.")
+        raise UserError(f"{where}: expected {expected}, found only {_keys(found)}.")
     if len(chosen) > 1:
-        raise UserError(f"{where}: expected one model, found {len(chosen)}: {keys}.")
+        raise UserError(f"{where}: expected one model, found {len(chosen)}: {_keys(chosen)}; key says which.")
     return chosen[0]
+
+
+def _keys(found: list[_Found]) -> str:
+    return ", ".join(entry.key or "the file itself" for entry in found)
 
 
 def _bare(state: dict[str, Tensor], where: str) -> Weights:
@@ -310,6 +351,8 @@ def _bare(state: dict[str, Tensor], where: str) -> Weights:
                 raise UserError(
                     f"{where}: {pair[1]}: expected positive values, got {normalizer['std'].flatten().tolist()}."
                 )
+            if max(normalizer["mean"].max(), normalizer["std"].max()) > 2:  # of images in [0, 255], not in [0, 1]
+                normalizer = {kind: value.float() / 255 for kind, value in normalizer.items()}
         else:
             break
     for pair in NORMALIZERS:

@@ -28,6 +28,8 @@ from common.errors import UserError
 from common.files import damaged_record
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch.save wrote before PyTorch 1.6
+_NUMBERS = re.compile(r"<(f[248]|[iu][248]|c8|c16)|\|([iu]1|b1)")  # codes of NumPy's types
+_DEEPEST_MODULE = 20  # modules in modules of a pickled network
 SHOWN_NAMES = 5
 
 
@@ -52,6 +54,29 @@ class Foreign(dict):
         """What a pickle does with lists and sets of other programs."""
 
     extend = add = append
+
+
+class _ArrayType(Foreign):
+    """A NumPy type, by its code, such as <f4."""
+
+    def __init__(self, code: Any = "", *_: Any) -> None:
+        super().__init__()
+        self.code = f"{code}"
+
+    def __setstate__(self, state: Any) -> None:
+        self.code = f"{state[1]}{self.code}"
+
+
+class Array(Foreign):
+    """A NumPy array; `tensor` is None where it is of anything but plain numbers of most machines' byte order."""
+
+    tensor: Tensor | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, by_columns, values = state
+        if isinstance(kind, _ArrayType) and _NUMBERS.fullmatch(kind.code) and isinstance(values, bytes):
+            array = np.ndarray(shape, kind.code, bytearray(values), order="F" if by_columns else "C")
+            self.tensor = torch.from_numpy(array)
 
 
 def listed(problems: list[str]) -> str:
@@ -174,6 +199,10 @@ _NAMES = {
     ("torch._utils", "_rebuild_parameter_with_state"): _PARAMETER,
     ("torch._tensor", "_rebuild_from_type_v2"): _Known(_of_another_type),
     ("torch", "Size"): tuple,
+    ("numpy", "dtype"): _ArrayType,
+    ("numpy.core.multiarray", "_reconstruct"): Array,
+    ("numpy._core.multiarray", "_reconstruct"): Array,
+    ("_codecs", "encode"): _Known(lambda text, *_: str.encode(text, "latin1")),  # how bytes are in older pickles
     ("torch.storage", "UntypedStorage"): torch.uint8,
     **{("torch", f"{name}Storage"): getattr(torch, dtype) for name, dtype in _STORAGES.items()},
     **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
@@ -257,9 +286,13 @@ def modules_state(content: Foreign, above: tuple[Foreign, ...] = ()) -> dict[str
         not isinstance(content.state, dict)
         or not isinstance(content.state.get("_modules"), dict)
         or any(content is holder for holder in above)
+        or len(above) > _DEEPEST_MODULE
     ):
         return {}
     state, hidden = {}, content.state.get("_non_persistent_buffers_set", ())
+    for pair in (("mean", "std"), ("mu", "sigma")):  # of a normaliser that has them as plain attributes
+        values = [_three_numbers(content.state.get(name)) for name in pair]
+        state |= {} if any(value is None for value in values) else dict(zip(pair, values))
     for kind in ("_parameters", "_buffers"):
         values = content.state.get(kind) or {}
         state |= {name: v for name, v in values.items() if isinstance(v, Tensor) and name not in hidden}
@@ -268,3 +301,9 @@ def modules_state(content: Foreign, above: tuple[Foreign, ...] = ()) -> dict[str
             inner = modules_state(module, (*above, content))
             state |= {f"{name}.{key}": value for key, value in inner.items()}
     return state
+
+
+def _three_numbers(value: Any) -> Tensor | None:
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and 0 <= v <= 255 for v in value):
+        value = torch.tensor(value, dtype=torch.float32)
+    return value if isinstance(value, Tensor) and value.numel() == 3 else None

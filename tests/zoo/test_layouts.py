@@ -27,7 +27,7 @@ from zoo.description import NetworkDescription
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.meansparse import MeanSparse
-from zoo.reading import Foreign, _Unpickler
+from zoo.reading import Foreign, _Unpickler, modules_state
 from zoo.runs import load_trained
 
 State = dict[str, torch.Tensor]
@@ -71,6 +71,11 @@ def timm_checkpoint(model: nn.Module) -> Any:
     return {"epoch": 7, "arch": "x", "state_dict": zeros(state), "state_dict_ema": state, "version": 2, **rest}
 
 
+def arrays(state: State) -> dict[str, np.ndarray]:
+    """As NumPy holds them, matrices by their columns."""
+    return {name: np.array(value.numpy(), order="F") for name, value in state.items()}
+
+
 LAYOUTS: dict[str, Callable[[nn.Module], Any]] = {
     "timm's training state": timm_checkpoint,
     "MAE": lambda m: {"model": m.state_dict(), "optimizer": {}, "epoch": 3, "scaler": {}, "args": NAMESPACE},
@@ -89,6 +94,8 @@ LAYOUTS: dict[str, Callable[[nn.Module], Any]] = {
     "defaultdict": lambda m: {"net": collections.defaultdict(int, m.state_dict())},
     "whole module": lambda m: m,
     "whole module in a state": lambda m: {"model": nn.DataParallel(m), "epoch": 3},
+    "NumPy arrays": lambda m: {"net": arrays(m.state_dict()), "args": NAMESPACE, "curve": np.zeros((3, 3))},
+    "NumPy arrays beside": lambda m: {"net": m.state_dict(), "more": {"confusion": np.zeros((3, 3))}},
     "arguments beside the tensors": lambda m: {**m.state_dict(), "args": NAMESPACE},
 }
 
@@ -119,6 +126,38 @@ def test_normaliser_inside(tmp_path: Path, layout: Callable[[nn.Module], Any]) -
     model, path = network(), tmp_path / "w.ckpt"
     torch.save(layout(model), path)
     assert same(logits_of(path, "timm_resnet10t"), normalize_model(model, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)))
+
+
+class Attributes(nn.Module):
+    """A normaliser as many write it."""
+
+    def __init__(self, mean: Any, std: Any, names: tuple[str, str] = ("mean", "std")) -> None:
+        super().__init__()
+        vars(self).update(zip(names, (mean, std)))
+
+
+@pytest.mark.parametrize(
+    "normaliser",
+    [
+        lambda mean, std: Attributes(mean, std),
+        lambda mean, std: Attributes(tuple(mean), tuple(std), ("mu", "sigma")),
+        lambda mean, std: Attributes(torch.tensor(mean), torch.tensor(std)[:, None, None]),
+        lambda mean, std: torchvision.transforms.Normalize(mean, std),
+    ],
+)
+def test_whole_module_behind_a_normaliser_without_buffers(tmp_path: Path, normaliser: Callable[..., Any]) -> None:
+    model, path, statistics = network(), tmp_path / "w.pth", ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])
+    torch.save(nn.Sequential(normaliser(*statistics), model), path)
+    assert same(logits_of(path, "timm_resnet10t"), normalize_model(model, *statistics))
+    torch.save(nn.Sequential(normaliser(*statistics), nn.DataParallel(model)), path)
+    assert same(logits_of(path, "timm_resnet10t"), normalize_model(model, *statistics))
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.02), ([0.5], [0.5]), ("abc", "abc"), ([10**400] * 3, [1, 1, 1])])
+def test_other_attributes_are_no_normaliser(tmp_path: Path, values: tuple[Any, Any]) -> None:
+    model, path = network(), tmp_path / "w.pth"
+    torch.save(nn.Sequential(Attributes(*values), model), path)
+    assert same(logits_of(path, "timm_resnet10t"), model)
 
 
 def test_half_precision(tmp_path: Path) -> None:
@@ -347,6 +386,16 @@ def test_cycles_and_many_copies_end(tmp_path: Path) -> None:
     )  # deeper than anyone keeps weights
 
 
+def test_modules_in_modules_end() -> None:
+    content = Foreign()
+    content.__setstate__({"_modules": {}, "_parameters": {"weight": torch.rand(2, 2)}})
+    assert list(modules_state(content)) == ["weight"]
+    for _ in range(5000):
+        inner, content = content, Foreign()
+        content.__setstate__({"_modules": {"a": inner}})
+    assert modules_state(content) == {}
+
+
 def unpickled(opcodes: bytes, size: int = 16) -> Any:
     """What a pickle becomes that may ask for one storage, of `size` bytes."""
     return _Unpickler(io.BytesIO(b"\x80\x02" + opcodes + b"."), lambda *_: np.zeros(size, np.uint8)).load()
@@ -378,6 +427,21 @@ def test_no_more_memory_than_the_file_has() -> None:
             unpickled(b"ctorch._utils\n_rebuild_tensor\n(" + STORAGE + view + b"tR")
         with pytest.raises(RuntimeError, match="not resizable|overflowed"):
             unpickled(STORAGE + b"(" + STORAGE + view + b"tb")  # Tensor.__setstate__, which calls set_()
+
+
+def test_arrays_hold_bytes_of_their_own_and_plain_numbers(tmp_path: Path) -> None:
+    """`values` of another type would be memory that a number asks for, or more than is there."""
+    kind = b"cnumpy\ndtype\n(U\x02f4tR(K\x03U\x01<tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01(K\x02t%sK\x00%stb"
+    eight = b"c_codecs\nencode\n(X\x08\x00\x00\x00" + bytes(8) + b"U\x06latin1tR"
+    assert unpickled(array % (kind, eight)).tensor.tolist() == [0.0, 0.0]
+    objects = kind.replace(b"f4", b"O8").replace(b"<", b"|")
+    for other in (array % (kind, b"J\xff\xff\xff\x7f"), array % (objects, eight), array % (b"U\x03<f4", eight)):
+        assert unpickled(other).tensor is None
+    with pytest.raises(TypeError, match="too small"):
+        unpickled(array.replace(b"(K\x02t", b"(J\xff\xff\xff\x7ft") % (kind, eight))
+    with pytest.raises(TypeError):
+        unpickled(b"c_codecs\nencode\n(K\x01U\x06latin1tR")
 
 
 def test_storages_of_old_torch_are_those_of_the_file(tmp_path: Path) -> None:

@@ -217,6 +217,61 @@ def test_average_or_raw(which, key, factor):
     assert all(torch.equal(weights.network[name], value * factor) for name, value in state.items())
 
 
+def test_one_of_several_networks_by_its_key(tmp_path):
+    path, teacher, student = tmp_path / "w.pt", micro(1).state_dict(), micro(2).state_dict()
+    torch.save({"run": {"teacher": teacher, "student": {"model": zeros(student), "ema": student}}, "args": 3}, path)
+    for key, which, expected in (
+        ("run.teacher", None, teacher),
+        ("run.student", None, student),
+        ("run.student", "raw", zeros(student)),
+        ("run.student.ema", None, student),
+    ):
+        weights = read_weights(path, key=key, which=which)
+        assert weights.key.startswith(key) and all(torch.equal(weights.network[n], v) for n, v in expected.items())
+    for key in ("teacher", "run.teach", "args", ""):
+        with pytest.raises(UserError, match=f"expected weights under the key {key}, found only run.teacher, run.stud"):
+            read_weights(path, key=key)
+
+
+@pytest.mark.parametrize("average", [lambda p: {"shadow_params": list(p), "decay": 0.9}, lambda p: list(p)])
+def test_averages_as_lists(tmp_path, average):
+    """As torch_ema keeps them; statistics of batch normalisation are not in them, so the raw ones stay."""
+    raw, averaged = (get_new_model("resnet50", num_classes=2) for _ in range(2))
+    raw.bn1.running_mean.add_(1)
+    path = tmp_path / "w.pt"
+    torch.save({"model": prefixed(raw.state_dict(), "module."), "ema": average(averaged.parameters())}, path)
+    assert torch.equal(read_weights(path, which="raw").network["fc.bias"], raw.fc.bias)
+    if isinstance(average([]), list):  # of no known key: as if it were not there
+        assert read_weights(path).which == "raw"
+        return
+    weights = read_weights(path)
+    assert weights.which == "ema" and weights.key == "ema.shadow_params"
+    for name, value in (raw.state_dict() | dict(averaged.named_parameters())).items():
+        assert torch.equal(weights.network[name], value), name
+
+
+def test_a_list_that_fits_two_networks_is_no_average_of_either():
+    state = micro(1).state_dict()
+    lists = [{"shadow_params": values} for values in (list(state.values()), list(zeros(state).values()), [])]
+    with pytest.raises(UserError, match="expected one model, found 2: a, b;"):
+        parse_weights({"a": state, "b": zeros(state), "ema": lists[0]}, source="x")
+    content = dict(zip(("model", "ema_1", "ema_2", "ema_3"), [state, *lists]))
+    with pytest.raises(UserError, match="expected one model, found 2: ema_1.shadow_params, ema_2.shadow_params;"):
+        parse_weights(content, source="x")
+    weights = parse_weights(content, source="x", key="ema_2")
+    assert weights.which == "ema" and not any(value.any() for value in weights.network.values())
+
+
+@pytest.mark.parametrize("mean, std", [((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), ((0, 0, 0), (255,) * 3)])
+def test_normalisers_of_images_up_to_255(mean, std):
+    content = {"mean": torch.tensor(mean).float(), "std": torch.tensor(std).float()} | prefixed(state(), "model.")
+    target = normalize_model(micro(2)).double()
+    load_weights(target, parse_weights(content, source="x"), source="x")
+    bare, x = micro(1).double(), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    mean, std = (torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1) for values in (mean, std))
+    torch.testing.assert_close(target.eval()(x), bare.eval()((255 * x - mean) / std), rtol=0, atol=1e-5)
+
+
 def test_batch_norm_counters_are_weights(tmp_path):
     path = tmp_path / "w.pt"
     source, target = (get_new_model("resnet50", num_classes=2) for _ in range(2))
@@ -334,7 +389,11 @@ WRONG = {
     "noise": Wrong(lambda: np.random.default_rng(0).bytes(999), ("damaged or of another format",)),
     "pickle with code": Wrong(lambda: pickle.dumps(Evil(), protocol=2), ("Python objects or code", "open")),
     "whole model": Wrong(lambda: nn.Linear(2, 2), ("does not fit", "84 tensors expected, 2 found")),
-    "NumPy arrays": Wrong(lambda: {"head.fc.bias": np.zeros(4)}, ("no state dict", "a mapping with head.fc.bias")),
+    "NumPy arrays": Wrong(lambda: {"head.fc.bias": np.zeros(4)}, ("does not fit", "84 tensors expected, 1 found")),
+    "NumPy objects": Wrong(
+        lambda: {"head.fc.bias": np.array([None, Evil()])}, ("no state dict", "a mapping with head.fc.bias")
+    ),
+    "NumPy's other byte order": Wrong(lambda: {"bias": np.zeros(4, ">f4")}, ("no state dict", "a mapping with bias")),
     "ZIP of something else": Wrong(lambda: archive("clean.pt", "logs/aa.txt"), ("archive of other files", "clean.pt")),
     "TorchScript": Wrong(scripted, ("TorchScript", "state_dict")),
     "safetensors with a bad header": Wrong(
@@ -357,8 +416,15 @@ WRONG = {
     "numbers as names": Wrong(lambda: dict(enumerate(state().values())), ("the key 0",)),
     "EMA not there": Wrong(lambda: {"model": state()}, ("expected a moving average", "only model"), which="ema"),
     "EMA of a bare file": Wrong(state, ("expected a moving average", "the file itself"), which="ema"),
+    "EMA as a list of another network": Wrong(
+        lambda: {"model": state(), "ema": {"shadow_params": list(state().values())[1:]}},
+        ("expected a moving average", "only model"),
+        which="ema",
+    ),
     "raw not there": Wrong(lambda: {"ema": state()}, ("expected raw weights", "only ema"), which="raw"),
-    "two models": Wrong(lambda: {"model": state(), "state_dict": state()}, ("one model, found 2", "model, state_dict")),
+    "two models": Wrong(
+        lambda: {"model": state(), "state_dict": state()}, ("one model, found 2", "model, state_dict; key says which")
+    ),
     # weights of something else
     "other architecture": Wrong(
         lambda: state(arch="convnext_iso_micro"), ("does not fit", "instead of", "Do arch, not_original")
@@ -415,6 +481,16 @@ WRONG = {
     ),
     "normaliser with NaN": Wrong(lambda: normalizer(THREE * math.nan, THREE), ("normalize.mean is not finite",)),
     "division by zero": Wrong(lambda: normalizer(THREE, THREE * 0), ("normalize.std: expected positive values",)),
+    # more than anyone has memory for
+    "a head of 10^12 classes": Wrong(
+        lambda: changed(head__fc__weight=torch.zeros(1).expand(10**12, 112)),
+        ("at most 1073741824 numbers", "head.fc.weight, [1000000000000, 112]"),
+    ),
+    "positions of 10^10 patches": Wrong(
+        lambda: changed("vit_micro", pos_embed=torch.zeros(1).expand(1, 10**10 + 1, 128)),
+        ("at most 1073741824 numbers", "pos_embed"),
+        arch="vit_micro",
+    ),
     # position embeddings
     "positions of no square": Wrong(
         lambda: changed("vit_micro", pos_embed=torch.zeros(1, 60, 128)),
