@@ -26,6 +26,9 @@ class EvalModelConfig(NetworkDescription):
     updated: bool | None = flag(None, "1: convnext_iso with stem and width 432 [found in the weights]")
     num_classes: int | None = flag(None, "number of classes of the head [found in the weights]", at_least=2)
     use_blurpool: bool | None = flag(None, "1: trained with training.use_blurpool=1 [0]")
+    weights_key: str | None = flag(
+        None, "key of one network in a file with several [a moving average, else the only one]"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

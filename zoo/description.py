@@ -20,6 +20,7 @@ class NetworkDescription:
     updated: bool | None = None
     num_classes: int | None = None
     use_blurpool: bool | None = None
+    weights_key: str | None = None  # of a file with several networks: the key of one, by dots if nested
 
 
 @dataclass(frozen=True)

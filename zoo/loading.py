@@ -325,7 +325,7 @@ def _choose(found: list[_Found], content: Any, which: Which | None, key: str | N
         expected = {"ema": "a moving average (under a key with ema in it)", "raw": "raw weights"}[wanted]
         raise UserError(f"{where}: expected {expected}, found only {_keys(found)}.")
     if len(chosen) > 1:
-        raise UserError(f"{where}: expected one model, found {len(chosen)}: {_keys(chosen)}; key says which.")
+        raise UserError(f"{where}: expected one model, found {len(chosen)}: {_keys(chosen)}; weights_key says which.")
     return chosen[0]
 
 
@@ -352,7 +352,7 @@ def _bare(state: dict[str, Tensor], where: str) -> Weights:
                     f"{where}: {pair[1]}: expected positive values, got {normalizer['std'].flatten().tolist()}."
                 )
             if max(normalizer["mean"].max(), normalizer["std"].max()) > 2:  # of images in [0, 255], not in [0, 1]
-                normalizer = {kind: value.float() / 255 for kind, value in normalizer.items()}
+                normalizer = {kind: value / 255 for kind, value in normalizer.items()}
         else:
             break
     for pair in NORMALIZERS:

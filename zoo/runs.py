@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.files import read_json
 from common.provenance import PROVENANCE_KEY
 from data.transforms import INTERPOLATIONS
@@ -43,7 +43,7 @@ class TrainedModel:
     Attributes:
         path: the weights file.
         sha256: of its content.
-        description: the values of `DESCRIPTION` it was built with.
+        description: the values of `DESCRIPTION` it was built with, and `weights_key` if that was asked for.
         class_names: of its outputs, in order; None where the run does not say.
         preprocessing: what its images went through in validation.
         run: what its run says of it.
@@ -77,7 +77,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     for name, (section, _) in DESCRIPTION.items():
         value = getattr(asked, name)
         description[name] = run.get(section, {}).get(name, description.get(name)) if value is None else value
-    weights = read_weights(path)
+    weights = read_weights(path, key=asked.weights_key)
     if weights.normalizer is None and asked.add_normalization is not False:
         weights = replace(weights, normalizer=_normalizer(of_timm))
     by = "the flags, or the params.json beside the file" if run else "the flags"
@@ -93,8 +93,11 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
             "ask for it with add_normalization",
         )
     model = build_model(**description, global_pool=found.global_pool)
-    add_operators(model.model if has_normalizer(model) else model, weights.network)
+    with blame(str(path)):
+        add_operators(model.model if has_normalizer(model) else model, weights.network)
     load_weights(model, weights, source=path)
+    if asked.weights_key is not None:
+        description["weights_key"] = asked.weights_key
     return TrainedModel(
         model=model.eval(),
         path=path,

@@ -275,6 +275,8 @@ def test_two_copies_are_not_chosen_from(tmp_path: Path) -> None:
     torch.save({"std_model": network().state_dict(), "rob_model": network().state_dict(), "args": NAMESPACE}, path)
     with pytest.raises(UserError, match="expected one model, found 2: std_model, rob_model"):
         read_weights(path)
+    trained = load_trained(path, NetworkDescription(weights_key="rob_model"))
+    assert trained.description["weights_key"] == "rob_model" and read_weights(path, key="rob_model").key == "rob_model"
 
 
 @pytest.mark.parametrize("name", ["densenet161", "swin_small_patch4_window7_224"])

@@ -423,7 +423,8 @@ WRONG = {
     ),
     "raw not there": Wrong(lambda: {"ema": state()}, ("expected raw weights", "only ema"), which="raw"),
     "two models": Wrong(
-        lambda: {"model": state(), "state_dict": state()}, ("one model, found 2", "model, state_dict; key says which")
+        lambda: {"model": state(), "state_dict": state()},
+        ("one model, found 2", "model, state_dict; weights_key says which"),
     ),
     # weights of something else
     "other architecture": Wrong(
