@@ -11,8 +11,9 @@ import importlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,52 +108,58 @@ def attack_chunk(
     """
     with float32_matmul(tf32=False):
         logits = _logits(model, x.to(device))
-    if not torch.isfinite(logits).all():
-        raise UserError(
-            "eval.model_in: the network's logits are not finite on clean images; its accuracy means nothing."
-        )
-    check_classes(logits.shape[1], attacks)
-    clean_pred = logits.argmax(dim=1).cpu()
-    standing = clean_pred == y
-    broken_by = ["" if right else "clean" for right in standing.tolist()]
-    x_adv, seconds = x.clone(), dict.fromkeys(attacks, 0.0)
-    suspects = torch.zeros_like(standing)
-    settings: dict[str, Any] = {
-        "norm": norm,
-        "eps": eps,
-        "seed": seed,
-        "device": device,
-        "num_classes": logits.shape[1],
-    }
+        if not torch.isfinite(logits).all():
+            raise UserError(
+                "eval.model_in: the network's logits are not finite on clean images; its accuracy means nothing."
+            )
+        check_classes(logits.shape[1], attacks)
+        clean_pred = logits.argmax(dim=1).cpu()
+        broken_by = ["" if right else "clean" for right in (clean_pred == y).tolist()]
+        verdicts = Verdicts(clean_pred, broken_by, x.clone(), dict.fromkeys(attacks, 0.0))
+        settings = {"norm": norm, "eps": eps, "seed": seed, "device": device, "num_classes": logits.shape[1]}
+        run = partial(_run_attacks, model, x, y, verdicts, attacks=attacks, settings=settings, progress=progress)
+        suspects = run(fast, range(len(x)))
+        rejoined = [i for i in sorted(suspects) if not broken_by[i]]
+        if rejoined:
+            run(None, rejoined)
+    return replace(verdicts, rejoined=len(rejoined))
 
-    def run(attacked: nn.Module, among: Tensor, *, tf32: bool, is_copy: bool) -> None:
-        engine = standard_autoattack(attacked, **settings)
-        for name in attacks:
-            places = (standing & among).nonzero().flatten()
-            if len(places) == 0:
-                return
-            if progress is not None:
-                progress(name)
-            begin = time.perf_counter()
-            with float32_matmul(tf32=tf32):
-                found = perturb(engine, name, x[places].to(device), y[places].to(device), seed=seed)
-                fooled = is_copy and _logits(attacked, found).argmax(dim=1).cpu() != y[places]
-            wrong = _logits(model, found).argmax(dim=1).cpu() != y[places]  # waits for the GPU
-            seconds[name] += time.perf_counter() - begin
-            suspects[places] |= fooled & ~wrong
-            x_adv[places[wrong]] = found.cpu()[wrong]
-            standing[places[wrong]] = False
-            for i in places[wrong].tolist():
-                broken_by[i] = name
 
-    with float32_matmul(tf32=False):
-        if fast is None:
-            run(model, standing.clone(), tf32=False, is_copy=False)
-        else:
-            run(fast.model, standing.clone(), tf32=fast.tf32, is_copy=True)
-            suspects &= standing
-            run(model, suspects, tf32=False, is_copy=False)
-    return Verdicts(clean_pred, broken_by, x_adv, seconds, int(suspects.sum()))
+def _run_attacks(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    verdicts: Verdicts,
+    fast: FastCopy | None,
+    among: Sequence[int],
+    *,
+    attacks: Sequence[str],
+    settings: Mapping[str, Any],
+    progress: Callable[[str], None] | None,
+) -> set[int]:
+    """Attack the fast copy, or the network where there is none, and note in `verdicts` what the network takes for broken.
+
+    Only images whose places are in `among` are attacked. Returns the places of those that fooled the copy and not the network.
+    """
+    attacked, tf32 = (model, False) if fast is None else (fast.model, fast.tf32)
+    engine, device, suspects = standard_autoattack(attacked, **settings), settings["device"], set()
+    for name in attacks:
+        places = torch.tensor([i for i in among if not verdicts.broken_by[i]], dtype=torch.int64)
+        if len(places) == 0:
+            break
+        if progress is not None:
+            progress(name)
+        begin = time.perf_counter()
+        with float32_matmul(tf32=tf32):
+            found = perturb(engine, name, x[places].to(device), y[places].to(device), seed=settings["seed"])
+            fooled = fast is not None and _logits(attacked, found).argmax(dim=1).cpu() != y[places]
+        wrong = _logits(model, found).argmax(dim=1).cpu() != y[places]  # waits for the GPU
+        verdicts.attack_seconds[name] += time.perf_counter() - begin
+        suspects.update(places[fooled & ~wrong].tolist())
+        verdicts.x_adv[places[wrong]] = found.cpu()[wrong]
+        for i in places[wrong].tolist():
+            verdicts.broken_by[i] = name
+    return suspects
 
 
 def check_classes(num_classes: int, attacks: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -16,19 +15,6 @@ from common.processes import local_rank, under_torchrun
 from evaluation.config import EvalAttackConfig
 
 GPU_POLL_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place where one worker process runs.
-
-    Attributes:
-        device: "cpu" or "cuda:<n>".
-        threads: of the process on a CPU.
-    """
-
-    device: str
-    threads: int
 
 
 def gpus_in_question(settings: EvalAttackConfig) -> list[int]:
@@ -56,10 +42,10 @@ def gpus_in_question(settings: EvalAttackConfig) -> list[int]:
     return asked
 
 
-def find_slots(settings: EvalAttackConfig, *, chunks: int) -> list[Slot]:
-    """The worker processes of this process, at most `chunks`: one for each GPU (with eval.gpus=auto for each free one).
+def find_devices(settings: EvalAttackConfig, *, chunks: int) -> list[str]:
+    """The device of each worker of this process, at most `chunks`: every GPU (with eval.gpus=auto every free one) as "cuda:<n>".
 
-    On the CPU as many as cores and `eval.threads` allow; under torchrun one.
+    On the CPU "cpu", as often as cores and `eval.threads` allow; under torchrun once.
 
     Raises:
         UserError: a GPU that is not there, or none free.
@@ -68,10 +54,10 @@ def find_slots(settings: EvalAttackConfig, *, chunks: int) -> list[Slot]:
     if not gpus:
         cores = len(os.sched_getaffinity(0))
         count = 1 if under_torchrun() else settings.workers or max(1, cores // settings.threads)
-        return [Slot("cpu", settings.threads)] * min(count, chunks)
+        return ["cpu"] * min(count, chunks)
     if settings.gpus == "auto" and not under_torchrun():
         gpus = _wait_for_free(settings, gpus)
-    return [Slot(f"cuda:{number}", 1) for number in gpus][:chunks]
+    return [f"cuda:{number}" for number in gpus[:chunks]]
 
 
 def _wait_for_free(settings: EvalAttackConfig, gpus: list[int]) -> list[int]:
@@ -103,16 +89,13 @@ def free_gpus(visible: list[str], max_load: float, max_memory: float) -> list[in
     import GPUtil  # needs distutils, so only where it is used
 
     try:
-        state = {_bare(gpu.uuid): gpu for gpu in GPUtil.getGPUs()}
+        listed = GPUtil.getGPUs()
     except (ValueError, IndexError, ZeroDivisionError) as error:  # GPUtil takes every line for a GPU, also a complaint
         print(f"warning: eval.gpus: nvidia-smi does not say which GPUs are free ({error}); all count.", file=sys.stderr)
-        state = {}
-
-    def is_free(uuid: str) -> bool:
-        gpu = state.get(_bare(uuid))
-        return gpu is None or not (gpu.load > max_load or gpu.memoryUtil > max_memory)  # NaN is never above
-
-    return [number for number, uuid in enumerate(visible) if is_free(uuid)]
+        listed = []
+    # What is not known is NaN, which is never above.
+    busy = {_bare(gpu.uuid) for gpu in listed if gpu.load > max_load or gpu.memoryUtil > max_memory}
+    return [number for number, uuid in enumerate(visible) if _bare(uuid) not in busy]
 
 
 def _uuids(gpus: list[int]) -> list[str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.files import write_atomically
@@ -18,15 +15,8 @@ from common.files import write_atomically
 MOST_SHOWN = 8
 
 
-def _plain_text(draw: Callable[..., None]) -> Callable[..., None]:
-    """Names are drawn as they are; matplotlib would take `$` for mathematics."""
-
-    @functools.wraps(draw)
-    def drawn(*arguments: Any, **options: Any) -> None:
-        with matplotlib.rc_context({"text.parse_math": False}):
-            draw(*arguments, **options)
-
-    return drawn
+# A decorator: names are drawn as they are; matplotlib would take `$` for mathematics.
+_plain_text = matplotlib.rc_context({"text.parse_math": False})
 
 
 @_plain_text
@@ -37,13 +27,10 @@ def draw_accuracy(path: Path, curves: Mapping[str, Mapping[str, float]]) -> None
         path: the PNG to write.
         curves: name → attack → share of the images.
     """
-    height = 3.4 + 0.22 * len(curves)
-    figure = Figure(figsize=(7, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(7, 3.4 + 0.22 * len(curves)), layout="constrained")
     axes = figure.subplots()
     for number, curve in enumerate(curves.values()):
-        marker = "os^Dv*P"[number % 7]
-        axes.plot(list(curve), [100 * share for share in curve.values()], marker=marker)
+        axes.plot(list(curve), [100 * share for share in curve.values()], marker="os^Dv*P"[number % 7])
     if len(curves) == 1:
         for place, share in enumerate(curve.values()):
             axes.annotate(f"{100 * share:.1f}", (place, 100 * share), (0, 6), textcoords="offset points", ha="center")
@@ -80,7 +67,6 @@ def draw_examples(
         rows.append((name, x_adv[:count], [broken or "withstood" for broken in broken_by], True))
         rows.append(("difference", magnified, [f"±{d:.3g}" if d > 0 else "" for d in largest.flatten()], False))
     figure = Figure(figsize=(1.3 * count + 1.2, 1.55 * len(rows) + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=9)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for axes_row, (name, images, texts, are_verdicts) in zip(grid, rows):

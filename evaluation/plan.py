@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from attacks.norms import check_radius
 from common.errors import UserError, blame
 from common.provenance import installed_version
 from evaluation.autoattack import check_classes, package_name
-from evaluation.config import ATTACKS, EvalConfig, EvalModelConfig, ModelEntry
+from evaluation.config import ATTACKS, EvalAttackConfig, EvalConfig, EvalModelConfig, ModelEntry
 from evaluation.images import ImageList, open_images
 from zoo.description import Preprocessing, RunFacts
 from zoo.names import Located, locate
@@ -41,7 +42,6 @@ class Evaluation:
         norm, eps: threat model.
         preprocessing: what images go through; with its `img_size`.
         run: what the network's run says of it.
-        attacks: names, in order.
         n: number of images.
         batch_size: images of a chunk.
         folder: of its state and report.
@@ -58,7 +58,6 @@ class Evaluation:
     eps: float
     preprocessing: Preprocessing
     run: RunFacts
-    attacks: tuple[str, ...]
     n: int
     batch_size: int
     folder: Path
@@ -68,6 +67,11 @@ class Evaluation:
     def img_size(self) -> int:
         """Image side in pixels."""
         return self.preprocessing.img_size
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """The same for all threat models of a network at one size."""
+        return self.network, self.img_size
 
     @property
     def chunks(self) -> int:
@@ -83,21 +87,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """All evaluations of one call, the folder that holds theirs, the images by network, and sentences for the user."""
+    """All evaluations of one call, the folder that holds theirs, and the images by network."""
 
     evaluations: list[Evaluation]
     root: Path
     images: Mapping[str, ImageList]
-    notes: list[str]
 
 
 def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
     """Every network × image size × norm, in that order. Each network is loaded, and tried at each size, on the CPU.
 
+    Prints what images go through, and what a user should know of a network.
+
     Raises:
         UserError: what would stop the evaluation later: weights, images, image sizes.
     """
-    if config.eval.precision == "tf32" and not on_gpu:
+    settings = config.eval
+    if settings.precision == "tf32" and not on_gpu:
         raise UserError(
             "eval.precision: TensorFloat-32 needs a GPU, and this evaluation runs on the CPU; expected fp32."
         )
@@ -105,39 +111,28 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
     with blame("eval.model_in"):
         located = [locate(entry.model_in) for entry in entries]
     paths = [found.path for found in located]
-    names = network_names(entries, located)
-    root = Path(config.eval.out) if config.eval.out else default_folder(paths)
-    open_for = image_lists(config)
-    by_network: dict[str, ImageList] = {}
-    evaluations: list[Evaluation] = []
-    notes: list[str] = []
-    for entry, found, name in zip(entries, located, names):
+    plan = Plan([], Path(settings.out) if settings.out else default_folder(paths), {})
+    open_for, numbers = image_lists(config), _numbers(settings, on_gpu=on_gpu)
+    for entry, found, name in zip(entries, located, network_names(entries, located)):
         with blame("eval.model_in"):
             trained = load_trained(found.path, found.describe(entry.model))
-        by_network[name] = open_for(trained.description["num_classes"], trained.class_names)
-        folder = root / folder_name(name)
-        notes += [f"{name}: {note}" for note in trained.notes]
-        own = found.preprocessing or trained.preprocessing
-        evaluations += _plan_network(config, name, trained, own, found.published, by_network[name], folder, on_gpu)
-    return Plan(evaluations, root, by_network, notes)
+        check_classes(trained.description["num_classes"], settings.chosen)
+        plan.images[name] = open_for(trained.description["num_classes"], trained.class_names)
+        plan.evaluations.extend(_plan_network(settings, name, found, trained, plan, numbers))
+        for note in trained.notes:
+            print(f"warning: {name}: {note} (--model.add_normalization=1).", file=sys.stderr)
+    for text in dict.fromkeys(f"{e.network}: {e.preprocessing}" for e in plan.evaluations):
+        print(text, file=sys.stderr)
+    return plan
 
 
 def _plan_network(
-    config: EvalConfig,
-    name: str,
-    trained: TrainedModel,
-    own: Preprocessing,
-    published: Published | None,
-    images: ImageList,
-    folder: Path,
-    on_gpu: bool,
+    settings: EvalAttackConfig, name: str, found: Located, trained: TrainedModel, plan: Plan, numbers: Mapping[str, Any]
 ) -> Iterator[Evaluation]:
-    """The evaluations of one network."""
-    settings = config.eval
+    """The evaluations of one network; `numbers` completes their identities."""
+    images, own = plan.images[name], found.preprocessing or trained.preprocessing
     version = {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(settings.chosen, "+".join(settings.chosen))
-    image_size = images.common_size() if published is not None and len(images) > 1 else None
-    check_classes(trained.description["num_classes"], settings.chosen)
-    network = {"sha256": trained.sha256, **trained.description}
+    image_size = images.common_size() if found.published is not None and len(images) > 1 else None
     for size in settings.img_size or (own.img_size,):
         used = replace(own, img_size=size, crop_pct=settings.crop_pct or own.crop_pct)
         if settings.crop_pct is not None:
@@ -145,28 +140,56 @@ def _plan_network(
         if used != own:
             used = replace(used, source="the flags")
         try_size(trained.model, size, name=name)
-        pixels = images.probe(used)
-        data = {"images": images.digest(), "n": len(images), "img_size": size, "pixels": pixels}
+        data = {"images": images.digest(), "n": len(images), "img_size": size, "pixels": images.probe(used)}
+        transform = {"resize": used.interpolation, "crop_pct": used.crop_pct}
+        if used.crop_mode != "center":
+            transform["crop_mode"] = used.crop_mode
         for norm, eps in zip(settings.norms, settings.eps):
             with blame("eval.eps"):
                 check_radius(norm, eps, size=size)
+            folder = f"{norm}_{show_eps(eps).replace('/', 'of')}_{size}px_n{len(images)}_{version}"
             yield Evaluation(
                 network=name,
                 weights=trained.path,
                 description=EvalModelConfig(**trained.description),
                 class_names=trained.class_names,
                 image_size=image_size,
-                published=published,
+                published=found.published,
                 norm=norm,
                 eps=eps,
                 preprocessing=used,
                 run=trained.run,
-                attacks=settings.chosen,
                 n=len(images),
                 batch_size=settings.batch_size,
-                folder=folder / f"{norm}_{show_eps(eps).replace('/', 'of')}_{size}px_n{len(images)}_{version}",
-                identity={"network": network, "data": data, **_numbers(config, norm, eps, used, on_gpu=on_gpu)},
+                folder=plan.root / folder_name(name) / folder,
+                identity={
+                    "network": {"sha256": trained.sha256, **trained.description},
+                    "data": data,
+                    "transform": transform,
+                    **numbers,
+                    "attack": {"norm": norm, "eps": eps, **numbers["attack"]},
+                },
             )
+
+
+def _numbers(settings: EvalAttackConfig, *, on_gpu: bool) -> dict[str, Any]:
+    """What all verdicts of a call depend on: the attack, the arithmetic, the packages."""
+    package = package_name()
+    return {
+        "attack": {
+            "seed": settings.seed,
+            "attacks": list(settings.chosen),
+            "batch_size": settings.batch_size,
+            "engine": f"{package} {installed_version(package) or '(unknown version)'}",
+        },
+        "arithmetic": {
+            "precision": settings.precision,
+            "compile": settings.compile,
+            "channels_last": on_gpu if settings.channels_last is None else settings.channels_last,
+            **({"device": "cuda"} if on_gpu else {"device": "cpu", "threads": settings.threads}),
+        },
+        "versions": {name: installed_version(name) for name in PACKAGES},
+    }
 
 
 def default_folder(paths: Sequence[Path]) -> Path:
@@ -192,7 +215,8 @@ def open_planned_images(config: EvalConfig, evaluations: Sequence[Evaluation]) -
     """
     open_for, by_network = image_lists(config), {}
     for evaluation in evaluations:
-        by_network[evaluation.network] = images = open_for(evaluation.description.num_classes, evaluation.class_names)
+        images = open_for(evaluation.description.num_classes, evaluation.class_names)
+        by_network[evaluation.network] = images
         if images.digest() != evaluation.identity["data"]["images"]:
             raise UserError(f"data.val_dataset: {config.data.val_dataset} is not the same on all machines.")
     return by_network
@@ -257,34 +281,3 @@ def show_eps(eps: float) -> str:
     """eps as a small multiple of 1/255 where it is one, else as a number."""
     steps = eps * 255
     return f"{steps:.0f}/255" if steps < 32.5 and abs(steps - round(steps)) < 1e-6 else f"{eps:g}"
-
-
-def engine_version() -> str:
-    """The AutoAttack package in use and its version."""
-    name = package_name()
-    return f"{name} {installed_version(name) or '(unknown version)'}"
-
-
-def _numbers(config: EvalConfig, norm: str, eps: float, used: Preprocessing, *, on_gpu: bool) -> dict[str, Any]:
-    """What else verdicts depend on: the attack, the arithmetic, the packages."""
-    settings = config.eval
-    device = {"device": "cuda"} if on_gpu else {"device": "cpu", "threads": settings.threads}
-    return {
-        "transform": {"resize": used.interpolation, "crop_pct": used.crop_pct}
-        | ({} if used.crop_mode == "center" else {"crop_mode": used.crop_mode}),
-        "attack": {
-            "norm": norm,
-            "eps": eps,
-            "seed": settings.seed,
-            "attacks": list(settings.chosen),
-            "batch_size": settings.batch_size,
-            "engine": engine_version(),
-        },
-        "arithmetic": {
-            "precision": settings.precision,
-            "compile": settings.compile,
-            "channels_last": on_gpu if settings.channels_last is None else settings.channels_last,
-            **device,
-        },
-        "versions": {name: installed_version(name) for name in PACKAGES},
-    }

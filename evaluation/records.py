@@ -17,23 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import UserError, blame
-from common.files import set_aside, take_folder, write_atomically
+from common.files import set_aside, take_folder, writable, write_atomically
 
 SHOWN_DIFFERENCES = 6
+NOTHING = "nothing"  # in the place of a value that one of two identities lacks
 # What a record must hold to count as one; those of `LISTS` an entry for each image.
 LISTS = ("positions", "labels", "clean_pred", "broken_by")
-RECORD_KEYS = {
-    "chunk",
-    "unreadable",
-    "attack_seconds",
-    "rejoined",
-    "check",
-    "images_kept",
-    "seconds",
-    "started",
-    "device",
-    *LISTS,
-}
+RECORD_KEYS = {*LISTS, "chunk", "unreadable", "attack_seconds", "rejoined", "check", "images_kept"}
+RECORD_KEYS |= {"seconds", "started", "device"}
 
 
 class StateFolder:
@@ -50,7 +41,7 @@ class StateFolder:
         Raises:
             UserError: another run is using it, it holds another evaluation, or it cannot be written.
         """
-        try:
+        with writable("eval.out", self.folder):
             self._chunks.mkdir(parents=True, exist_ok=True)
             with blame("eval.out"):
                 self._lock = take_folder(self.folder)
@@ -61,8 +52,6 @@ class StateFolder:
                 self._compare(file, identity)
             else:
                 write_atomically(file, lambda f: f.write(json.dumps(identity, indent=2).encode()))
-        except OSError as error:
-            raise UserError(f"eval.out: cannot write to {self.folder} ({error.strerror or error}).") from error
 
     def close(self) -> None:
         """Let other runs use the folder."""
@@ -72,10 +61,14 @@ class StateFolder:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Keep the record of a finished chunk. Raises OSError where it cannot be written."""
-        write_atomically(self._record_file(record["chunk"]), lambda f: f.write(json.dumps(record).encode()))
+        file = self._chunks / f"{record['chunk']:05d}.json"
+        write_atomically(file, lambda f: f.write(json.dumps(record).encode()))
 
-    def read(self, chunks: int) -> dict[int, dict[str, Any]]:
-        """The records by chunk, of `chunks`. One that cannot be read is renamed, with a warning, and its chunk is open again."""
+    def read(self, chunks: int, *, with_images: bool = False) -> dict[int, dict[str, Any]]:
+        """The records by chunk, of `chunks`. One that cannot be read is renamed, with a warning, and its chunk is open again.
+
+        So is, `with_images`, a chunk whose adversarial images were not kept.
+        """
         records = {}
         for file in sorted(self._chunks.glob("*.json")):
             try:
@@ -88,15 +81,14 @@ class StateFolder:
                     file=sys.stderr,
                 )
                 continue
-            records[record["chunk"]] = record
+            kept, shown = record["images_kept"], len(record["positions"])
+            if not with_images or not shown or (kept == shown and self.images_file(record["chunk"]).exists()):
+                records[record["chunk"]] = record
         return records
 
     def images_file(self, chunk: int) -> Path:
         """Where a chunk's adversarial images go."""
         return self._chunks / f"{chunk:05d}.npz"
-
-    def _record_file(self, chunk: int) -> Path:
-        return self._chunks / f"{chunk:05d}.json"
 
     def _compare(self, file: Path, identity: Mapping[str, Any]) -> None:
         try:
@@ -106,16 +98,14 @@ class StateFolder:
                 f"eval.out: {file} is damaged ({error}); give another eval.out, or remove the folder."
             ) from error
         found, wanted = _flat(there), _flat(json.loads(json.dumps(identity)))  # as JSON has it: tuples are lists
-        pairs = {name: (found.get(name, "nothing"), wanted.get(name, "nothing")) for name in {**found, **wanted}}
-        names = [name for name, (old, new) in pairs.items() if old != new]
-        if not names:
-            return
-        shown = "; ".join("{}: {} there, {} here".format(n, *pairs[n]) for n in names[:SHOWN_DIFFERENCES])
-        more = f"; and {len(names) - SHOWN_DIFFERENCES} more" if len(names) > SHOWN_DIFFERENCES else ""
-        raise UserError(
-            f"eval.out: {self.folder} holds another evaluation, whose chunks cannot be mixed with this one's. What differs: "
-            f"{shown}{more}. Give another eval.out."
-        )
+        differ = [name for name in {**found, **wanted} if found.get(name, NOTHING) != wanted.get(name, NOTHING)]
+        if differ:
+            texts = [f"{n}: {found.get(n, NOTHING)} there, {wanted.get(n, NOTHING)} here" for n in differ]
+            more = f"; and {len(texts) - SHOWN_DIFFERENCES} more" if len(texts) > SHOWN_DIFFERENCES else ""
+            raise UserError(
+                f"eval.out: {self.folder} holds another evaluation, whose chunks cannot be mixed with this one's. What differs: "
+                f"{'; '.join(texts[:SHOWN_DIFFERENCES])}{more}. Give another eval.out."
+            )
 
 
 def _check(record: Any, stem: str, chunks: int) -> None:

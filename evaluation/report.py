@@ -8,14 +8,17 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
-from common.files import write_atomically
+from common.errors import UserError
+from common.files import read_json, writable, write_atomically
 from common.provenance import provenance
 from common.tables import markdown_table
 from evaluation.config import ATTACKS, EvalConfig
@@ -31,7 +34,7 @@ AT_CHANCE, NEAR_CHANCE = (
     0.05,
     0.1,
 )  # guessing reaches it with at least this probability, and is at most this share below
-CSV_HEAD = ("index", "path", "label", "clean_pred", "broken_by")
+NEEDED = {"robust_ci95", "chunks", "ci", "run", "published"}  # of a report, for it not to be made again
 
 Record = Mapping[str, Any]
 
@@ -51,50 +54,49 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         restarts included; `worker_seconds`, `gpu_seconds`: summed over workers.
     """
     broken_by = [broken for record in records for broken in record["broken_by"]]
-    n, standing = len(broken_by), sum(broken != "clean" for broken in broken_by)
-    clean, acc_after = standing / n, {}
-    for attack in evaluation.attacks:
+    n, points, identity = len(broken_by), config.eval.ci, evaluation.identity
+    if not n:
+        raise UserError(f"data.val_dataset: none of the {evaluation.n} images of {evaluation} can be decoded.")
+    standing = sum(broken != "clean" for broken in broken_by)
+    clean, acc_after, attack_seconds = standing / n, {}, {}
+    for attack in identity["attack"]["attacks"]:
         standing -= broken_by.count(attack)
         acc_after[attack] = standing / n
-    if config.eval.ci:
-        interval = anytime_interval(standing, n, points=config.eval.ci)
+        attack_seconds[attack] = round(sum(record["attack_seconds"].get(attack, 0.0) for record in records), 2)
+    if points:
+        interval = anytime_interval(standing, n, points=points)
     else:
         interval = binomtest(standing, n).proportion_ci(0.95, method="wilson")
-    checks = [(record, record["check"]) for record in records if record["check"]]
-    failed = {name: [r["positions"][i] for r, check in checks for i in check[name]] for name in CHECKS}
+    checks = [(record["positions"], record["check"]) for record in records if record["check"]]
     ranges = [check["pixel_range"] for _, check in checks]
-    worker_seconds = sum(record["seconds"] for record in records)
-    gpu_seconds = sum(record["seconds"] for record in records if record["device"] != "cpu")
+    on_gpu = [record["seconds"] for record in records if record["device"] != "cpu"]
     return {
-        "network": {"name": evaluation.network, "weights": str(evaluation.weights), **evaluation.identity["network"]},
-        "data": {"val_dataset": config.data.val_dataset, **evaluation.identity["data"]}
+        "network": {"name": evaluation.network, "weights": str(evaluation.weights), **identity["network"]},
+        "data": {"val_dataset": config.data.val_dataset, **identity["data"]}
         | {"unreadable": [name for record in records for name in record["unreadable"]]},
-        "transform": {**evaluation.identity["transform"], "from": evaluation.preprocessing.source},
+        "transform": {**identity["transform"], "from": evaluation.preprocessing.source},
         "run": asdict(evaluation.run),
-        **evaluation.identity["attack"],
+        **identity["attack"],
         "n": n,
         "clean_acc": clean,
         "acc_after": acc_after,
         "robust_acc": standing / n,
         "robust_ci95": [float(bound) for bound in interval],
-        "interval": METHOD if config.eval.ci else "Wilson",
+        "interval": METHOD if points else "Wilson",
         "chunks": len(records),
-        "ci": config.eval.ci,
+        "ci": points,
         "max_perturbation": max(check["max_perturbation"] for _, check in checks),
         "pixel_range": [min(low for low, _ in ranges), max(high for _, high in ranges)],
-        "check": failed,
+        "check": {name: [positions[i] for positions, check in checks for i in check[name]] for name in CHECKS},
         "images_kept": sum(record["images_kept"] for record in records),
         "rejoined": sum(record["rejoined"] for record in records),
         "seconds": round(_covered([(r["started"], r["started"] + r["seconds"]) for r in records]), 2),
-        "worker_seconds": round(worker_seconds, 2),
-        "gpu_seconds": round(gpu_seconds, 2),
-        "attack_seconds": {
-            attack: round(sum(record["attack_seconds"].get(attack, 0.0) for record in records), 2)
-            for attack in evaluation.attacks
-        },
+        "worker_seconds": round(sum(record["seconds"] for record in records), 2),
+        "gpu_seconds": round(sum(on_gpu), 2),
+        "attack_seconds": attack_seconds,
         "devices": dict(Counter(record["device"] for record in records)),
-        "arithmetic": evaluation.identity["arithmetic"],
-        "versions": evaluation.identity["versions"],
+        "arithmetic": identity["arithmetic"],
+        "versions": identity["versions"],
         "provenance": provenance(),
     }
 
@@ -131,7 +133,7 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -
     differs = [model.unlike] if model.unlike else []
     if all(model.autoattack(evaluation.norm, evaluation.eps, size) is None for size in model.results):
         differs.append(f"{evaluation.norm} {show_eps(evaluation.eps)} instead of Linf 4/255")
-    if missing := [attack for attack in ATTACKS if attack not in evaluation.attacks]:
+    if missing := [attack for attack in ATTACKS if attack not in report["attacks"]]:
         differs.append(f"without {', '.join(missing)}")
     planned, shown = evaluation.identity["data"], report["n"] + len(report["data"]["unreadable"])
     if planned["images"] != listed.get(planned["n"], ""):
@@ -184,11 +186,20 @@ def write_evaluation(
     return report
 
 
+def read_report(evaluation: Evaluation, *, chunks: int, ci: float | None) -> dict[str, Any] | None:
+    """The report that `write_evaluation` left of so many chunks, with the same `eval.ci`; None where it has to be made (again)."""
+    with suppress(UserError):
+        report = read_json(evaluation.folder / "report.json") or {}
+        whole = NEEDED <= report.keys() and (evaluation.folder / "verdicts.csv").exists()
+        return report if whole and (report["chunks"], report["ci"]) == (chunks, ci) else None
+    return None
+
+
 def verdicts_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
     """One line an image: position, path, label, prediction without attack, and what broke it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_HEAD)
+    writer.writerow(["index", "path", "label", "clean_pred", "broken_by"])
     for record in records:
         for position, *verdict in zip(*(record[key] for key in ("positions", "labels", "clean_pred", "broken_by"))):
             writer.writerow([position, keys[position], *verdict])
@@ -222,30 +233,44 @@ def text_log(report: Mapping[str, Any], records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_overview(
+    evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]], root: Path, *, save_adv: bool
+) -> None:
+    """Write table.md, summary.json and accuracy.png over all evaluations into `root`; print the table, and what to know of it.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    joint = unions(evaluations, reports)
+    table = results_table(evaluations, reports, joint)
+    with writable("eval.out", root):
+        write_json(root / "summary.json", {"evaluations": reports, "unions": joint})
+        write_text(root / "table.md", table + "\n")
+        draw_accuracy(root / "accuracy.png", {str(e): curve(r) for e, r in zip(evaluations, reports)})
+    print(table)
+    for evaluation, report in zip(evaluations, reports):
+        if text := comparison_text(report):
+            print(text)
+        for text in warnings_of(report, save_adv=save_adv):
+            print(f"warning: {evaluation}: {text}.", file=sys.stderr)
+    print(f"reports: {root}")
+
+
 def unions(evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each network and size with several norms: accuracy under the union of its threat models.
 
     An image counts where it withstood the attacks of every norm.
     """
-    groups: dict[tuple[str, int], list[int]] = {}
-    for i, evaluation in enumerate(evaluations):
-        groups.setdefault((evaluation.network, evaluation.img_size), []).append(i)
     found = []
-    for (network, size), members in groups.items():
-        if len(members) < 2:
-            continue
-        survivors = [_survivors(evaluations[i].folder / "verdicts.csv") for i in members]
-        first = reports[members[0]]
-        found.append(
-            {
-                "network": network,
-                "img_size": size,
-                "norms": [evaluations[i].norm for i in members],
-                "n": first["n"],
-                "clean_acc": first["clean_acc"],
-                "robust_acc": len(set.intersection(*survivors)) / first["n"],
-            }
-        )
+    for (network, size), group in groupby(zip(evaluations, reports), key=lambda pair: pair[0].group):
+        members, of_group = zip(*group)
+        if len(members) > 1:
+            survivors = [_survivors(evaluation.folder / "verdicts.csv") for evaluation in members]
+            n, clean = of_group[0]["n"], of_group[0]["clean_acc"]
+            found.append(
+                {"network": network, "img_size": size, "norms": [evaluation.norm for evaluation in members], "n": n}
+                | {"clean_acc": clean, "robust_acc": len(set.intersection(*survivors)) / n}
+            )
     return found
 
 
@@ -253,22 +278,16 @@ def results_table(
     evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]], joint: Sequence[Mapping[str, Any]]
 ) -> str:
     """A Markdown table: a row for each evaluation, and one for each union."""
-    attacks = evaluations[0].attacks
     rows = []
     for evaluation, report in zip(evaluations, reports):
         low, high = report["robust_ci95"]
-        rows.append(
-            _row(evaluation.network, evaluation.img_size, evaluation.norm, show_eps(evaluation.eps), report)
-            | {attack: percent(report["acc_after"][attack]) for attack in attacks}
-            | {"robust": percent(report["robust_acc"]), "95 %": f"{100 * low:.1f} – {100 * high:.1f}"}
-            | {"hours": f"{report['worker_seconds'] / 3600:.2f}"}
-        )
+        interval, hours = f"{100 * low:.1f} – {100 * high:.1f}", f"{report['worker_seconds'] / 3600:.2f}"
+        after = {attack: percent(share) for attack, share in report["acc_after"].items()}
+        threat = {"norm": evaluation.norm, "eps": show_eps(evaluation.eps)}
+        rows.append(_row(*evaluation.group, threat, report, after) | {"95 %": interval, "hours": hours})
     for union in joint:
-        rows.append(
-            _row(union["network"], union["img_size"], " ∪ ".join(union["norms"]), "", union)
-            | dict.fromkeys(attacks, "")
-            | {"robust": percent(union["robust_acc"]), "95 %": "", "hours": ""}
-        )
+        threat, after = {"norm": " ∪ ".join(union["norms"]), "eps": ""}, dict.fromkeys(reports[0]["attacks"], "")
+        rows.append(_row(union["network"], union["img_size"], threat, union, after) | {"95 %": "", "hours": ""})
     return markdown_table(rows)
 
 
@@ -308,6 +327,9 @@ def comparison_text(report: Mapping[str, Any]) -> str:
 def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> list[str]:
     """What a reader of the numbers should know."""
     texts = [*_warnings_of_accuracy(report)]
+    low, high = report["robust_ci95"]
+    if report["ci"] and 50 * (high - low) > report["ci"]:
+        texts.append(f"all {report['n']} images are not enough for {report['ci']:g} points to each side")
     if save_adv and report["images_kept"] < report["n"]:
         texts.append(
             f"adversarial images are kept of {report['images_kept']} of {report['n']} images; start again for the others"
@@ -356,9 +378,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _row(network: str, size: int, norm: str, eps: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    row = {"network": network, "px": size, "norm": norm, "eps": eps, "images": result["n"]}
-    return row | {"clean": percent(result["clean_acc"])}
+def _row(
+    network: str, size: int, threat: Mapping[str, str], result: Mapping[str, Any], after: Mapping[str, str]
+) -> dict[str, Any]:
+    row = {"network": network, "px": size, **threat, "images": result["n"], "clean": percent(result["clean_acc"])}
+    return {**row, **after, "robust": percent(result["robust_acc"])}
 
 
 def _failures(report: Mapping[str, Any]) -> str:

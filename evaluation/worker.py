@@ -19,7 +19,6 @@ from common.files import write_atomically
 from common.precision import float32_matmul
 from evaluation.autoattack import FastCopy, Verdicts, attack_chunk, check_adversarial
 from evaluation.config import EvalAttackConfig, EvalConfig
-from evaluation.gpus import Slot
 from evaluation.images import Chunk, ImageList
 from evaluation.plan import Evaluation
 from evaluation.records import StateFolder
@@ -36,15 +35,15 @@ class Task(NamedTuple):
 
 
 def setup(
-    slot: Slot, config: EvalConfig, evaluations: list[Evaluation], images: Mapping[str, ImageList]
+    device_name: str, config: EvalConfig, evaluations: list[Evaluation], images: Mapping[str, ImageList]
 ) -> Callable[[Task, Callable[[str], None]], dict]:
     """Prepare this process; returns the function that turns a task into its record. `images` is by network.
 
     On a GPU deterministic algorithms are asked for, so that the same chunk on the same type of device has the same verdicts.
     """
-    device = torch.device(slot.device)
+    device = torch.device(device_name)
     if device.type == "cpu":
-        torch.set_num_threads(slot.threads)  # with a fixed number a CPU is deterministic by itself
+        torch.set_num_threads(config.eval.threads)  # with a fixed number a CPU is deterministic by itself
     else:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = False
@@ -70,7 +69,7 @@ class _Worker:
         """The record of one chunk."""
         evaluation = self.evaluations[task.evaluation]
         try:
-            return self._record(evaluation, task, note)
+            return self._record(evaluation, task.chunk, note)
         except torch.OutOfMemoryError as error:
             reason = str(error).split("\n")[0]
             raise RuntimeError(
@@ -79,53 +78,31 @@ class _Worker:
                 f"depend on it ({reason})"
             ) from error
 
-    def _record(self, evaluation: Evaluation, task: Task, note: Callable[[str], None]) -> dict[str, Any]:
+    def _record(self, evaluation: Evaluation, number: int, note: Callable[[str], None]) -> dict[str, Any]:
         started, begin = time.time(), time.perf_counter()
         model, fast = self._load_network(evaluation)
-        images, positions = self.images[evaluation.network], evaluation.positions(task.chunk)
-        chunk = images.read(positions, evaluation.preprocessing)
-        record = {
-            "chunk": task.chunk,
+        chunk = self.images[evaluation.network].read(evaluation.positions(number), evaluation.preprocessing)
+        verdicts, check = Verdicts(chunk.y, [], chunk.x), None
+        if len(chunk.y):  # an image can be decoded
+            threat = {"norm": evaluation.norm, "eps": evaluation.eps, "device": self.device}
+            settings = {"seed": self.config.eval.seed, "attacks": self.config.eval.chosen}
+            verdicts = attack_chunk(model, chunk.x, chunk.y, fast=fast, progress=note, **settings, **threat)
+            check = asdict(check_adversarial(model, chunk.x, verdicts, chunk.y, **threat))
+        return {
+            "chunk": number,
             "positions": chunk.positions.tolist(),
             "labels": chunk.y.tolist(),
             "unreadable": chunk.unreadable,
             "pixels_sha256": hashlib.sha256(chunk.x.numpy().tobytes()).hexdigest(),
-            **(self._attack(evaluation, task, model, fast, chunk, note) if len(chunk.y) else EMPTY),
-        }
-        return record | {
-            "started": started,
-            "seconds": time.perf_counter() - begin,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-        }
-
-    def _attack(
-        self,
-        evaluation: Evaluation,
-        task: Task,
-        model: nn.Module,
-        fast: FastCopy | None,
-        chunk: Chunk,
-        note: Callable[[str], None],
-    ) -> dict[str, Any]:
-        threat = {"norm": evaluation.norm, "eps": evaluation.eps, "device": self.device}
-        verdicts = attack_chunk(
-            model,
-            chunk.x,
-            chunk.y,
-            seed=self.config.eval.seed,
-            attacks=evaluation.attacks,
-            fast=fast,
-            progress=note,
-            **threat,
-        )
-        check = check_adversarial(model, chunk.x, verdicts, chunk.y, **threat)
-        return {
-            "images_kept": self._keep_images(evaluation, task.chunk, chunk, verdicts),
+            "images_kept": self._keep_images(evaluation, number, chunk, verdicts),
             "clean_pred": verdicts.clean_pred.tolist(),
             "broken_by": verdicts.broken_by,
             "attack_seconds": verdicts.attack_seconds,
             "rejoined": verdicts.rejoined,
-            "check": asdict(check),
+            "check": check,
+            "started": started,
+            "seconds": time.perf_counter() - begin,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
 
     def _keep_images(self, evaluation: Evaluation, number: int, chunk: Chunk, verdicts: Verdicts) -> int:
@@ -133,7 +110,8 @@ class _Worker:
 
         A disk that does not take them is no reason to lose the chunk's verdicts.
         """
-        count = len(chunk.y) if self.config.eval.save_adv else SHOWN if number == 0 else 0
+        most = len(chunk.y) if self.config.eval.save_adv else SHOWN if number == 0 else 0
+        count = min(most, len(chunk.y))
         if not count:
             return 0
         arrays = {
@@ -150,7 +128,7 @@ class _Worker:
         except OSError as error:
             print(f"warning: adversarial images are not kept: cannot write {file} ({error.strerror}).", file=sys.stderr)
             return 0
-        return len(arrays["y"])
+        return count
 
     def _load_network(self, evaluation: Evaluation) -> tuple[nn.Module, FastCopy | None]:
         key = (evaluation.weights, evaluation.description, evaluation.img_size if self.config.eval.compile else None)
@@ -167,23 +145,9 @@ class _Worker:
             model = trained.model.to(self.device).float().eval().requires_grad_(False)
             if evaluation.identity["arithmetic"]["channels_last"]:
                 model = model.to(memory_format=torch.channels_last)
-            self._network = (
-                key,
-                model,
-                fast_copy(model, self.config.eval, size=evaluation.img_size, device=self.device),
-            )
+            fast = fast_copy(model, self.config.eval, size=evaluation.img_size, device=self.device)
+            self._network = key, model, fast
         return self._network[1:]
-
-
-# The record of a chunk none of whose images can be decoded.
-EMPTY: dict[str, Any] = {
-    "clean_pred": [],
-    "broken_by": [],
-    "attack_seconds": {},
-    "rejoined": 0,
-    "check": None,
-    "images_kept": 0,
-}
 
 
 def fast_copy(model: nn.Module, settings: EvalAttackConfig, *, size: int, device: torch.device) -> FastCopy | None:

@@ -12,8 +12,11 @@ import multiprocessing.connection
 import os
 import signal
 import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -25,7 +28,6 @@ MOST_FAILURES = 3
 WORKER_POLL_SECONDS = 1.0
 
 T = TypeVar("T")
-SlotT = TypeVar("SlotT")
 # In the worker: (task, note) → result; `note(text)` reports progress.
 Handler = Callable[[Any, Callable[[str], None]], Any]
 
@@ -44,17 +46,9 @@ def prepare_workers(*modules: str) -> None:
 
 
 def run_tasks(
-    take: Callable[[], T | None],
-    *,
-    slots: Sequence[SlotT],
-    setup: Callable[..., Handler],
-    arguments: tuple[Any, ...],
-    on_result: Callable[[T, Any], None],
-    on_note: Callable[[T, str], None],
-    on_failure: Callable[[T | None, str], None],
-    tick: Callable[[], bool],
-) -> None:
-    """Work until no task is left.
+    take: Callable[[], T | None], *, slots: Sequence[Any], setup: Callable[..., Handler], arguments: tuple[Any, ...]
+) -> Iterator[tuple[str, T | None, Any]]:
+    """Work until no task is left, and yield what happens. Closing the generator ends the work at once, and all workers.
 
     Args:
         take: the next open task, None when there is none.
@@ -62,28 +56,28 @@ def run_tasks(
         setup: called in each worker as `setup(slot, *arguments)`; returns what handles a task. A module-level function; all
             that goes to it must be picklable.
         arguments: see `setup`.
-        on_result: receives a task and its result.
-        on_note: receives a task and what its worker reports of it.
-        on_failure: receives a task that is given back, or None for a worker that could not start, and why.
-        tick: called at least every second; False ends the work at once.
+
+    Yields:
+        ("result", task, its result); ("note", task, what its worker reports of it); ("failed", a task that is given back, or
+        None for a worker that could not start, why); ("tick", None, None) at least every second.
 
     Raises:
         UserError: raised by a worker.
         TaskFailed: a task failed `MOST_FAILURES` times, or every slot failed so often in a row.
     """
     start_fork_server()  # where `prepare_workers` has not
-    pool = _Pool(setup, arguments)
-    queue = _Queue(take)
-    workers: list[_WorkerHandle] = []
+    queue, start = _Queue(take), partial(_start, setup, arguments)
+    workers: list[_Worker] = []
     try:
         for place in enumerate(slots):  # numbered: slots may be alike
-            workers.append(pool.start(place))
-        while workers and tick():
+            workers.append(start(place))
+        while workers:
+            yield "tick", None, None
             ready = multiprocessing.connection.wait([w.connection for w in workers], timeout=WORKER_POLL_SECONDS)
             for worker in [w for w in workers if w.connection in ready]:
                 kind, content = worker.receive()
                 if kind == "note":
-                    on_note(worker.task, content)
+                    yield kind, worker.task, content
                 elif kind == "bad input":
                     raise UserError(content)
                 elif kind == "failed":
@@ -91,15 +85,15 @@ def run_tasks(
                     workers.remove(worker)
                     if worker.task is not None:
                         queue.give_back(worker.task, worker.slot, content)
-                    on_failure(worker.task, content)
+                    yield kind, worker.task, content
                     if worker.failures < MOST_FAILURES - 1:
-                        workers.append(pool.start(worker.slot, worker.failures + 1))
+                        workers.append(start(worker.slot, worker.failures + 1))
                     elif not workers and queue.next(worker.slot, alone=True) is not None:
                         what = "workers could not start" if worker.task is None else "workers failed"
                         raise TaskFailed(f"{what} {MOST_FAILURES} times; the last time: {content}")
                 else:  # it is ready for a task, and perhaps has the result of one
                     if kind == "result":
-                        on_result(worker.task, content)
+                        yield kind, worker.task, content
                         worker.failures = 0
                     worker.give(queue.next(worker.slot, alone=len(workers) == 1))
                     if worker.task is None:
@@ -116,7 +110,7 @@ class _Queue(Generic[T]):
     def __init__(self, take: Callable[[], T | None]) -> None:
         self._take = take
         self._given_back: list[tuple[T, Any]] = []
-        self._failures: dict[Any, int] = {}
+        self._failures: Counter[T] = Counter()
 
     def next(self, slot: Any, *, alone: bool) -> T | None:
         """A task for this slot; one that failed there only where it is the last one at work."""
@@ -127,14 +121,14 @@ class _Queue(Generic[T]):
         return self._take()
 
     def give_back(self, task: T, slot: Any, reason: str) -> None:
-        self._failures[task] = self._failures.get(task, 0) + 1
+        self._failures[task] += 1
         if self._failures[task] == MOST_FAILURES:
             raise TaskFailed(f"{task} failed {MOST_FAILURES} times; the last time: {reason}")
         self._given_back.append((task, slot))
 
 
 @dataclass
-class _WorkerHandle:
+class _Worker:
     """A worker process, and the task it is at; `failures` counts those of its slot since the last result."""
 
     slot: Any
@@ -154,10 +148,8 @@ class _WorkerHandle:
     def give(self, task: Any) -> None:
         self.task = task
         if task is not None:
-            try:
+            with suppress(ConnectionError):  # it died meanwhile; receive() will say so
                 self.connection.send(task)
-            except (BrokenPipeError, ConnectionError):
-                pass  # it died meanwhile; receive() will say so
 
     def stop(self) -> None:
         self.process.kill()
@@ -165,20 +157,14 @@ class _WorkerHandle:
         self.connection.close()
 
 
-class _Pool:
-    def __init__(self, setup: Callable[..., Handler], arguments: tuple[Any, ...]) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._setup, self._arguments = setup, arguments
-
-    def start(self, slot: Any, failures: int = 0) -> _WorkerHandle:
-        ours, theirs = self._context.Pipe()
-        # Not daemonic: a worker may have decoding processes of its own.
-        process = self._context.Process(
-            target=_work, args=(theirs, self._setup, slot[1], self._arguments), daemon=False
-        )
-        process.start()
-        theirs.close()
-        return _WorkerHandle(slot, failures, process, ours)
+def _start(setup: Callable[..., Handler], arguments: tuple[Any, ...], slot: Any, failures: int = 0) -> _Worker:
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    # Not daemonic: a worker may have decoding processes of its own.
+    process = context.Process(target=_work, args=(theirs, setup, slot[1], arguments), daemon=False)
+    process.start()
+    theirs.close()
+    return _Worker(slot, failures, process, ours)
 
 
 def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, arguments: tuple[Any, ...]) -> None:

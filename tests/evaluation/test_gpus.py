@@ -10,7 +10,7 @@ import pytest
 import evaluation.gpus
 from common.errors import UserError
 from evaluation.config import EvalAttackConfig
-from evaluation.gpus import Slot, find_slots, free_gpus
+from evaluation.gpus import find_devices, free_gpus
 
 UUIDS = [f"{n}b9d1a2c-0000-1111-2222-{n:012d}" for n in range(4)]  # as PyTorch shows them
 # What GPUtil asks for, in this order.
@@ -87,7 +87,7 @@ def torchrun(monkeypatch, *, local_rank, world_size=4):
 
 
 def gpus(*numbers):
-    return [Slot(f"cuda:{number}", 1) for number in numbers]
+    return [f"cuda:{number}" for number in numbers]
 
 
 # --- What is free ---
@@ -163,18 +163,18 @@ def test_an_nvidia_smi_that_says_nothing(nvidia_smi):
 def test_auto_takes_all_free_gpus(nvidia_smi, machine):
     nvidia_smi([line(0), line(1, load=99), line(2), line(3)])
     machine(0, 1, 2, 3)
-    assert find_slots(EvalAttackConfig(), chunks=100) == gpus(0, 2, 3)
-    assert find_slots(EvalAttackConfig(), chunks=2) == gpus(0, 2)
+    assert find_devices(EvalAttackConfig(), chunks=100) == gpus(0, 2, 3)
+    assert find_devices(EvalAttackConfig(), chunks=2) == gpus(0, 2)
     machine(3, 1)
-    assert find_slots(EvalAttackConfig(), chunks=100) == gpus(0)
+    assert find_devices(EvalAttackConfig(), chunks=100) == gpus(0)
 
 
 def test_limits_are_those_of_the_flags(nvidia_smi, machine):
     nvidia_smi([line(0, load=60), line(1, used=50000), line(2, load=60, used=50000)])
     machine(0, 1, 2)
-    assert find_slots(EvalAttackConfig(gpu_max_load=0.7), chunks=9) == gpus(0)
-    assert find_slots(EvalAttackConfig(gpu_max_memory=0.7), chunks=9) == gpus(1)
-    assert find_slots(EvalAttackConfig(gpu_max_load=0.7, gpu_max_memory=0.7), chunks=9) == gpus(0, 1, 2)
+    assert find_devices(EvalAttackConfig(gpu_max_load=0.7), chunks=9) == gpus(0)
+    assert find_devices(EvalAttackConfig(gpu_max_memory=0.7), chunks=9) == gpus(1)
+    assert find_devices(EvalAttackConfig(gpu_max_load=0.7, gpu_max_memory=0.7), chunks=9) == gpus(0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_limits_are_those_of_the_flags(nvidia_smi, machine):
 def test_named_gpus_are_taken_busy_or_not(nvidia_smi, machine, asked, chunks, slots):
     nvidia_smi([line(n, load=99, used=79000) for n in range(3)])
     machine(0, 1, 2)
-    assert find_slots(EvalAttackConfig(gpus=asked), chunks=chunks) == gpus(*slots)
+    assert find_devices(EvalAttackConfig(gpus=asked), chunks=chunks) == gpus(*slots)
 
 
 @pytest.mark.parametrize(("visible", "asked"), [((0, 1), "0,2"), ((0, 1), "2"), ((3, 2), "3"), ((), "0")])
@@ -199,14 +199,14 @@ def test_a_gpu_that_is_not_there(machine, visible, asked):
     with pytest.raises(
         UserError, match=rf"^eval\.gpus: expected numbers of the {len(visible)} GPUs .*; got {asked}\.$"
     ):
-        find_slots(EvalAttackConfig(gpus=asked), chunks=9)
+        find_devices(EvalAttackConfig(gpus=asked), chunks=9)
 
 
 @pytest.mark.parametrize("visible", [(), (0, 1)])
 def test_none_is_the_cpu_although_there_are_gpus(machine, cores, visible):
     machine(*visible)
     cores(2)
-    assert find_slots(EvalAttackConfig(gpus="none"), chunks=9) == [Slot("cpu", 1)] * 2
+    assert find_devices(EvalAttackConfig(gpus="none"), chunks=9) == ["cpu"] * 2
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_processes_on_the_cpu(machine, cores, workers, threads, available, chunk
     machine()
     cores(available)
     settings = EvalAttackConfig(workers=workers, threads=threads)
-    assert find_slots(settings, chunks=chunks) == [Slot("cpu", threads)] * count
+    assert find_devices(settings, chunks=chunks) == ["cpu"] * count
 
 
 # --- Waiting ---
@@ -241,7 +241,7 @@ def test_waits_for_a_free_gpu(nvidia_smi, machine, monkeypatch, capsys):
     monkeypatch.setattr(evaluation.gpus, "GPU_POLL_SECONDS", 0.05)
     nvidia_smi(BUSY, BUSY, BUSY, FREE)
     machine(0, 1)
-    assert find_slots(EvalAttackConfig(gpu_wait=1), chunks=9) == gpus(1)
+    assert find_devices(EvalAttackConfig(gpu_wait=1), chunks=9) == gpus(1)
     assert nvidia_smi.calls() == 4
     assert capsys.readouterr().err.count("waiting for a free GPU") == 3
 
@@ -252,7 +252,7 @@ def test_gives_up_waiting(nvidia_smi, machine, monkeypatch):
     machine(0, 1)
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"^eval\.gpus: none of the 2 GPUs is free .*eval\.gpu_wait"):
-        find_slots(EvalAttackConfig(gpu_wait=1 / 60), chunks=9)
+        find_devices(EvalAttackConfig(gpu_wait=1 / 60), chunks=9)
     assert 1 <= time.monotonic() - begin < 10
     assert 2 <= nvidia_smi.calls() <= 12
 
@@ -262,7 +262,7 @@ def test_waits_no_longer_than_asked(nvidia_smi, machine):
     nvidia_smi(BUSY, FREE)
     machine(0, 1)
     begin = time.monotonic()
-    assert find_slots(EvalAttackConfig(gpu_wait=0.3 / 60), chunks=9) == gpus(1)
+    assert find_devices(EvalAttackConfig(gpu_wait=0.3 / 60), chunks=9) == gpus(1)
     assert time.monotonic() - begin < evaluation.gpus.GPU_POLL_SECONDS / 2
 
 
@@ -270,7 +270,7 @@ def test_does_not_wait_unasked(nvidia_smi, machine, capsys):
     nvidia_smi(BUSY, FREE)
     machine(0, 1)
     with pytest.raises(UserError, match=r"load at most 0\.5, memory in use at most 0\.25.*within 0 minutes"):
-        find_slots(EvalAttackConfig(gpu_max_memory=0.25), chunks=9)
+        find_devices(EvalAttackConfig(gpu_max_memory=0.25), chunks=9)
     assert nvidia_smi.calls() == 1
     assert "waiting" not in capsys.readouterr().err
 
@@ -285,14 +285,14 @@ def test_torchrun_gives_each_process_its_gpu(nvidia_smi, machine, monkeypatch, l
     nvidia_smi(BUSY)
     machine(0, 1)
     torchrun(monkeypatch, local_rank=local_rank)
-    assert find_slots(EvalAttackConfig(gpus=asked), chunks=9) == gpus(local_rank)
+    assert find_devices(EvalAttackConfig(gpus=asked), chunks=9) == gpus(local_rank)
 
 
 def test_torchrun_with_more_processes_than_gpus(machine, monkeypatch):
     machine(0, 1)
     torchrun(monkeypatch, local_rank=2)
     with pytest.raises(UserError, match=r"^torchrun: more processes than GPUs on this machine \(2\).*at most 2\.$"):
-        find_slots(EvalAttackConfig(), chunks=9)
+        find_devices(EvalAttackConfig(), chunks=9)
 
 
 @pytest.mark.parametrize(("visible", "asked"), [((), "auto"), ((0, 1), "none")])
@@ -301,4 +301,4 @@ def test_torchrun_on_the_cpu(machine, cores, monkeypatch, visible, asked):
     machine(*visible)
     cores(8)
     torchrun(monkeypatch, local_rank=3)
-    assert find_slots(EvalAttackConfig(gpus=asked, threads=2, workers=5), chunks=9) == [Slot("cpu", 2)]
+    assert find_devices(EvalAttackConfig(gpus=asked, threads=2, workers=5), chunks=9) == ["cpu"]

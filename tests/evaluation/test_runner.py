@@ -29,9 +29,7 @@ from common.tables import markdown_table
 from evaluation.autoattack import attack_chunk
 from evaluation.board import Board
 from evaluation.config import ATTACKS, EvalConfig
-from evaluation.gpus import Slot
 from evaluation.plan import default_folder, folder_name, image_lists, make_plan, show_eps
-from evaluation.progress import ProgressDisplay
 from evaluation.records import StateFolder
 from evaluation.report import summarise, warnings_of
 from evaluation.stopping import half_width
@@ -519,7 +517,7 @@ def test_a_gpu_is_deterministic(worker, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     fill = torch.utils.deterministic.fill_uninitialized_memory
     try:
-        setup(Slot("cuda:0", 1), worker.config, worker.evaluations, worker.images)
+        setup("cuda:0", worker.config, worker.evaluations, worker.images)
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -528,7 +526,7 @@ def test_a_gpu_is_deterministic(worker, monkeypatch):
 
 
 def test_a_process_without_the_gpu_that_the_first_one_has(worker, monkeypatch):
-    monkeypatch.setattr(evaluation.evaluate, "find_slots", lambda settings, chunks: [Slot("cuda:0", 1)])
+    monkeypatch.setattr(evaluation.evaluate, "find_devices", lambda settings, chunks: ["cuda:0"])
     board = Board(Processes.alone(), "test")
     with pytest.raises(UserError, match="the first process works on cpu, another one on cuda; expected GPUs on all"):
         evaluation.evaluate._work(worker.config, board, worker.evaluations, [Task(0, 0)], None)
@@ -539,19 +537,10 @@ def test_a_finished_evaluation_needs_no_free_gpu(trained, images, finished, monk
     def none_free(settings, chunks):
         raise UserError("eval.gpus: none of the 8 GPUs is free")
 
-    monkeypatch.setattr(evaluation.evaluate, "find_slots", none_free)
+    monkeypatch.setattr(evaluation.evaluate, "find_devices", none_free)
     out, flags = finished
     assert evaluate(trained, images, out, *flags) == 0
     assert capsys.readouterr().out.count("| L2 ") == 2
-
-
-def test_waiting_for_a_gpu_is_no_work():
-    progress = ProgressDisplay()
-    progress.start(images=(0, 4), chunks=1)
-    progress._bar.start_t -= 3600  # the wait
-    progress.begin([Slot("cuda:0", 1)])
-    assert progress._bar.format_dict["elapsed"] < 60
-    progress.close()
 
 
 def test_different_devices_are_said(finished):

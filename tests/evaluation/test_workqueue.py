@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -227,26 +228,21 @@ class Work:
             assert time.monotonic() < end, "the work does not end"
             return tick()
 
-        def note(task, text):
-            self.notes.append((task, text))
-            self.events.append(task)
-            on_note(text)
-
-        def result(task, value):
-            self.results.append((task, value[0]))
-            self.events.append(task)
-            self.finished_by = value[1]
-
-        run_tasks(
-            lambda: next(tasks, None),
-            slots=slots,
-            setup=setup,
-            arguments=(folder, handler),
-            on_result=result,
-            on_note=note,
-            on_failure=lambda task, why: self.failures.append((task, why)),
-            tick=patient_tick,
-        )
+        events = run_tasks(lambda: next(tasks, None), slots=slots, setup=setup, arguments=(folder, handler))
+        with closing(events):
+            for kind, task, content in events:
+                if kind == "tick" and not patient_tick():
+                    break
+                if kind == "failed":
+                    self.failures.append((task, content))
+                if kind == "note":
+                    self.notes.append((task, content))
+                    self.events.append(task)
+                    on_note(content)
+                if kind == "result":
+                    self.results.append((task, content[0]))
+                    self.events.append(task)
+                    self.finished_by = content[1]
         return self
 
 
@@ -423,7 +419,7 @@ def test_an_error_while_workers_start_ends_those_that_did(folder):
         Work().do(folder, sleep, slots=[0, lambda: "not to be pickled"])
 
 
-def test_an_error_in_a_callback_ends_all(folder):
+def test_an_error_of_the_caller_ends_all(folder):
     def refuse(text):
         raise OSError("disk full")
 
