@@ -47,32 +47,6 @@ class Verdicts:
     rejoined: int = 0
 
 
-@dataclass(frozen=True)
-class FastCopy:
-    """The network as it is attacked where speed is bought with exactness: compiled, in TensorFloat-32, or both."""
-
-    model: nn.Module
-    tf32: bool
-
-
-@dataclass(frozen=True)
-class Check:
-    """What adversarial images really are.
-
-    Attributes:
-        max_perturbation: largest distance from the clean image in the norm.
-        pixel_range: smallest and largest value.
-        outside_ball, outside_box, not_misclassified, not_finite (the logits): places in the chunk of the images that fail.
-    """
-
-    max_perturbation: float
-    pixel_range: tuple[float, float]
-    outside_ball: list[int]
-    outside_box: list[int]
-    not_misclassified: list[int]
-    not_finite: list[int]
-
-
 def attack_chunk(
     model: nn.Module,
     x: Tensor,
@@ -83,7 +57,8 @@ def attack_chunk(
     seed: int,
     attacks: Sequence[str] = ATTACKS,
     device: torch.device,
-    fast: FastCopy | None = None,
+    fast: nn.Module | None = None,
+    tf32: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Verdicts:
     """Run AutoAttack on one chunk; each attack sees the images that withstood those before it.
@@ -100,7 +75,8 @@ def attack_chunk(
         seed: of every attack.
         attacks: names out of `ATTACKS`, in order.
         device: where the attacks run.
-        fast: attacked in the network's place.
+        fast: the network as it is attacked where speed is bought with exactness: compiled, in TensorFloat-32, or both.
+        tf32: whether the fast copy computes in TensorFloat-32.
         progress: called with the name of each attack that begins.
 
     Raises:
@@ -118,7 +94,7 @@ def attack_chunk(
         verdicts = Verdicts(clean_pred, broken_by, x.clone(), dict.fromkeys(attacks, 0.0))
         settings = {"norm": norm, "eps": eps, "seed": seed, "device": device, "num_classes": logits.shape[1]}
         run = partial(_run_attacks, model, x, y, verdicts, attacks=attacks, settings=settings, progress=progress)
-        suspects = run(fast, range(len(x)))
+        suspects = run(fast, range(len(x)), tf32=tf32)
         rejoined = [i for i in sorted(suspects) if not broken_by[i]]
         if rejoined:
             run(None, rejoined)
@@ -130,9 +106,10 @@ def _run_attacks(
     x: Tensor,
     y: Tensor,
     verdicts: Verdicts,
-    fast: FastCopy | None,
+    fast: nn.Module | None,
     among: Sequence[int],
     *,
+    tf32: bool = False,
     attacks: Sequence[str],
     settings: Mapping[str, Any],
     progress: Callable[[str], None] | None,
@@ -141,7 +118,7 @@ def _run_attacks(
 
     Only images whose places are in `among` are attacked. Returns the places of those that fooled the copy and not the network.
     """
-    attacked, tf32 = (model, False) if fast is None else (fast.model, fast.tf32)
+    attacked = model if fast is None else fast
     engine, device, suspects = standard_autoattack(attacked, **settings), settings["device"], set()
     for name in attacks:
         places = torch.tensor([i for i in among if not verdicts.broken_by[i]], dtype=torch.int64)
@@ -179,7 +156,7 @@ def check_classes(num_classes: int, attacks: Sequence[str]) -> None:
 
 def check_adversarial(
     model: nn.Module, x: Tensor, verdicts: Verdicts, y: Tensor, *, norm: str, eps: float, device: torch.device
-) -> Check:
+) -> dict[str, Any]:
     """Look at the adversarial images again: in float32, all at once, with nothing that the attacks computed.
 
     The ball is held up to the rounding of float32 pixels. Attacks that look for the smallest perturbation end so close to the
@@ -188,6 +165,10 @@ def check_adversarial(
     Args:
         model, x, y, norm, eps, device: as in `attack_chunk`.
         verdicts: its result.
+
+    Returns:
+        `max_perturbation`: largest distance from the clean image in the norm; `pixel_range`: smallest and largest value;
+        `outside_ball`, `outside_box`, `not_misclassified`, `not_finite` (the logits): places in the chunk of the images that fail.
     """
     x_adv = verdicts.x_adv
     size = get_threat_model(norm).norm((x_adv - x).double()).flatten()
@@ -195,15 +176,14 @@ def check_adversarial(
         logits = _logits(model, x_adv.to(device)).cpu()
     broken = torch.tensor([bool(attack) for attack in verdicts.broken_by])
     pixels = x_adv.flatten(1)
-    outside = (pixels.amin(1) < 0) | (pixels.amax(1) > 1) | ~torch.isfinite(pixels).all(1)
-    return Check(
-        max_perturbation=size.max().item(),
-        pixel_range=(pixels.min().item(), pixels.max().item()),
-        outside_ball=_places(~(size <= eps + rounding(norm, eps, x[0].numel()))),
-        outside_box=_places(outside),
-        not_misclassified=_places(broken & (logits.argmax(dim=1) == y)),
-        not_finite=_places(~torch.isfinite(logits).all(1)),
-    )
+    fails = {
+        "outside_ball": ~(size <= eps + rounding(norm, eps, x[0].numel())),
+        "outside_box": (pixels.amin(1) < 0) | (pixels.amax(1) > 1) | ~torch.isfinite(pixels).all(1),
+        "not_misclassified": broken & (logits.argmax(dim=1) == y),
+        "not_finite": ~torch.isfinite(logits).all(1),
+    }
+    found = {"max_perturbation": size.max().item(), "pixel_range": (pixels.min().item(), pixels.max().item())}
+    return found | {name: mask.nonzero().flatten().tolist() for name, mask in fails.items()}
 
 
 def rounding(norm: str, eps: float, pixels: int) -> float:
@@ -251,7 +231,3 @@ def package_name() -> str:
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model(x)
-
-
-def _places(mask: Tensor) -> list[int]:
-    return mask.nonzero().flatten().tolist()

@@ -7,7 +7,7 @@ import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,26 +44,16 @@ class Chunk:
     unreadable: list[str]
 
 
-@cache
-def robustbench_digests() -> dict[int, str]:
-    """Number of images → `ImageList.digest` of so many first ones of RobustBench's 5,000; empty without robustbench."""
-    try:
-        listed = robustbench_ids()
-    except UserError:
-        return {}
-    numbers, digest, found = {name: i for i, name in enumerate(listed.class_names)}, hashlib.sha256(), {}
-    for count, key in enumerate(listed.keys, 1):
-        digest.update(f"{key}\t{numbers[key.split('/')[0]]}\n".encode())
-        found[count] = digest.copy().hexdigest()
-    return found
-
-
 class ImageList:
     """The images of an evaluation by position; pixels are read when they are asked for."""
 
-    def __init__(self, source: Source, indices: list[int], num_workers: int = 0, *, upright: bool = True) -> None:
-        """Position p is image `indices[p]` of `source`; `num_workers` processes decode, 0: this one; `upright` as in `decode`."""
-        self.source, self.indices, self._num_workers, self._upright = source, indices, num_workers, upright
+    def __init__(self, source: Source, indices: list[int], num_workers: int = 0, *, robustbench: bool = False) -> None:
+        """Position p is image `indices[p]` of `source`; `num_workers` processes decode, 0: this one.
+
+        `robustbench`: they are the first ones of its list. Its photos, and so those of the published numbers, stay as they lie in
+        their files.
+        """
+        self.source, self.indices, self._num_workers, self.robustbench = source, indices, num_workers, robustbench
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -87,12 +77,13 @@ class ImageList:
         chunk = self.read(spread_indices(len(self), PROBED), used)
         return hashlib.sha256(chunk.x.mul(255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
 
+    @cached_property
     def common_size(self) -> str | None:
         """What a few images have in common, if it is a square or the shorter side: photos come in many sizes, copies in one."""
         sizes = set()
         for p in spread_indices(len(self), PROBED):
             with suppress(*DECODE_ERRORS):
-                sizes.add(decode(self.source.read(self.indices[p])[0], upright=self._upright).size)
+                sizes.add(decode(self.source.read(self.indices[p])[0], upright=not self.robustbench).size)
         shorter = {min(size) for size in sizes}
         if len(shorter) != 1:
             return None
@@ -110,7 +101,7 @@ class ImageList:
             crop_mode=used.crop_mode,
             batch_size=math.ceil(len(positions) / max(workers, 1)),  # a worker decodes whole batches: one for each
             num_workers=workers,
-            upright=self._upright,
+            upright=not self.robustbench,
         )
         x, y, index, failures, _ = zip(*loader.batches([self.indices[p] for p in positions]))
         place = {self.indices[p]: p for p in positions}
@@ -166,8 +157,7 @@ def open_images(
     if not isinstance(source, Collected) and sorted_by_class(source):
         bits = np.random.MT19937(derive_seed("evaluation order", len(source)))
         order = np.random.RandomState(bits).permutation(len(source))  # numpy never changes RandomState's results
-    # RobustBench, and so the published numbers, leave photos as they lie in their files.
-    return ImageList(source, order[: n_ex or len(order)].tolist(), data.num_workers, upright=listed is None)
+    return ImageList(source, order[: n_ex or len(order)].tolist(), data.num_workers, robustbench=listed is not None)
 
 
 def sorted_by_class(source: Source) -> bool:

@@ -37,7 +37,6 @@ class Evaluation:
         weights: the file.
         description: the network it holds, complete.
         class_names: of its outputs, where known.
-        image_size: of the images, where it is one for all; None where it differs, or for no published model.
         published: the published model it is, if any.
         norm, eps: threat model.
         preprocessing: what images go through; with its `img_size`.
@@ -52,7 +51,6 @@ class Evaluation:
     weights: Path
     description: EvalModelConfig
     class_names: list[str] | None
-    image_size: str | None
     published: Published | None
     norm: str
     eps: float
@@ -132,7 +130,6 @@ def _plan_network(
     """The evaluations of one network; `numbers` completes their identities."""
     images, own = plan.images[name], found.preprocessing or trained.preprocessing
     version = {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(settings.chosen, "+".join(settings.chosen))
-    image_size = images.common_size() if found.published is not None and len(images) > 1 else None
     for size in settings.img_size or (own.img_size,):
         used = replace(own, img_size=size, crop_pct=settings.crop_pct or own.crop_pct)
         if settings.crop_pct is not None:
@@ -153,7 +150,6 @@ def _plan_network(
                 weights=trained.path,
                 description=EvalModelConfig(**trained.description),
                 class_names=trained.class_names,
-                image_size=image_size,
                 published=found.published,
                 norm=norm,
                 eps=eps,

@@ -22,12 +22,13 @@ from common.files import read_json, writable, write_atomically
 from common.provenance import provenance
 from common.tables import markdown_table
 from evaluation.config import ATTACKS, EvalConfig
-from evaluation.images import ImageList, robustbench_digests
+from evaluation.images import ImageList
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
 from evaluation.stopping import METHOD, anytime_interval
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
+PUBLISHED_IMAGES = 5000
 SUSPICIOUS = 0.3  # percentage points between the same evaluation here and there
 FAR_BELOW = 20.0  # percentage points below the validation of a network's own run
 AT_CHANCE, NEAR_CHANCE = (
@@ -63,10 +64,9 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         standing -= broken_by.count(attack)
         acc_after[attack] = standing / n
         attack_seconds[attack] = round(sum(record["attack_seconds"].get(attack, 0.0) for record in records), 2)
+    interval = binomtest(standing, n).proportion_ci(0.95, method="wilson")
     if points:
         interval = anytime_interval(standing, n, points=points)
-    else:
-        interval = binomtest(standing, n).proportion_ci(0.95, method="wilson")
     checks = [(record["positions"], record["check"]) for record in records if record["check"]]
     ranges = [check["pixel_range"] for _, check in checks]
     on_gpu = [record["seconds"] for record in records if record["device"] != "cpu"]
@@ -101,7 +101,9 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
     }
 
 
-def compare_with_published(evaluation: Evaluation, report: Mapping[str, Any]) -> dict[str, Any] | None:
+def compare_with_published(
+    evaluation: Evaluation, report: Mapping[str, Any], images: ImageList
+) -> dict[str, Any] | None:
     """How an evaluation of a published model compares with its published numbers; None for other networks.
 
     Returns:
@@ -114,7 +116,7 @@ def compare_with_published(evaluation: Evaluation, report: Mapping[str, Any]) ->
         return None
     numbers = model.results.get(evaluation.img_size) or next(iter(model.results.values()))
     robust = model.autoattack(evaluation.norm, evaluation.eps, evaluation.img_size)
-    differs = _differs_from_published(evaluation, report)
+    differs = list(_differs_from_published(evaluation, report, images))
     found = {"name": model.name, "differs": differs, "external": model.external if evaluation.norm == "Linf" else None}
     if numbers is None or numbers.autoattack is None:
         return found | {"differs": ["no number is published at this image size"], "clean": None, "autoattack": None}
@@ -126,37 +128,33 @@ def compare_with_published(evaluation: Evaluation, report: Mapping[str, Any]) ->
     return found
 
 
-def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any]) -> list[str]:
+def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any], images: ImageList) -> Iterator[str]:
     """What is not as in the published evaluation: AutoAttack on RobustBench's images, which go through the same."""
-    model, used, listed = evaluation.published, evaluation.preprocessing, robustbench_digests()
-    theirs = model.preprocessing or used
-    differs = [model.unlike] if model.unlike else []
-    if all(model.autoattack(evaluation.norm, evaluation.eps, size) is None for size in model.results):
-        differs.append(f"{evaluation.norm} {show_eps(evaluation.eps)} instead of Linf 4/255")
+    model, used, unreadable = evaluation.published, evaluation.preprocessing, len(report["data"]["unreadable"])
+    if model.unlike:
+        yield model.unlike
+    if all(model.autoattack(report["norm"], report["eps"], size) is None for size in model.results):
+        yield f"{report['norm']} {show_eps(report['eps'])} instead of Linf 4/255"
     if missing := [attack for attack in ATTACKS if attack not in report["attacks"]]:
-        differs.append(f"without {', '.join(missing)}")
-    planned, shown = evaluation.identity["data"], report["n"] + len(report["data"]["unreadable"])
-    if planned["images"] != listed.get(planned["n"], ""):
-        differs.append("other images than RobustBench's 5,000")
-    elif shown != max(listed):
-        differs.append(f"{shown} of RobustBench's 5,000 images")
-    if evaluation.image_size is not None:
-        differs.append(f"images that were all made {evaluation.image_size} before, as those of ImageNet-C are")
-    network = report["network"]
-    expected = {"use_blurpool": False, **model.description}
-    for name, value in expected.items():
-        if value is not None and network.get(name) != value:
-            differs.append(f"{name}={int(network[name]) if isinstance(network[name], bool) else network[name]}")
-    arithmetic = report["arithmetic"]
-    if arithmetic["precision"] != "fp32" or arithmetic["compile"]:
-        differs.append("attacked in tf32 or compiled")
-    if report["data"]["unreadable"]:
-        differs.append(f"{len(report['data']['unreadable'])} images could not be decoded")
+        yield f"without {', '.join(missing)}"
+    if not images.robustbench:
+        yield "other images than RobustBench's 5,000"
+    elif report["n"] + unreadable != PUBLISHED_IMAGES:
+        yield f"{report['n'] + unreadable} of RobustBench's 5,000 images"
+    if len(images) > 1 and images.common_size is not None:
+        yield f"images that were all made {images.common_size} before, as those of ImageNet-C are"
+    for name, value in {"use_blurpool": False, **model.description}.items():
+        if value is not None and (found := report["network"].get(name)) != value:
+            yield f"{name}={int(found) if isinstance(found, bool) else found}"
+    if report["arithmetic"]["precision"] != "fp32" or report["arithmetic"]["compile"]:
+        yield "attacked in tf32 or compiled"
+    if unreadable:
+        yield f"{unreadable} images could not be decoded"
     # Some numbers are published at a second size, with the same crop.
+    theirs = model.preprocessing or used
     own = theirs if evaluation.img_size not in model.results else replace(theirs, img_size=used.img_size)
     if str(replace(used, source="")) != str(replace(own, source="")):
-        differs.append(f"images {used}, published with {own}")
-    return differs
+        yield f"images {used}, published with {own}"
 
 
 def write_evaluation(
@@ -173,13 +171,17 @@ def write_evaluation(
         The report.
     """
     report = summarise(evaluation, records, config)
-    report["published"] = compare_with_published(evaluation, report)
+    report["published"] = compare_with_published(evaluation, report, images)
     folder = evaluation.folder
     write_text(folder / "verdicts.csv", verdicts_csv(records, images.keys))
     write_text(folder / "log.txt", text_log(report, records))
     draw_accuracy(folder / "accuracy.png", {str(evaluation): curve(report)})
     if examples.exists():
-        _draw(folder / "examples.png", examples, records[0], evaluation)
+        names = evaluation.class_names
+        with np.load(examples) as arrays:
+            labels = [str(label) if names is None else names[label] for label in arrays["y"]]
+            attacked = {"adversarial": (arrays["x_adv"], arrays["broken_by"].tolist())}
+            draw_examples(folder / "examples.png", arrays["x"], attacked, labels=labels, title=str(evaluation))
     else:
         print(f"note: {examples} is not on this machine, so there is no examples.png.", file=sys.stderr)
     write_json(folder / "report.json", report)
@@ -278,16 +280,22 @@ def results_table(
     evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]], joint: Sequence[Mapping[str, Any]]
 ) -> str:
     """A Markdown table: a row for each evaluation, and one for each union."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for evaluation, report in zip(evaluations, reports):
         low, high = report["robust_ci95"]
-        interval, hours = f"{100 * low:.1f} – {100 * high:.1f}", f"{report['worker_seconds'] / 3600:.2f}"
-        after = {attack: percent(share) for attack, share in report["acc_after"].items()}
-        threat = {"norm": evaluation.norm, "eps": show_eps(evaluation.eps)}
-        rows.append(_row(*evaluation.group, threat, report, after) | {"95 %": interval, "hours": hours})
+        rows.append(
+            {"network": evaluation.network, "px": evaluation.img_size}
+            | {"norm": evaluation.norm, "eps": show_eps(evaluation.eps), "images": report["n"]}
+            | {name: percent(share) for name, share in curve(report).items()}
+            | {"robust": percent(report["robust_acc"]), "95 %": f"{100 * low:.1f} – {100 * high:.1f}"}
+            | {"hours": f"{report['worker_seconds'] / 3600:.2f}"}
+        )
     for union in joint:
-        threat, after = {"norm": " ∪ ".join(union["norms"]), "eps": ""}, dict.fromkeys(reports[0]["attacks"], "")
-        rows.append(_row(union["network"], union["img_size"], threat, union, after) | {"95 %": "", "hours": ""})
+        rows.append(
+            dict.fromkeys(rows[0], "")
+            | {"network": union["network"], "px": union["img_size"], "norm": " ∪ ".join(union["norms"])}
+            | {"images": union["n"], "clean": percent(union["clean_acc"]), "robust": percent(union["robust_acc"])}
+        )
     return markdown_table(rows)
 
 
@@ -378,13 +386,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _row(
-    network: str, size: int, threat: Mapping[str, str], result: Mapping[str, Any], after: Mapping[str, str]
-) -> dict[str, Any]:
-    row = {"network": network, "px": size, **threat, "images": result["n"], "clean": percent(result["clean_acc"])}
-    return {**row, **after, "robust": percent(result["robust_acc"])}
-
-
 def _failures(report: Mapping[str, Any]) -> str:
     return ", ".join(f"{len(places)} {name.replace('_', ' ')}" for name, places in report["check"].items() if places)
 
@@ -401,11 +402,3 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total
-
-
-def _draw(path: Path, examples: Path, record: Record, evaluation: Evaluation) -> None:
-    with np.load(examples) as arrays:
-        x, x_adv = arrays["x"], arrays["x_adv"]
-    names = evaluation.class_names
-    labels = [str(label) if names is None else names[label] for label in record["labels"]]
-    draw_examples(path, x, {"adversarial": (x_adv, record["broken_by"])}, labels=labels, title=str(evaluation))

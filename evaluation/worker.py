@@ -7,7 +7,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import nn
 from common.errors import UserError, blame
 from common.files import write_atomically
 from common.precision import float32_matmul
-from evaluation.autoattack import FastCopy, Verdicts, attack_chunk, check_adversarial
+from evaluation.autoattack import Verdicts, attack_chunk, check_adversarial
 from evaluation.config import EvalAttackConfig, EvalConfig
 from evaluation.images import Chunk, ImageList
 from evaluation.plan import Evaluation
@@ -63,7 +62,7 @@ class _Worker:
         self, device: torch.device, config: EvalConfig, evaluations: list[Evaluation], images: Mapping[str, ImageList]
     ) -> None:
         self.device, self.config, self.evaluations, self.images = device, config, evaluations, images
-        self._network: tuple[Any, nn.Module, FastCopy | None] | None = None
+        self._network: tuple[Any, nn.Module, nn.Module | None] | None = None
 
     def run(self, task: Task, note: Callable[[str], None]) -> dict[str, Any]:
         """The record of one chunk."""
@@ -85,9 +84,10 @@ class _Worker:
         verdicts, check = Verdicts(chunk.y, [], chunk.x), None
         if len(chunk.y):  # an image can be decoded
             threat = {"norm": evaluation.norm, "eps": evaluation.eps, "device": self.device}
-            settings = {"seed": self.config.eval.seed, "attacks": self.config.eval.chosen}
-            verdicts = attack_chunk(model, chunk.x, chunk.y, fast=fast, progress=note, **settings, **threat)
-            check = asdict(check_adversarial(model, chunk.x, verdicts, chunk.y, **threat))
+            settings = {"seed": self.config.eval.seed, "attacks": self.config.eval.chosen, "progress": note}
+            tf32 = self.config.eval.precision == "tf32"
+            verdicts = attack_chunk(model, chunk.x, chunk.y, fast=fast, tf32=tf32, **settings, **threat)
+            check = check_adversarial(model, chunk.x, verdicts, chunk.y, **threat)
         return {
             "chunk": number,
             "positions": chunk.positions.tolist(),
@@ -130,7 +130,7 @@ class _Worker:
             return 0
         return count
 
-    def _load_network(self, evaluation: Evaluation) -> tuple[nn.Module, FastCopy | None]:
+    def _load_network(self, evaluation: Evaluation) -> tuple[nn.Module, nn.Module | None]:
         key = (evaluation.weights, evaluation.description, evaluation.img_size if self.config.eval.compile else None)
         if self._network is None or self._network[0] != key:
             self._network = None  # before the next one takes memory
@@ -150,7 +150,7 @@ class _Worker:
         return self._network[1:]
 
 
-def fast_copy(model: nn.Module, settings: EvalAttackConfig, *, size: int, device: torch.device) -> FastCopy | None:
+def fast_copy(model: nn.Module, settings: EvalAttackConfig, *, size: int, device: torch.device) -> nn.Module | None:
     """The network in the form `eval.precision` and `eval.compile` ask for; None where that is the network itself.
 
     A network that cannot be compiled, at this image size, is attacked as it is, with a warning.
@@ -164,11 +164,11 @@ def fast_copy(model: nn.Module, settings: EvalAttackConfig, *, size: int, device
                 torch.autograd.grad(compiled(x).sum(), x)
                 with torch.no_grad():
                     compiled(x.detach())
-            return FastCopy(compiled, tf32)
+            return compiled
         except torch.OutOfMemoryError:
             raise
         # Compilers fail in every way: no C++ compiler, no Triton, an operation they do not know.
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             print(f"warning: eval.compile: running uncompiled: {type(error).__name__}: {reason}", file=sys.stderr)
-    return FastCopy(model, tf32) if tf32 else None
+    return model if tf32 else None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from common.errors import UserError
 from common.forkserver import settle, start_fork_server
@@ -27,7 +27,6 @@ from common.forkserver import settle, start_fork_server
 MOST_FAILURES = 3
 WORKER_POLL_SECONDS = 1.0
 
-T = TypeVar("T")
 # In the worker: (task, note) → result; `note(text)` reports progress.
 Handler = Callable[[Any, Callable[[str], None]], Any]
 
@@ -46,8 +45,8 @@ def prepare_workers(*modules: str) -> None:
 
 
 def run_tasks(
-    take: Callable[[], T | None], *, slots: Sequence[Any], setup: Callable[..., Handler], arguments: tuple[Any, ...]
-) -> Iterator[tuple[str, T | None, Any]]:
+    take: Callable[[], Any], *, slots: Sequence[Any], setup: Callable[..., Handler], arguments: tuple[Any, ...]
+) -> Iterator[tuple[str, Any, Any]]:
     """Work until no task is left, and yield what happens. Closing the generator ends the work at once, and all workers.
 
     Args:
@@ -104,15 +103,15 @@ def run_tasks(
             worker.stop()
 
 
-class _Queue(Generic[T]):
+class _Queue:
     """Open tasks: first those given back by another slot, which may be a better place for them."""
 
-    def __init__(self, take: Callable[[], T | None]) -> None:
+    def __init__(self, take: Callable[[], Any]) -> None:
         self._take = take
-        self._given_back: list[tuple[T, Any]] = []
-        self._failures: Counter[T] = Counter()
+        self._given_back: list[tuple[Any, Any]] = []
+        self._failures: Counter[Any] = Counter()
 
-    def next(self, slot: Any, *, alone: bool) -> T | None:
+    def next(self, slot: Any, *, alone: bool) -> Any:
         """A task for this slot; one that failed there only where it is the last one at work."""
         for entry in self._given_back:
             if alone or entry[1] != slot:
@@ -120,7 +119,7 @@ class _Queue(Generic[T]):
                 return entry[0]
         return self._take()
 
-    def give_back(self, task: T, slot: Any, reason: str) -> None:
+    def give_back(self, task: Any, slot: Any, reason: str) -> None:
         self._failures[task] += 1
         if self._failures[task] == MOST_FAILURES:
             raise TaskFailed(f"{task} failed {MOST_FAILURES} times; the last time: {reason}")

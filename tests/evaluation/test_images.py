@@ -84,9 +84,9 @@ class TestWhichImages:
         place = found.keys.index("blue/0.jpg")
         expected = eval_transform(16, 1.0)(lying.transpose(Image.Transpose.ROTATE_270))
         assert torch.equal(read(found, [place]).x[0], expected)
-        listed = ImageList(found.source, found.indices, upright=False)
+        listed = ImageList(found.source, found.indices, robustbench=True)
         assert torch.equal(read(listed, [place]).x[0], eval_transform(16, 1.0)(lying))
-        assert found._upright and not opened(imagenet, num_classes=1000)._upright
+        assert opened(imagenet, num_classes=1000).robustbench and not found.robustbench
 
     def test_auto_takes_all_where_it_is_not_imagenet(self, images: Path) -> None:
         expected = sorted(f"{name}/{i}.png" for name in CLASSES for i in (0, 1))

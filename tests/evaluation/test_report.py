@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from evaluation.config import ATTACKS
-from evaluation.images import robustbench_digests
 from evaluation.report import compare_with_published, comparison_text, warnings_of
 from zoo.description import Preprocessing
 from zoo.published import KNOWN, PUBLISHED
@@ -20,10 +19,20 @@ AS_PUBLISHED = Preprocessing(224, 0.875, "bicubic")
 
 
 def evaluation(**changed: Any) -> Any:
-    values = {"published": MODEL, "norm": "Linf", "eps": 4 / 255, "n": 5000, "image_size": None}
-    values |= {"preprocessing": AS_PUBLISHED} | changed
-    values.setdefault("identity", {"data": {"images": robustbench_digests()[values["n"]], "n": values["n"]}})
+    values = {"published": MODEL, "preprocessing": AS_PUBLISHED} | changed
     return SimpleNamespace(img_size=values["preprocessing"].img_size, **values)
+
+
+class Images(list):
+    """In the place of an `ImageList`."""
+
+    def __init__(self, *, robustbench: bool = True, common_size: str | None = None) -> None:
+        super().__init__([0] * 5000)
+        self.robustbench, self.common_size = robustbench, common_size
+
+
+def compared(evaluation: Any, report: dict[str, Any], images: Images | None = None) -> dict[str, Any] | None:
+    return compare_with_published(evaluation, report, images or Images())
 
 
 def report(**changed: Any) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def text_of(found: Any, of: dict[str, Any]) -> str:
 
 
 def test_the_published_evaluation_is_compared() -> None:
-    found = compare_with_published(evaluation(), report())
+    found = compared(evaluation(), report())
     assert found["differs"] == [] and found["suspicious"] is False
     assert (found["difference"], found["clean_difference"]) == (-0.02, 0.04)
     assert "AutoAttack 48.08 %, published 48.1 %: -0.02 points; clean 72.54 %" in text_of(found, report())
@@ -63,41 +72,32 @@ def test_the_published_evaluation_is_compared() -> None:
 @pytest.mark.parametrize("changed", [{"robust_acc": 0.4845}, {"robust_acc": 0.477}, {"clean_acc": 0.73}])
 def test_more_than_a_rounding_apart_is_suspicious(changed: dict[str, float]) -> None:
     """Although well inside the sampling interval: these are the same images."""
-    found = compare_with_published(evaluation(), report(**changed))
+    found = compared(evaluation(), report(**changed))
     assert found["suspicious"] is True
     assert "SUSPICIOUS: on the same images more than 0.3 points apart. Check crop" in text_of(found, report(**changed))
-
-
-OTHER = {"identity": {"data": {"images": "of other images", "n": 5000}}}
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"n": 5}, "5 of RobustBench's 5,000 images"),
-        (OTHER, "other images than RobustBench's 5,000"),
-        ({"image_size": "224 × 224 px"}, "images that were all made 224 × 224 px before, as those of ImageNet-C are"),
         ({"norm": "L2", "eps": 2.0}, "L2 2 instead of Linf 4/255"),
         ({"eps": 8 / 255}, "Linf 8/255 instead of Linf 4/255"),
-        ({"attacks": ATTACKS[:2]}, "without fab-t, square"),
+        ({"attacks": list(ATTACKS[:2])}, "without fab-t, square"),
+        (Images(robustbench=False), "other images than RobustBench's 5,000"),
         (
-            {"preprocessing": Preprocessing(256, 0.875)},
-            "images 256 px, crop 0.875, bicubic (the default), published with 224 px,",
+            Images(common_size="224 × 224 px"),
+            "images that were all made 224 × 224 px before, as those of ImageNet-C are",
         ),
-        (
-            {"preprocessing": Preprocessing(224, 1.0)},
-            "images 224 px, crop 1, bicubic (the default), published with 224 px,",
-        ),
-        (
-            {"preprocessing": Preprocessing(224, 0.875, "bilinear")},
-            "crop 0.875, bilinear (the default), published with 224 px,",
-        ),
+        (Preprocessing(256, 0.875), "images 256 px, crop 0.875, bicubic (the default), published with 224 px,"),
+        (Preprocessing(224, 1.0), "images 224 px, crop 1, bicubic (the default), published with 224 px,"),
+        (Preprocessing(224, 0.875, "bilinear"), "crop 0.875, bilinear (the default), published with 224 px,"),
     ],
 )
-def test_what_is_not_as_published_is_said_instead(changed: dict[str, Any], said: str) -> None:
-    attacks = changed.get("attacks", ATTACKS)
-    of = report(robust_acc=0.2, robust_ci95=[0.01, 0.72], n=changed.get("n", 5000), attacks=list(attacks))
-    found = compare_with_published(evaluation(**changed), of)
+def test_what_is_not_as_published_is_said_instead(changed: Any, said: str) -> None:
+    of = report(robust_acc=0.2, robust_ci95=[0.01, 0.72], **(changed if isinstance(changed, dict) else {}))
+    used = changed if isinstance(changed, Preprocessing) else AS_PUBLISHED
+    found = compared(evaluation(preprocessing=used), of, changed if isinstance(changed, Images) else None)
     assert len(found["differs"]) == 1 and said in found["differs"][0]
     assert "difference" not in found and "suspicious" not in found
     assert "not compared with the published number (48.1 %)" in text_of(found, of) and "1.0 – 72.0" in text_of(
@@ -107,18 +107,18 @@ def test_what_is_not_as_published_is_said_instead(changed: dict[str, Any], said:
 
 def test_images_that_could_not_be_decoded_are_missing() -> None:
     of = report(n=4998, data={"unreadable": ["a", "b"], "img_size": 224})
-    assert compare_with_published(evaluation(), of)["differs"] == ["2 images could not be decoded"]
+    assert compared(evaluation(), of)["differs"] == ["2 images could not be decoded"]
 
 
 def test_a_stronger_attacks_number_is_said() -> None:
     model = dataclasses.replace(MODEL, external=45.0)
     assert "published 48.1 % (45.0 % by a stronger attack)" in text_of(
-        compare_with_published(evaluation(published=model), report()), report()
+        compared(evaluation(published=model), report()), report()
     )
 
 
 def test_other_networks_have_nothing_to_compare_with() -> None:
-    assert compare_with_published(evaluation(published=None), report()) is None
+    assert compared(evaluation(published=None), report()) is None
     assert text_of(None, report()) == ""
 
 
@@ -159,12 +159,12 @@ def test_far_below_the_own_run() -> None:
     ],
 )
 def test_another_network_or_arithmetic_is_not_compared(changed: dict[str, Any], said: str) -> None:
-    assert compare_with_published(evaluation(), report(**changed))["differs"] == [said]
+    assert compared(evaluation(), report(**changed))["differs"] == [said]
 
 
 def test_what_is_published_for_other_images_is_not_compared() -> None:
     network = NETWORK | {"arch": "resnet50", "not_original": False, "add_normalization": True}
-    found = compare_with_published(evaluation(published=KNOWN["ares_resnet50"]), report(network=network))
+    found = compared(evaluation(published=KNOWN["ares_resnet50"]), report(network=network))
     assert found["differs"] == ["its number is of 1,000 images drawn at random"]
 
 
@@ -180,6 +180,6 @@ def test_what_is_published_for_other_images_is_not_compared() -> None:
 def test_others_are_compared_with_their_number_for_the_norm(name: str, norm: str, eps: float, published: float) -> None:
     model = KNOWN[name]
     network = NETWORK | model.description
-    compared = evaluation(published=model, preprocessing=model.preprocessing, norm=norm, eps=eps)
-    found = compare_with_published(compared, report(network=network, robust_acc=published / 100))
+    other = evaluation(published=model, preprocessing=model.preprocessing, norm=norm, eps=eps)
+    found = compared(other, report(network=network, robust_acc=published / 100, norm=norm, eps=eps))
     assert (found["differs"], found["autoattack"], found["difference"]) == ([], published, 0.0)
