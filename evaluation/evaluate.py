@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.processes import Processes
+from data.loader import print_warning
 from evaluation import worker
 from evaluation.board import Board
 from evaluation.config import EvalConfig
@@ -94,16 +95,9 @@ def _work(
                 first.begin(devices, tasks)
             arguments = (config, evaluations, images)
             with closing(run_tasks(take, slots=devices, setup=worker.setup, arguments=arguments)) as events:
-                for kind, task, content in events:
-                    if kind == "failed":
-                        what = "a worker" if task is None else f"chunk {task.chunk} of {evaluations[task.evaluation]}"
-                        tqdm.write(f"warning: {what} failed: {content}", file=sys.stderr)
-                    elif kind == "note" and first:
-                        first.show(f"chunk {task.chunk} at {content}")
-                    elif kind == "result" and first:
-                        first.receive(task, content)
-                    elif kind == "result":
-                        board.post(json.dumps([task, content]).encode())
+                for event in events:
+                    if event[0] != "tick":
+                        board.post(json.dumps(event).encode())
                     if not goes_on():
                         break
         while goes_on():
@@ -176,33 +170,39 @@ class _Coordinator:
         where = ", ".join(f"{count} × {device}" for device, count in Counter(devices).items())
         tqdm.write(f"{len(tasks)} chunks to do; workers of this process: {where}", file=sys.stderr)
 
-    def show(self, text: str, *, images: int = 0) -> None:
-        """Show what a worker has begun, or finished with so many images."""
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(images)
-
-    def receive(self, task: Task, record: dict[str, Any]) -> None:
-        """Keep what a worker has finished."""
-        state = self._states[task.evaluation]
-        if state.report is not None:  # it came too late: there are enough
-            return
-        state.records[task.chunk] = record
-        verdicts = [broken for some in state.records.values() for broken in some["broken_by"]]
-        robust = verdicts.count("") / max(len(verdicts), 1)
-        self._bar.set_description_str(str(state.evaluation), refresh=False)
-        self.show(f"robust {robust:.1%}", images=len(record["positions"]) + len(record["unreadable"]))
-        self._unsaved.append((state.folder, record))
-        self._save()
-
     def collect(self) -> None:
-        """Take in what other processes have finished, try again what could not be written, and end the work when all is."""
+        """Take in what all processes have posted, try again what could not be written, and end the work when all is."""
         for message in self._board.messages():
-            task, record = json.loads(message)
-            self.receive(Task(*task), record)
+            kind, task, content = json.loads(message)
+            if task is None:
+                print_warning(f"a worker failed: {content}")
+                continue
+            state, chunk = self._states[task[0]], task[1]
+            if kind == "failed":
+                print_warning(f"chunk {chunk} of {state.evaluation} failed: {content}")
+            elif kind == "note":
+                self._show(f"chunk {chunk} at {content}")
+            elif state.report is None:  # else it came too late: there are enough
+                self._receive(state, content)
         if time.monotonic() >= self._save_at:
             self._save()
         if all(state.report is not None for state in self._states):
             self._board.close()
+
+    def _show(self, text: str, *, images: int = 0) -> None:
+        """Show what a worker has begun, or finished with so many images."""
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(images)
+
+    def _receive(self, state: _State, record: dict[str, Any]) -> None:
+        """Keep what a worker has finished."""
+        state.records[record["chunk"]] = record
+        verdicts = [broken for some in state.records.values() for broken in some["broken_by"]]
+        robust = verdicts.count("") / max(len(verdicts), 1)
+        self._bar.set_description_str(str(state.evaluation), refresh=False)
+        self._show(f"robust {robust:.1%}", images=len(record["positions"]) + len(record["unreadable"]))
+        self._unsaved.append((state.folder, record))
+        self._save()
 
     def _save(self) -> None:
         """Write records, and the reports of evaluations that are complete; what fails is kept and tried again.
@@ -223,10 +223,9 @@ class _Coordinator:
             now, problem = time.monotonic(), f"cannot write to {self.plan.root} ({error.strerror or error})"
             if self._failing_since is None:
                 self._failing_since = now
-                tqdm.write(
-                    f"warning: eval.out: {problem}; what is finished is kept in memory ({len(self._unsaved)} chunks) and tried "
-                    f"again every {SAVE_AGAIN_SECONDS} seconds.",
-                    file=sys.stderr,
+                print_warning(
+                    f"eval.out: {problem}; what is finished is kept in memory ({len(self._unsaved)} chunks) and tried again every "
+                    f"{SAVE_AGAIN_SECONDS} seconds."
                 )
             all_done = all(self._enough(state) is not None for state in self._states)
             if all_done and now - self._failing_since >= GIVE_UP_SECONDS:

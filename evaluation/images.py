@@ -31,11 +31,8 @@ PROBED = 8  # images whose pixels tell two data sets with the same names apart
 class Chunk:
     """Images attacked together, on the host.
 
-    Attributes:
-        x: (B, 3, size, size) float32 in [0, 1].
-        y: (B,) int64.
-        positions: (B,) int64, places in the evaluation's list of images.
-        unreadable: "name (reason)" of images left out because they cannot be decoded.
+    `x` (B, 3, size, size): float32 in [0, 1]; `y` int64 (B,); `positions` int64 (B,), places in the evaluation's list of images;
+    `unreadable`: "name (reason)" of images left out because they cannot be decoded.
     """
 
     x: Tensor

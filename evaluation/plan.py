@@ -16,6 +16,7 @@ from torch import nn
 from attacks.norms import check_radius
 from common.errors import UserError, blame
 from common.provenance import installed_version
+from data.loader import print_warning
 from evaluation.autoattack import check_classes, package_name
 from evaluation.config import ATTACKS, EvalAttackConfig, EvalConfig, EvalModelConfig, ModelEntry
 from evaluation.images import ImageList, open_images
@@ -32,19 +33,10 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 class Evaluation:
     """One network × image size × threat model; picklable, so that workers can do it.
 
-    Attributes:
-        network: its name in tables.
-        weights: the file.
-        description: the network it holds, complete.
-        class_names: of its outputs, where known.
-        published: the published model it is, if any.
-        norm, eps: threat model.
-        preprocessing: what images go through; with its `img_size`.
-        run: what the network's run says of it.
-        n: number of images.
-        batch_size: images of a chunk.
-        folder: of its state and report.
-        identity: everything its verdicts depend on, as plain values.
+    `network` is its name in tables, `description` the network that `weights` holds, complete; `class_names` those of its outputs,
+    where known; `published` the published model it is, if any; `run` what its own run says of it; `preprocessing` what images go
+    through, with their size; `n` the number of images; `batch_size` that of a chunk; `folder` has state and report; `identity` is
+    everything the verdicts depend on, as plain values.
     """
 
     network: str
@@ -118,7 +110,7 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         plan.images[name] = open_for(trained.description["num_classes"], trained.class_names)
         plan.evaluations.extend(_plan_network(settings, name, found, trained, plan, numbers))
         for note in trained.notes:
-            print(f"warning: {name}: {note} (--model.add_normalization=1).", file=sys.stderr)
+            print_warning(f"{name}: {note} (--model.add_normalization=1).")
     for text in dict.fromkeys(f"{e.network}: {e.preprocessing}" for e in plan.evaluations):
         print(text, file=sys.stderr)
     return plan
@@ -131,9 +123,8 @@ def _plan_network(
     images, own = plan.images[name], found.preprocessing or trained.preprocessing
     version = {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(settings.chosen, "+".join(settings.chosen))
     for size in settings.img_size or (own.img_size,):
-        used = replace(own, img_size=size, crop_pct=settings.crop_pct or own.crop_pct)
-        if settings.crop_pct is not None:
-            used = replace(used, crop_mode="center")
+        crop = {} if settings.crop_pct is None else {"crop_pct": settings.crop_pct, "crop_mode": "center"}
+        used = replace(own, img_size=size, **crop)
         if used != own:
             used = replace(used, source="the flags")
         try_size(trained.model, size, name=name)

@@ -11,13 +11,13 @@ A record never changes once it is there, so a run can end at any moment and anot
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import UserError, blame
 from common.files import set_aside, take_folder, writable, write_atomically
+from data.loader import print_warning
 
 SHOWN_DIFFERENCES = 6
 NOTHING = "nothing"  # in the place of a value that one of two identities lacks
@@ -76,10 +76,7 @@ class StateFolder:
                 _check(record, file.stem, chunks)
             except (OSError, ValueError) as error:
                 aside = set_aside(file)
-                print(
-                    f"warning: {file} is damaged ({error}); renamed to {aside.name}, its chunk runs again.",
-                    file=sys.stderr,
-                )
+                print_warning(f"{file} is damaged ({error}); renamed to {aside.name}, its chunk runs again.")
                 continue
             kept, shown = record["images_kept"], len(record["positions"])
             if not with_images or not shown or (kept == shown and self.images_file(record["chunk"]).exists()):

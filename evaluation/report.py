@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.files import read_json, writable, write_atomically
 from common.provenance import provenance
 from common.tables import markdown_table
+from data.loader import print_warning
 from evaluation.config import ATTACKS, EvalConfig
 from evaluation.images import ImageList
 from evaluation.pictures import draw_accuracy, draw_examples
@@ -31,10 +32,8 @@ CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
 PUBLISHED_IMAGES = 5000
 SUSPICIOUS = 0.3  # percentage points between the same evaluation here and there
 FAR_BELOW = 20.0  # percentage points below the validation of a network's own run
-AT_CHANCE, NEAR_CHANCE = (
-    0.05,
-    0.1,
-)  # guessing reaches it with at least this probability, and is at most this share below
+AT_CHANCE = 0.05  # probability at least with which guessing reaches an accuracy
+NEAR_CHANCE = 0.1  # most by which it is above that of guessing
 NEEDED = {"robust_ci95", "chunks", "ci", "run", "published"}  # of a report, for it not to be made again
 
 Record = Mapping[str, Any]
@@ -254,7 +253,7 @@ def write_overview(
         if text := comparison_text(report):
             print(text)
         for text in warnings_of(report, save_adv=save_adv):
-            print(f"warning: {evaluation}: {text}.", file=sys.stderr)
+            print_warning(f"{evaluation}: {text}.")
     print(f"reports: {root}")
 
 
@@ -332,23 +331,20 @@ def comparison_text(report: Mapping[str, Any]) -> str:
     return text
 
 
-def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> list[str]:
+def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> Iterator[str]:
     """What a reader of the numbers should know."""
-    texts = [*_warnings_of_accuracy(report)]
+    yield from _warnings_of_accuracy(report)
     low, high = report["robust_ci95"]
     if report["ci"] and 50 * (high - low) > report["ci"]:
-        texts.append(f"all {report['n']} images are not enough for {report['ci']:g} points to each side")
-    if save_adv and report["images_kept"] < report["n"]:
-        texts.append(
-            f"adversarial images are kept of {report['images_kept']} of {report['n']} images; start again for the others"
-        )
+        yield f"all {report['n']} images are not enough for {report['ci']:g} points to each side"
+    if save_adv and (kept := report["images_kept"]) < report["n"]:
+        yield f"adversarial images are kept of {kept} of {report['n']} images; start again for the others"
     if failures := _failures(report):
-        texts.append(f"adversarial images that fail the check at the end: {failures}; positions are in report.json")
+        yield f"adversarial images that fail the check at the end: {failures}; positions are in report.json"
     if len(devices := report["devices"]) > 1:
-        texts.append(f"chunks come from different devices ({', '.join(devices)}), whose roundings differ")
+        yield f"chunks come from different devices ({', '.join(devices)}), whose roundings differ"
     if unreadable := report["data"]["unreadable"]:
-        texts.append(f"{len(unreadable)} images could not be decoded and are left out, the first: {unreadable[0]}")
-    return texts
+        yield f"{len(unreadable)} images could not be decoded and are left out, the first: {unreadable[0]}"
 
 
 def _warnings_of_accuracy(report: Mapping[str, Any]) -> Iterator[str]:

@@ -133,21 +133,21 @@ def test_other_networks_have_nothing_to_compare_with() -> None:
     ],
 )
 def test_the_accuracy_of_guessing(clean: float, n: int, classes: int, warned: bool) -> None:
-    texts = warnings_of(report(clean_acc=clean, n=n, network=NETWORK | {"num_classes": classes}))
+    texts = list(warnings_of(report(clean_acc=clean, n=n, network=NETWORK | {"num_classes": classes})))
     assert bool(texts) == warned
     assert all("is no better than guessing: most likely a missing or second normaliser" in text for text in texts)
 
 
 def test_far_below_the_own_run() -> None:
     run = {"norm": "Linf", "eps": 8 / 255, "clean_acc": 0.986}
-    texts = warnings_of(report(clean_acc=0.05, run=run))
+    texts = list(warnings_of(report(clean_acc=0.05, run=run)))
     assert (
         "clean accuracy 5.0 %, but 98.6 % in the validation of its own run" in texts[0]
         and "224 px, crop 0.875" in texts[0]
     )
     assert texts[1:] == ["trained for Linf 8/255, attacked at 4/255"]
-    assert warnings_of(report(clean_acc=0.8, run=run | {"eps": 4 / 255})) == []
-    assert warnings_of(report(clean_acc=0.8, run=run | {"norm": "L2"})) == []
+    assert list(warnings_of(report(clean_acc=0.8, run=run | {"eps": 4 / 255}))) == []
+    assert list(warnings_of(report(clean_acc=0.8, run=run | {"norm": "L2"}))) == []
 
 
 @pytest.mark.parametrize(

@@ -337,11 +337,14 @@ def test_broken_images_are_left_out_and_named(trained, images, tmp_path, capsys)
         (copy / "val" / name).mkdir(parents=True)
         for file in (images / "val" / name).iterdir():
             (copy / "val" / name / file.name).write_bytes(file.read_bytes() if file.name != "1.png" else b"no image")
-    assert evaluate(trained, copy, tmp_path / "out", "--eval.eps=0.5", "--eval.batch_size=1") == 0
+    flags = ["--eval.eps=0.5", "--eval.batch_size=1", "--eval.save_adv=1"]
+    assert evaluate(trained, copy, tmp_path / "out", *flags) == 0
     report = json.loads(only(tmp_path / "out", "report.json").read_text())
     assert report["n"] == 4 and len(report["data"]["unreadable"]) == 4 and report["data"]["n"] == 8
     assert {row["path"].split("/")[1] for row in rows(only(tmp_path / "out", "verdicts.csv"))} == {"0.png"}
     assert "4 images could not be decoded" in capsys.readouterr().err
+    assert evaluate(trained, copy, tmp_path / "out", *flags) == 0
+    assert "finished before, skipped" in capsys.readouterr().err  # chunks without an image have none to keep
 
 
 def test_adversarial_images_are_kept_on_demand(trained, images, tmp_path):
@@ -543,13 +546,22 @@ def test_a_finished_evaluation_needs_no_free_gpu(trained, images, finished, monk
     assert capsys.readouterr().out.count("| L2 ") == 2
 
 
+def test_progress_is_lines_where_stderr_is_no_terminal(trained, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation.evaluate, "LINE_SECONDS", 0)
+    assert evaluate(trained, images, tmp_path) == 0
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "img" in line]
+    assert any("8/8" in line and "robust" in line for line in lines) and any("at apgd-ce" in line for line in lines)
+    assert "3 chunks to do; workers of this process: 2 × cpu" in error
+
+
 def test_different_devices_are_said(finished):
     report = json.loads(next(finished[0].rglob("report.json")).read_text())
     report |= {"devices": {"NVIDIA H100": 3, "NVIDIA A100": 1}, "clean_acc": 1.0}
-    assert warnings_of(report) == [
+    assert list(warnings_of(report)) == [
         "chunks come from different devices (NVIDIA H100, NVIDIA A100), whose roundings differ"
     ]
-    assert warnings_of(report | {"devices": {"NVIDIA H100": 4}}) == []
+    assert list(warnings_of(report | {"devices": {"NVIDIA H100": 4}})) == []
 
 
 def test_seconds_count_overlapping_chunks_once(trained, images, finished):
