@@ -81,7 +81,7 @@ class Plan:
 
     evaluations: list[Evaluation]
     root: Path
-    images: Mapping[str, ImageList]
+    images: dict[str, ImageList]
 
 
 def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
