@@ -114,9 +114,9 @@ def compare_with_published(
     if model is None:
         return None
     numbers = model.results.get(evaluation.img_size) or next(iter(model.results.values()))
-    robust = model.autoattack(evaluation.norm, evaluation.eps, evaluation.img_size)
+    robust = model.autoattack(report["norm"], report["eps"], evaluation.img_size)
     differs = list(_differs_from_published(evaluation, report, images))
-    found = {"name": model.name, "differs": differs, "external": model.external if evaluation.norm == "Linf" else None}
+    found = {"name": model.name, "differs": differs, "external": model.external if report["norm"] == "Linf" else None}
     if numbers is None or numbers.autoattack is None:
         return found | {"differs": ["no number is published at this image size"], "clean": None, "autoattack": None}
     found |= {"clean": numbers.clean, "autoattack": numbers.autoattack if robust is None else robust}
