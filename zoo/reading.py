@@ -113,9 +113,9 @@ def _content(data: bytes, suffix: str) -> Any:
         return safetensors.torch.load(data)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, AttributeError) as error:  # the latter for types that older files hold as untyped bytes
         try:
-            return _read_inert(data)
+            return _read_zip(data) if data.startswith(b"PK") else _read_legacy(data)
         except Exception:
             raise error from None
 
@@ -241,10 +241,6 @@ class _Unpickler(pickle.Unpickler):
         if self._storages[key].dtype != dtype:
             raise pickle.UnpicklingError(f"storage {key} is both {self._storages[key].dtype} and {dtype}")
         return self._storages[key]
-
-
-def _read_inert(data: bytes) -> Any:
-    return _read_zip(data) if data.startswith(b"PK") else _read_legacy(data)
 
 
 def _read_zip(data: bytes) -> Any:

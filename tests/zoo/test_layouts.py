@@ -166,10 +166,13 @@ def test_half_precision(tmp_path: Path) -> None:
     assert same(logits_of(path, "timm_resnet10t"), model)
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old torch"])
+@pytest.mark.parametrize("rest", [{"args": NAMESPACE}, {}], ids=["objects", "tensors alone"])
 @pytest.mark.parametrize("dtype", ["float8_e5m2", "uint16", "complex64", "bool", "bfloat16", "int8", "float64"])
-def test_every_type_of_number_beside_objects(tmp_path: Path, dtype: str) -> None:
+def test_every_type_of_number(tmp_path: Path, dtype: str, rest: dict, old: bool) -> None:
     path, values = tmp_path / "w.pth", torch.rand(4, 4).mul(9).to(getattr(torch, dtype))
-    torch.save({"args": NAMESPACE, "net": {"w": values.t()[1:], "none": values[:0]}}, path)
+    content = {**rest, "net": {"w": values.t()[1:], "none": values[:0]}}
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
     found = read_weights(path).network
     assert found["w"].dtype == values.dtype and found["none"].shape == (0, 4)
     assert torch.equal(found["w"].cfloat(), values.t()[1:].cfloat())
