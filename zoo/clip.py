@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -22,13 +23,8 @@ from utils_architecture import normalize_model
 from zoo.description import CLIP_PREFIX, EXPORT_KEY, EXPORTED
 from zoo.reading import read_content
 
-SMALL_TEXT = {
-    "context_length": 1,
-    "vocab_size": 1,
-    "width": 64,
-    "heads": 1,
-    "layers": 1,
-}  # of a text tower that is not used
+# Of a text tower that is not used.
+SMALL_TEXT = {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}
 
 
 class ZeroShotClassifier(nn.Module):
@@ -60,9 +56,8 @@ def clip_architecture(name: str, num_classes: int = 1000) -> ZeroShotClassifier:
         UserError: open_clip is not installed or does not know the name, or the repository cannot be reached.
     """
     cfg = _config(name)
-    model = import_open_clip().CLIP(
-        cfg["embed_dim"], cfg["vision_cfg"], SMALL_TEXT, quick_gelu=cfg.get("quick_gelu", False)
-    )
+    gelu = {"quick_gelu": cfg.get("quick_gelu", False)}
+    model = import_open_clip().CLIP(cfg["embed_dim"], cfg["vision_cfg"], SMALL_TEXT, **gelu)
     return ZeroShotClassifier(model.visual, cfg["embed_dim"], num_classes)
 
 
@@ -72,8 +67,6 @@ def _config(name: str) -> dict[str, Any]:
         if (cfg := open_clip.get_model_config(name)) is None:
             raise UserError(f"open_clip has no model named {name!r}; open_clip.list_models() lists them.")
         return cfg
-    from huggingface_hub import hf_hub_download
-
     try:
         file = hf_hub_download(name.removeprefix("hf-hub:"), "open_clip_config.json")
         return json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
@@ -110,9 +103,9 @@ def write_zero_shot(name: str, folder: Path, *, pretrained: str | None = None, t
     classes = open_clip.IMAGENET_CLASSNAMES
     embeddings = open_clip.build_zero_shot_classifier(model, tokenizer, classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
     used = model.visual.preprocess_cfg
-    network = normalize_model(clip_architecture(name, len(classes)), used["mean"], used["std"])
-    network.model.visual.load_state_dict(model.visual.state_dict())
-    network.model.head.weight.data = (model.logit_scale.exp() * embeddings).T.detach()
+    classifier = ZeroShotClassifier(model.visual, len(embeddings), len(classes))
+    network = normalize_model(classifier, used["mean"], used["std"])
+    classifier.head.weight.data = (model.logit_scale.exp() * embeddings).T.detach()
     size = used["size"] if isinstance(used["size"], int) else used["size"][0]
     content = {
         "pretrained_cfg": {

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors.torch
 from timm.models import split_model_name_tag
 from torch import nn
 
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import writable, write_atomically
 from utils_architecture import ARCHITECTURES, TIMM_PREFIX
 from zoo.description import EXPORT_KEY, EXPORTED
 from zoo.loading import has_normalizer
@@ -26,7 +27,7 @@ CONFIG, CARD = "config.json", "README.md"
 
 
 def export(
-    trained: TrainedModel, folder: Path, *, img_size: int = 224, crop_pct: float = 0.875, card: str = ""
+    trained: TrainedModel, folder: Path, *, img_size: int | None = None, crop_pct: float | None = None, card: str = ""
 ) -> None:
     """Write model.safetensors (the bare network), config.json and README.md into `folder`.
 
@@ -35,7 +36,7 @@ def export(
     Args:
         trained: from `load_trained`.
         folder: made if need be; files of these names are replaced.
-        img_size, crop_pct: of the evaluation that the network is meant for.
+        img_size, crop_pct: of the evaluation that the network is meant for; None: its own.
         card: text for README.md, such as a table of results.
 
     Raises:
@@ -43,14 +44,13 @@ def export(
     """
     network = trained.model.model if has_normalizer(trained.model) else trained.model
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    content = config(trained, network, img_size=img_size, crop_pct=crop_pct)
-    try:
+    used = trained.preprocessing
+    content = config(trained, network, img_size=img_size or used.img_size, crop_pct=crop_pct or used.crop_pct)
+    with writable("--to", folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / EXPORTED, lambda f: f.write(safetensors.torch.save(weights, {"format": "pt"})))
         write_atomically(folder / CONFIG, lambda f: f.write(json.dumps(content, indent=2).encode()))
         write_atomically(folder / CARD, lambda f: f.write(model_card(trained.description, content, card).encode()))
-    except OSError as error:
-        raise UserError(f"--to: cannot write to {folder} ({error.strerror or error}).") from error
 
 
 def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct: float) -> dict[str, Any]:
@@ -80,14 +80,12 @@ def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct
 
 def timm_name(description: Mapping[str, Any]) -> str | None:
     """timm's name of the architecture; None where ours is another one: a ConvStem, blurpool, or not in timm."""
-    architecture = ARCHITECTURES.get(description["arch"])
-    if description["arch"].startswith(TIMM_PREFIX) and not description["use_blurpool"]:
-        return description["arch"].removeprefix(TIMM_PREFIX).split(".")[0]
+    arch, entry = description["arch"], ARCHITECTURES.get(description["arch"])
     if description["not_original"] or description["updated"] or description["use_blurpool"]:
         return None
-    if architecture is None or architecture.options or not isinstance(architecture.builder, str):
-        return None
-    return split_model_name_tag(architecture.builder)[0]
+    if entry is None:
+        return split_model_name_tag(arch.removeprefix(TIMM_PREFIX))[0] if arch.startswith(TIMM_PREFIX) else None
+    return split_model_name_tag(entry.builder)[0] if isinstance(entry.builder, str) and not entry.options else None
 
 
 def model_card(description: Mapping[str, Any], content: Mapping[str, Any], card: str) -> str:
@@ -112,14 +110,11 @@ def push(folder: Path, repository: str) -> str:
     Raises:
         UserError: not logged in, no such owner, or no connection.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[EXPORTED, CONFIG, CARD])
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--push: cannot upload to {repository} ({error}); `hf auth login` sets up an account."
         ) from error

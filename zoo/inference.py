@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
 from utils_architecture import ARCHITECTURES, TIMM_PREFIX, TORCHVISION_PREFIX
-from zoo.description import ROBUSTBENCH_PREFIX
-from zoo.loading import (
-    POSITIONS,
-    PositionGrid,
-    Weights,
-    differences,
-    has_normalizer,
-    listed,
-    position_grid,
-    with_timm_names,
-)
+from zoo.description import ROBUSTBENCH_PREFIX, NetworkDescription
+from zoo.loading import POSITIONS, Weights, differences, grid_side, has_normalizer, listed, with_timm_names
 from zoo.meansparse import without_operators
 from zoo.models import build_model
 
@@ -57,33 +50,23 @@ _FAMILIES = {
 }
 # Models are built with so many classes to tell the head by: a prime, which no other dimension is.
 MARK = 1009
+# Attributes of modules that results depend on, and that PyTorch's description does not show.
+HIDDEN = ("num_heads", "window_size", "shift_size", "scale", "global_pool", "num_prefix_tokens", "no_embed_class")
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a file of weights holds. All but `add_normalization` is None, and `candidates` empty, if nothing known fits.
+@dataclass(frozen=True, kw_only=True)
+class Description(NetworkDescription):
+    """What a file of weights holds. All but `add_normalization` is None, and `candidates` empty, if nothing known fits."""
 
-    Attributes:
-        arch: first of `candidates`.
-        global_pool: what its head reads, as timm calls it; None for the architecture's default.
-        not_original: it has the ConvStem.
-        updated: it is the wide variant.
-        num_classes: outputs of the head; None if the architecture's cannot be chosen.
-        add_normalization: the file holds an input normaliser.
-        img_size: side in pixels of the square images its position embeddings were made for; None without any.
-        candidates: names in `ARCHITECTURES` that fit, in the table's order.
-        alike: the candidates are one network under several names; False: they have the same weights, but compute different things.
-    """
-
-    arch: str | None
-    not_original: bool | None
-    updated: bool | None
-    num_classes: int | None
-    add_normalization: bool
-    img_size: int | None
-    candidates: tuple[str, ...]
-    alike: bool
-    global_pool: str | None = None
+    use_blurpool: bool = False  # leaves no trace in weights
+    global_pool: str | None = None  # what its head reads, as timm calls it; None for the architecture's default
+    img_size: int | None = (
+        None  # side in pixels of the square images its position embeddings were made for; None without any
+    )
+    candidates: tuple[
+        str, ...
+    ] = ()  # names in `ARCHITECTURES` that fit, in the table's order; `arch` is the first of them
+    alike: bool = True  # they are one network under several names; False: they have the same weights, but compute different things
 
     def __str__(self) -> str:
         if self.arch is None:
@@ -109,23 +92,24 @@ def describe_weights(weights: Weights, arch: str | None = None) -> Description:
     Raises:
         UserError: `arch` is not known.
     """
-    fitting = [blueprint for blueprint in _blueprints(weights, arch) if not blueprint.differences(weights)]
+    known = _blueprints(weights, ARCHITECTURES if arch is None else [arch])
+    fitting = [blueprint for blueprint in known if not blueprint.differences(weights)]
     if not fitting and arch is None:
         fitting = [blueprint for blueprint in _of_libraries(weights) if not blueprint.differences(weights)]
     normalized = weights.normalizer is not None
     if not fitting:
-        return Description(None, None, None, None, normalized, None, (), True)
+        return Description(add_normalization=normalized)
     first = fitting[0]
     return Description(
         arch=first.arch,
         not_original=first.not_original,
         updated=first.updated,
-        num_classes=first.num_classes(weights),
+        num_classes=first.num_classes(weights) or 1000,  # an architecture whose head cannot be chosen is ImageNet's
         add_normalization=normalized,
+        global_pool=first.global_pool,
         img_size=first.img_size(weights),
         candidates=tuple(blueprint.arch for blueprint in fitting),
         alike=all(blueprint.modules == first.modules for blueprint in fitting),
-        global_pool=first.global_pool,
     )
 
 
@@ -150,12 +134,17 @@ def check_description(
     if found.arch is None and arch is not None and arch in ARCHITECTURES:
         found = describe_weights(weights)
     if found.arch is None:
-        nearest, problems = _nearest(weights, arch)
-        known = f"fits {arch}" if arch is not None else "fits a known architecture"
+        known = _blueprints(weights, ARCHITECTURES if arch is None else [arch])
+        nearest, problems = min(((b, b.differences(weights)) for b in known), key=lambda pair: len(pair[1]))
+        stem = "ConvStem" if nearest.not_original else "no ConvStem"
+        is_tower = {"class_embedding", "positional_embedding"} <= weights.network.keys()
+        expected = "a known architecture" if arch is None else arch
         raise UserError(
-            f"{source} does not fit: nothing in it {known}. Nearest is {nearest}, but {listed(problems)}. Other models "
+            f"{source} does not fit: nothing in it fits {expected}. Nearest is {nearest.arch} with {stem}, but "
+            f"{listed(problems)}. Other models "
             "of timm have the arch timm_<name>."
-            + (" It looks like the image tower of a CLIP model: see `python -m zoo zero-shot`." * _is_tower(weights))
+            + " It looks like the image tower of a CLIP model: see `python -m zoo zero-shot`."
+            * is_tower
         )
     wrong = [
         f"{name} asks for {int(value) if isinstance(value, bool) else value}"
@@ -174,34 +163,33 @@ def check_description(
     return found
 
 
-def _is_tower(weights: Weights) -> bool:
-    return {"class_embedding", "positional_embedding"} <= weights.network.keys()
-
-
 # ------------------------------------------------------------------------------------------- known architectures
 @dataclass(frozen=True)
 class _Blueprint:
-    """Names and shapes of one variant of an architecture.
-
-    Attributes:
-        state: tensors, their values of no meaning; the head is for `MARK` classes.
-        head: names of the tensors whose first dimension is the number of classes.
-        grid: of its position embeddings.
-        stride: pixels of a patch's side.
-        modules: a description of its modules, which tells activations and numbers of heads apart.
-        network: itself, without values.
-    """
+    """One variant of an architecture, built without values; its head is for `MARK` classes."""
 
     arch: str
     not_original: bool
     updated: bool
     global_pool: str | None
-    state: Mapping[str, Tensor]
-    head: tuple[str, ...]
-    grid: PositionGrid | None
-    stride: int
-    modules: str
     network: nn.Module
+
+    @cached_property
+    def state(self) -> Mapping[str, Tensor]:
+        """Names and shapes of its tensors."""
+        return self.network.state_dict()
+
+    @cached_property
+    def head(self) -> list[str]:
+        """Names of the tensors whose first dimension is the number of classes."""
+        return [name for name, value in self.state.items() if value.ndim and len(value) == MARK]
+
+    @cached_property
+    def modules(self) -> str:
+        """PyTorch's description of the modules, and what it does not show although results depend on it."""
+        modules = self.network.named_modules()
+        hidden = [f"{name} {key} {vars(m)[key]}" for name, m in modules for key in HIDDEN if key in vars(m)]
+        return "\n".join([str(self.network), *hidden])
 
     def differences(self, weights: Weights) -> list[str]:
         """As `zoo.loading.differences`, for the weights' own number of classes."""
@@ -210,7 +198,7 @@ class _Blueprint:
             name: value.new_empty(classes or MARK, *value.shape[1:]) if name in self.head else value
             for name, value in self.state.items()
         }
-        return differences(expected, self._named(weights), self.grid)
+        return differences(expected, self._named(weights), self.network)
 
     def num_classes(self, weights: Weights) -> int | None:
         """Of the head in `weights`; None if the model has none whose size can be chosen."""
@@ -218,12 +206,15 @@ class _Blueprint:
         heads = [network[name] for name in self.head if name in network]
         return len(heads[0]) if heads and heads[0].ndim else None
 
-    def _named(self, weights: Weights) -> Mapping[str, Tensor]:
-        """The network's tensors by the names of today."""
-        return with_timm_names(without_operators(weights.network), self.network, self.state)
-
     def img_size(self, weights: Weights) -> int | None:
-        return self.stride * self.grid.side_of(weights.network[POSITIONS]) if self.grid is not None else None
+        """Of the images that the position embeddings in `weights` are for; None without any."""
+        positions = self._named(weights).get(POSITIONS)
+        side = grid_side(self.network, positions) if positions is not None else 0
+        return side * self.network.patch_embed.patch_size[0] if side else None
+
+    def _named(self, weights: Weights) -> Mapping[str, Tensor]:
+        """The weights by the names of today."""
+        return with_timm_names(without_operators(weights.network), self.network, self.state)
 
 
 # In-place functions that only change values, of which a meta tensor has none; they take four fifths of the time to build one.
@@ -242,25 +233,6 @@ class _NumbersOnCPU(TorchFunctionMode):
         return func(*args, **({"device": "cpu"} | kwargs if func is torch.linspace else kwargs))
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """PyTorch's description of the modules, and what it does not show although results depend on it."""
-    hidden = [
-        f"{name} {key} {vars(module)[key]}"
-        for name, module in model.named_modules()
-        for key in (
-            "num_heads",
-            "window_size",
-            "shift_size",
-            "scale",
-            "global_pool",
-            "num_prefix_tokens",
-            "no_embed_class",
-        )
-        if key in vars(module)
-    ]
-    return "\n".join([str(model), *hidden])
-
-
 @functools.cache
 def _blueprint(arch: str, not_original: bool, updated: bool, global_pool: str | None = None) -> _Blueprint:
     options = {} if arch.startswith(ROBUSTBENCH_PREFIX) else {"num_classes": MARK, "global_pool": global_pool}
@@ -270,37 +242,20 @@ def _blueprint(arch: str, not_original: bool, updated: bool, global_pool: str | 
             model = build()
     except RuntimeError:  # a few of timm's architectures compute with more numbers while they are built
         model = build()
-    model = model.model if has_normalizer(model) else model
-    state = model.state_dict()
-    grid = position_grid(model)
-    return _Blueprint(
-        arch=arch,
-        not_original=not_original,
-        updated=updated,
-        global_pool=global_pool,
-        state=state,
-        head=tuple(name for name, value in state.items() if value.ndim and len(value) == MARK),
-        grid=grid,
-        stride=model.patch_embed.patch_size[0] if grid is not None else 0,
-        modules=_fingerprint(model),
-        network=model,
-    )
+    network = model.model if has_normalizer(model) else model
+    return _Blueprint(arch, not_original, updated, global_pool, network)
 
 
-def _blueprints(weights: Weights, arch: str | None) -> Iterator[_Blueprint]:
-    """All variants of `arch`, or of every architecture, that have the stem which the weights' names speak of."""
-    for name in ARCHITECTURES if arch is None else [arch]:
-        yield from _variants(weights, name)
-
-
-def _variants(weights: Weights, name: str) -> Iterator[_Blueprint]:
-    entry = ARCHITECTURES.get(name)
-    stem = entry.conv_stem if entry is not None else None
-    not_original = stem is not None and any(key.startswith(f"{stem.at}.stem.") for key in weights.network)
-    for updated in (False, True) if entry is not None and entry.updated_dim else (False,):
-        yield _blueprint(name, not_original, updated)
-    if FC_NORM in weights.network and _is_vit(name):
-        yield _blueprint(name, not_original, False, "avg")
+def _blueprints(weights: Weights, names: Iterable[str]) -> Iterator[_Blueprint]:
+    """All variants of these architectures that have the stem which the weights' names speak of."""
+    for name in names:
+        entry = ARCHITECTURES.get(name)
+        stem = entry and entry.conv_stem
+        not_original = stem is not None and any(key.startswith(f"{stem.at}.stem.") for key in weights.network)
+        for updated in (False, True) if entry and entry.updated_dim else (False,):
+            yield _blueprint(name, not_original, updated)
+        if FC_NORM in weights.network and _is_vit(name):
+            yield _blueprint(name, not_original, False, "avg")
 
 
 def _of_libraries(weights: Weights) -> Iterator[_Blueprint]:
@@ -315,20 +270,11 @@ def _of_libraries(weights: Weights) -> Iterator[_Blueprint]:
         else:
             names += [TIMM_PREFIX + name for name in timm.list_models(module=module)]
     for arch in sorted(names, key=lambda name: (len(name), name)):
-        try:
-            yield from _variants(weights, arch)
-        except (RuntimeError, ValueError, AssertionError):  # one that timm cannot build for so many classes
-            continue
+        with suppress(RuntimeError, ValueError, AssertionError):  # one that timm cannot build for so many classes
+            yield from _blueprints(weights, [arch])
 
 
 def _is_vit(arch: str) -> bool:
     timm_name = arch.removeprefix(TIMM_PREFIX).split(".")[0]
     entry = ARCHITECTURES.get(arch)
     return is_model_in_modules(timm_name, {"vision_transformer", "deit"}) if entry is None else entry.family == "vit"
-
-
-def _nearest(weights: Weights, arch: str | None) -> tuple[str, list[str]]:
-    """The variant with the fewest differences, in words, and those."""
-    compared = [(blueprint.differences(weights), blueprint) for blueprint in _blueprints(weights, arch)]
-    problems, nearest = min(compared, key=lambda pair: len(pair[0]))
-    return f"{nearest.arch} with {'ConvStem' if nearest.not_original else 'no ConvStem'}", problems

@@ -7,13 +7,14 @@ normaliser inside is `normalize.*` and `model.*`. `zoo.inference` says which net
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -22,102 +23,65 @@ from torch import Tensor, nn
 from common.errors import UserError
 from zoo.reading import SHOWN_NAMES, Array, Foreign, listed, modules_state, read_content
 
-Which = Literal["ema", "raw"]
-
 # Words in the keys of a training state: a moving average lies under the first, no network under the others.
 AVERAGES = {"ema", "swa", "averaged", "shadow"}
 NO_NETWORKS = {"optim", "optimizer", "optimizers", "opt", "sched", "scheduler", "schedulers", "scaler"}
 SHADOWS = "shadow_params"  # key of torch_ema: a moving average as a list, in the order of model.parameters()
 _DEEPEST = 20  # key of a training state under which a network is looked for
-# Normalisers: ours and RobustBench's (`normalize.mean`; `mu` or `mean` of the model itself), MadryLab's `normalizer.new_mean`,
-# and the first module of an `nn.Sequential`.
-NORMALIZER_MODULES = (
-    "normalize",
-    "normalizer",
-    "normalization",
-    "normalize_layer",
-    "norm_layer",
-    "input_norm",
-    "preprocess",
-    "0",
-)
-NORMALIZERS = [
-    (module + mean, module + std)
-    for module in (*(f"{name}." for name in NORMALIZER_MODULES), "")
-    for mean, std in (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"))
-]
+# Names of a normaliser's mean and std, in a module or in the model itself: ours, many others', MadryLab's.
+NORMALIZERS = (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"))
 NORMALIZER_SHAPES = [(3,), (3, 1, 1), (1, 3, 1, 1)]
-# Entries beside the tensors of a state dict that no network needs; `n_averaged` is the counter of torch's AveragedModel.
-IGNORED_TYPES = (bool, int, float, str, bytes, type(None))
-IGNORED_TENSORS = ("n_averaged",)
+IGNORED_TYPES = (bool, int, float, str, bytes, type(None))  # beside the tensors of a state dict
 COUNTER = "num_batches_tracked"  # of batch normalisation: no number of the network depends on it
 STATISTICS = ("running_mean", "running_var")  # of batch normalisation, which are no parameters
 _LARGEST = 2**30  # numbers of a tensor: a file may claim more than it holds, by a view that repeats them
-# Wrappers that stand inside of names too.
-INNER_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+INNER_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # anywhere in names
 ATTACKER = "attacker."  # under which MadryLab's models hold a second copy of themselves
 POSITIONS, PATCHES = "pos_embed", "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters and buffers of a bare network.
+    """Parameters and buffers of a bare network."""
 
-    Attributes:
-        network: by name, without prefixes and normaliser.
-        normalizer: `mean` and `std` of images in [0, 1], [1, 3, 1, 1], if there was one.
-        which: "ema" or "raw", by the key of the training state they were under; None for a file of nothing but weights.
-        key: that key, by dots if nested; empty for a file of nothing but weights.
-        sha256: of the file.
-    """
-
-    network: dict[str, Tensor]
-    normalizer: dict[str, Tensor] | None
-    which: Which | None = None
-    key: str = ""
-    sha256: str = ""
+    network: dict[str, Tensor]  # by name, without prefixes and normaliser
+    normalizer: dict[str, Tensor] | None  # `mean` and `std` of images in [0, 1], [1, 3, 1, 1], if there was one
+    key: str = (
+        ""  # of the training state that they were under, by dots if nested; empty for a file of nothing but weights
+    )
+    sha256: str = ""  # of the file
 
 
-@dataclass(frozen=True)
-class PositionGrid:
-    """Position embeddings [1, prefix + side², C] of a square grid of patches, after those of class tokens."""
-
-    side: int
-    prefix: int
-
-    def side_of(self, positions: Tensor) -> int | None:
-        """Side of the grid that other embeddings of the same model were made for; None if they are of no square grid."""
-        count = positions.shape[1] - self.prefix if positions.ndim == 3 else 0
-        side = math.isqrt(max(count, 0))
-        return side if side and side**2 == count else None
-
-
-def read_weights(path: str | Path, *, which: Which | None = None, key: str | None = None) -> Weights:
+def read_weights(path: str | Path, *, key: str | None = None) -> Weights:
     """Read a weights file (`torch.save`, or safetensors) on the CPU; see `zoo.reading`.
 
     Args:
         path: the file.
-        which: of a training state with a moving average: "ema" takes that, "raw" the last weights, None the average if
-            there is one.
-        key: of a file with several networks, the key that leads to one of them, by dots if nested.
+        key: of a file with several networks, the key that leads to one of them, by dots if nested; among those under it, and
+            among all without it, a moving average is taken rather than the last weights.
 
     Raises:
-        UserError: no such file, not a weights file, or no state dict in it (of that kind, under that key).
+        UserError: no such file, not a weights file, or no state dict in it (under that key).
     """
     content, digest = read_content(Path(path))
-    return replace(parse_weights(content, source=path, which=which, key=key), sha256=digest)
+    return replace(parse_weights(content, source=path, key=key), sha256=digest)
 
 
-def parse_weights(content: Any, *, source: str | Path, which: Which | None = None, key: str | None = None) -> Weights:
+def parse_weights(content: Any, *, source: str | Path, key: str | None = None) -> Weights:
     """The weights in what a file held, or in a `state_dict()`; `source` is named in errors. Else as `read_weights`."""
-    found = _with_names(list(_state_dicts(content))) or list(_state_dicts(content, arrays=True))
-    chosen = _choose(found, content, which, key, str(source))
+    found = _with_names(list(_state_dicts(content, seen=set())))
+    found = found or list(_state_dicts(content, seen=set(), arrays=True))
+    chosen = _choose(found, content, key, str(source))
     state = {name: value for name, value in chosen.state.items() if isinstance(value, Tensor)}
     if large := [f"{name}, {list(value.shape)}" for name, value in state.items() if value.numel() > _LARGEST]:
         raise UserError(f"{source}: expected tensors of at most {_LARGEST} numbers, got {listed(large)}.")
-    for pair in NORMALIZERS:  # kept beside the network
-        state |= {name: chosen.beside[name] for name in pair if isinstance(chosen.beside.get(name), Tensor)}
-    return replace(_bare(state, str(source)), which=chosen.kind, key=chosen.key)
+    for name in itertools.chain(
+        *_normalizers(chosen.beside)
+    ):  # kept beside the network, where there may be other statistics
+        value = chosen.beside.get(name)
+        if isinstance(value, Tensor) and (value.numel() == 3 or "." not in name):
+            state[name] = value
+    return replace(_bare(state, str(source)), key=chosen.key)
 
 
 def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> None:
@@ -125,12 +89,7 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
 
     A file without a normaliser fits both (the network's weights are the same). A file with one needs a model with one: its
     network was trained behind it. Position embeddings of another resolution are resampled (bicubic, class token kept).
-    Nothing is copied unless everything fits.
-
-    Args:
-        model: receives the weights.
-        weights: from `read_weights`.
-        source: the file, for the error.
+    Nothing is copied unless everything fits. `source` is named in errors.
 
     Raises:
         UserError: missing or unexpected names, other shapes, values that are no finite numbers, or a normaliser the model
@@ -142,20 +101,18 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
             f"{source} holds an input normaliser (mean and std), the model has none; build it with add_normalization."
         )
     network = model.model if normalized else model
-    expected, grid = network.state_dict(), position_grid(network)
+    expected = network.state_dict()
     found = with_timm_names(weights.network, network, expected)
-    problems = differences(expected, found, grid)
-    if problems:
+    if problems := differences(expected, found, network):
         raise UserError(
             f"{source} does not fit the model ({len(expected)} tensors expected, {len(weights.network)} found): "
             f"{listed(problems)}. Do arch, not_original, updated and num_classes describe this checkpoint?"
         )
     # Such weights come from a run that diverged or a damaged file; they would show as the accuracy of a guess.
-    broken = [name for name, value in found.items() if not value.isfinite().all()]
-    if broken:
+    if broken := [name for name, value in found.items() if not value.isfinite().all()]:
         raise UserError(f"{source} holds values that are not finite: {listed(broken)}.")
     with torch.no_grad():
-        for name, value in _resized(found, expected, grid).items():
+        for name, value in _resized(found, network).items():
             expected[name].copy_(value)
     if weights.normalizer is not None:
         model.normalize.load_state_dict(weights.normalizer)
@@ -163,23 +120,24 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
 
 def has_normalizer(model: nn.Module) -> bool:
     """Whether `model` was made by `utils_architecture.normalize_model`."""
-    children = [name for name, _ in model.named_children()]
-    return children == ["normalize", "model"]
+    return [name for name, _ in model.named_children()] == ["normalize", "model"]
 
 
-def position_grid(network: nn.Module) -> PositionGrid | None:
-    """The grid of a vision transformer's position embeddings; None without them, or if it is not square."""
-    positions, embed = getattr(network, POSITIONS, None), getattr(network, "patch_embed", None)
+def grid_side(network: nn.Module, positions: Tensor) -> int:
+    """Side of the square grid of patches that position embeddings [1, class tokens + side², C] are for; 0: none of `network`."""
+    own, embed = getattr(network, POSITIONS, None), getattr(network, "patch_embed", None)
     height, width = getattr(embed, "grid_size", None) or (0, 1)
-    if not isinstance(positions, Tensor) or positions.ndim != 3 or height != width:
-        return None
-    return PositionGrid(side=height, prefix=positions.shape[1] - height * width)
+    if height != width or not isinstance(own, Tensor) or not own.ndim == positions.ndim == 3:
+        return 0
+    count = positions.shape[1] - (own.shape[1] - height * width)
+    side = math.isqrt(max(count, 0))
+    return side if side**2 == count and positions.shape[::2] == own.shape[::2] else 0
 
 
-def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], grid: PositionGrid | None) -> list[str]:
+def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], network: nn.Module) -> list[str]:
     """One phrase a tensor that is missing, unexpected, or of another shape or kind, in the model's order.
 
-    Position embeddings may be those of another square grid; `grid` is that of `expected`.
+    Position embeddings may be those of another square grid; `network` is what the `expected` ones are of.
     """
     problems = []
     for name, value in expected.items():
@@ -189,13 +147,9 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], gri
             problems.append(f"{name} is missing")
         elif kind := _other_kind(value, found[name]):
             problems.append(f"{name} is {kind}")
-        elif found[name].shape != value.shape:
-            phrase = f"{name} is {list(found[name].shape)} instead of {list(value.shape)}"
-            if name == POSITIONS and grid is not None:
-                if grid.side_of(found[name]) and found[name].shape[::2] == value.shape[::2]:
-                    continue
-                phrase += ", nor of another square image"
-            problems.append(phrase)
+        elif found[name].shape != value.shape and not (name == POSITIONS and grid_side(network, found[name])):
+            square = ", nor of another square image" if name == POSITIONS else ""
+            problems.append(f"{name} is {list(found[name].shape)} instead of {list(value.shape)}{square}")
     return problems + [f"{name} is unexpected" for name in found if name not in expected]
 
 
@@ -223,21 +177,11 @@ def with_timm_names(
 # ---------------------------------------------------------------------------------------------------- parsing
 @dataclass(frozen=True)
 class _Found:
-    """A state dict in a file, the keys that lead to it, and the mapping that holds it under the last of them."""
+    """A state dict in a file, the keys that lead to it, by dots, and the mapping that holds it under the last of them."""
 
-    keys: tuple[str, ...]
+    key: str
     state: Mapping[str, Any]
     beside: Mapping[str, Any]
-
-    @property
-    def key(self) -> str:
-        return ".".join(self.keys)
-
-    @property
-    def kind(self) -> Which | None:
-        if not self.keys:
-            return None
-        return "ema" if AVERAGES & _words(self.key) else "raw"
 
     @property
     def is_network(self) -> bool:
@@ -250,34 +194,29 @@ def _words(key: str) -> set[str]:
 
 
 def _state_dicts(
-    content: Any,
-    keys: tuple[str, ...] = (),
-    beside: Mapping[str, Any] | None = None,
-    seen: set[int] | None = None,
-    arrays: bool = False,
+    content: Any, key: str = "", beside: Mapping[str, Any] | None = None, *, seen: set[int], arrays: bool = False
 ) -> Iterator[_Found]:
     """Each mapping of names to tensors in a file, plain values and objects of other programs between them; none twice.
 
     A list under `SHADOWS` is one too, by its places. `arrays`: those of NumPy count as tensors.
     """
-    seen = set() if seen is None else seen
-    if id(content) in seen or len(keys) > _DEEPEST:
+    if id(content) in seen or key.count(".") > _DEEPEST:
         return
     seen.add(id(content))
     if isinstance(content, Foreign):
         content = modules_state(content) or content
-    if keys[-1:] == (SHADOWS,) and isinstance(content, list) and content:
+    if key.split(".")[-1] == SHADOWS and isinstance(content, list) and content:
         if all(isinstance(value, Tensor) for value in content):
-            yield _Found(keys, dict(enumerate(content)), {})
+            yield _Found(key[1:], dict(enumerate(content)), {})
     if not isinstance(content, Mapping):
         return
     if arrays:
         content = {name: value.tensor if isinstance(value, Array) else value for name, value in content.items()}
     if any(isinstance(value, Tensor) for value in content.values()) and not _not_weights(content):
-        yield _Found(keys, content, beside or {})
+        yield _Found(key[1:], content, beside or {})
     for name, value in content.items():
         if isinstance(name, str) and not NO_NETWORKS & _words(name):
-            yield from _state_dicts(value, (*keys, name), content, seen, arrays)
+            yield from _state_dicts(value, f"{key}.{name}", content, seen=seen, arrays=arrays)
 
 
 def _with_names(found: list[_Found]) -> list[_Found]:
@@ -304,7 +243,7 @@ def _not_weights(content: Mapping[Any, Any]) -> str:
     return ""
 
 
-def _choose(found: list[_Found], content: Any, which: Which | None, key: str | None, where: str) -> _Found:
+def _choose(found: list[_Found], content: Any, key: str | None, where: str) -> _Found:
     if not found:
         shown = f"a {type(content).__name__}"
         if isinstance(content, Mapping):
@@ -313,17 +252,10 @@ def _choose(found: list[_Found], content: Any, which: Which | None, key: str | N
         raise UserError(f"{where} holds no state dict (a mapping of names to tensors); got {shown}.")
     found = [entry for entry in found if entry.is_network] or found
     if key is not None:
-        under = [entry for entry in found if f"{entry.key}.".startswith(f"{key}.")]
-        if not under:
-            raise UserError(f"{where}: expected weights under the key {key}, found only {_keys(found)}.")
-        found = under
-    kinds = [entry.kind for entry in found]
-    # A file of nothing but weights does not say what they are: it is taken for the raw ones.
-    wanted = which or ("ema" if "ema" in kinds else "raw")
-    chosen = [entry for entry in found if (entry.kind or "raw") == wanted]
-    if not chosen:
-        expected = {"ema": "a moving average (under a key with ema in it)", "raw": "raw weights"}[wanted]
-        raise UserError(f"{where}: expected {expected}, found only {_keys(found)}.")
+        everywhere, found = found, [entry for entry in found if f"{entry.key}.".startswith(f"{key}.")]
+        if not found:
+            raise UserError(f"{where}: expected weights under the key {key}, found only {_keys(everywhere)}.")
+    chosen = [entry for entry in found if AVERAGES & _words(entry.key)] or found
     if len(chosen) > 1:
         raise UserError(f"{where}: expected one model, found {len(chosen)}: {_keys(chosen)}; weights_key says which.")
     return chosen[0]
@@ -338,9 +270,9 @@ def _bare(state: dict[str, Tensor], where: str) -> Weights:
     normalizer = None
     state = {INNER_WRAPPERS.sub("", name): value for name, value in state.items()}
     while True:
-        state = {name: value for name, value in state.items() if name not in IGNORED_TENSORS}
+        state.pop("n_averaged", None)  # the counter of torch's AveragedModel
         firsts = {name.partition(".")[:2] for name in state}
-        pair = next((pair for pair in NORMALIZERS if all(name in state for name in pair)), None)
+        pair = next((pair for pair in _normalizers(state) if all(name in state for name in pair)), None)
         if len(firsts) == 1 and (prefix := "".join(firsts.pop())).endswith("."):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
         elif any(name.startswith(ATTACKER) for name in state):
@@ -348,18 +280,24 @@ def _bare(state: dict[str, Tensor], where: str) -> Weights:
         elif pair is not None and normalizer is None:
             normalizer = {kind: _statistic(state.pop(name), name, where) for kind, name in zip(("mean", "std"), pair)}
             if not (normalizer["std"] > 0).all():
-                raise UserError(
-                    f"{where}: {pair[1]}: expected positive values, got {normalizer['std'].flatten().tolist()}."
-                )
+                values = normalizer["std"].flatten().tolist()
+                raise UserError(f"{where}: {pair[1]}: expected positive values, got {values}.")
             if max(normalizer["mean"].max(), normalizer["std"].max()) > 2:  # of images in [0, 255], not in [0, 1]
                 normalizer = {kind: value / 255 for kind, value in normalizer.items()}
         else:
             break
-    for pair in NORMALIZERS:
-        if half := [name for name in pair if name in state]:
-            other = "a second normaliser" if normalizer else f"no {pair[1 - pair.index(half[0])]}"
-            raise UserError(f"{where}: expected mean and std of one input normaliser, got {half[0]} and {other}.")
+    for mean, std in _normalizers(state):
+        half, missing = (mean, std) if mean in state else (std, mean)
+        other = "a second normaliser" if normalizer else f"no {missing}"
+        raise UserError(f"{where}: expected mean and std of one input normaliser, got {half} and {other}.")
     return Weights(network=state, normalizer=normalizer)
+
+
+def _normalizers(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The names of mean and std of each input normaliser that has one of them among `names`."""
+    split = [str(name).rpartition(".") for name in names]
+    found = [(module + dot, pair) for module, dot, last in split for pair in NORMALIZERS if last in pair]
+    return [(module + mean, module + std) for module, (mean, std) in dict.fromkeys(found) if module.count(".") < 2]
 
 
 def _statistic(value: Tensor, name: str, where: str) -> Tensor:
@@ -384,12 +322,11 @@ def _other_kind(expected: Tensor, found: Tensor) -> str:
     return ""
 
 
-def _resized(state: dict[str, Tensor], expected: Mapping[str, Tensor], grid: PositionGrid | None) -> dict[str, Tensor]:
+def _resized(state: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
     """`state` with position embeddings for the model's grid; untouched if they are."""
-    if grid is None or state[POSITIONS].shape == expected[POSITIONS].shape:
+    if POSITIONS not in state or state[POSITIONS].shape == network.pos_embed.shape:
         return state
-    side = grid.side_of(state[POSITIONS])
-    positions = resample_abs_pos_embed(
-        state[POSITIONS], [grid.side] * 2, old_size=[side] * 2, num_prefix_tokens=grid.prefix
-    )
+    grid, side = network.patch_embed.grid_size, grid_side(network, state[POSITIONS])
+    prefix = network.pos_embed.shape[1] - math.prod(grid)
+    positions = resample_abs_pos_embed(state[POSITIONS], grid, old_size=[side] * 2, num_prefix_tokens=prefix)
     return {**state, POSITIONS: positions}

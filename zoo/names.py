@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from zoo.download import WEIGHT_SUFFIXES, ShareUnavailable, download
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
 from zoo.published import KNOWN, Published, find_published, nearest_published
-from zoo.runs import find_weights
+from zoo.runs import TrainedModel, find_weights, load_trained
 
 CHECKPOINTS = PROJECT / "checkpoints"
 ROBUSTBENCH_ID = re.compile(r"[A-Z][A-Za-z]+\d{4}\S+")  # first author, year, first word of the title
@@ -44,7 +44,7 @@ class Located:
     def describe(self, asked: NetworkDescription) -> NetworkDescription:
         """What was asked for, completed by what the name says."""
         unset = {name: value for name, value in self.description.items() if getattr(asked, name) is None}
-        return dataclasses.replace(asked, **unset)
+        return replace(asked, **unset)
 
 
 def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force: bool = False) -> Located:
@@ -63,8 +63,12 @@ def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force
     published = find_published(name)
     known = published is not None or ROBUSTBENCH_ID.fullmatch(name) is not None
     # A download's own folder bears the model's name, and is no run folder.
-    if _exists(path) and not (known and path.is_dir() and not _is_run(path)):
-        return Located(find_weights(path), {})
+    if os.path.exists(path):  # not of Path, which fails for names too long
+        try:
+            return Located(find_weights(path), {})
+        except UserError:
+            if not known:
+                raise
     if published is not None:
         weights = _published_weights(published, folder / _share_name(published), kind=kind, force=force)
         return Located(weights, published.description, published)
@@ -82,19 +86,11 @@ def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force
     )
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long for a file
-        return False
-
-
-def _is_run(folder: Path) -> bool:
-    try:
-        find_weights(folder)
-    except UserError:
-        return False
-    return True
+def load_named(name: str, asked: NetworkDescription | None = None, *, folder: Path | None = None) -> TrainedModel:
+    """The network of the weights that `locate` finds, with the images of its publication where that says them."""
+    located = locate(name, folder=folder)
+    trained = load_trained(located.path, located.describe(asked or NetworkDescription()))
+    return replace(trained, preprocessing=located.preprocessing or trained.preprocessing)
 
 
 def _share_name(published: Published) -> str:
@@ -114,7 +110,9 @@ def _published_weights(published: Published, folder: Path, *, kind: str, force: 
     if kind == "clean" and published.by != "paper":
         raise UserError(f"no clean initialisation of {published.name} is published.")
     if published.arch.startswith(CLIP_PREFIX):
-        return _zero_shot(published, folder, force=force)
+        if force or not (folder / EXPORTED).exists():
+            write_zero_shot(published.arch.removeprefix(CLIP_PREFIX), folder)
+        return folder / EXPORTED
     unreadable = []
 
     def fits(path: Path) -> bool:
@@ -148,21 +146,10 @@ def _published_weights(published: Published, folder: Path, *, kind: str, force: 
     raise UserError(" ".join(problems))
 
 
-def _zero_shot(published: Published, folder: Path, *, force: bool) -> Path:
-    if not force and (folder / EXPORTED).exists():
-        return folder / EXPORTED
-    return write_zero_shot(published.arch.removeprefix(CLIP_PREFIX), folder)
-
-
 def choose(files: Iterable[Path], kind: str, fits: Callable[[Path], bool] = lambda path: True) -> Path:
-    """The one file of `kind` ("robust" or "clean") that fits; a share may hold several models'.
+    """The one of a share's files of `kind` ("robust" or "clean") that `fits` the model; a share may hold several models'.
 
     Weights whose names say nothing are taken for robust ones where no others fit.
-
-    Args:
-        files: of the share.
-        kind: what is wanted.
-        fits: whether a file holds weights of the model in question.
 
     Raises:
         UserError: none, or more than one.
@@ -173,18 +160,14 @@ def choose(files: Iterable[Path], kind: str, fits: Callable[[Path], bool] = lamb
         found = [path for path in weights if _kind(path.name) is None and fits(path)]
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(map(str, found or weights)) or "no weights at all"
     problem = "several files could be it" if found else "no file of the share is it"
-    raise UserError(
-        f"expected one file of {kind} weights for this model, but {problem}: {listed}. Give one by its path."
-    )
+    problem += ": " + (", ".join(map(str, found or weights)) or "no weights at all")
+    raise UserError(f"expected one file of {kind} weights for this model, but {problem}. Give one by its path.")
 
 
 def _kind(name: str) -> str | None:
     name = name.lower()
     clean, robust = CLEAN.search(name), ROBUST.search(name)
-    if clean and robust:
-        return None
     if clean:
-        return "clean"
+        return None if robust else "clean"
     return "robust" if robust or TRAINED.search(name) else None

@@ -31,52 +31,35 @@ class Accuracies(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A robust ImageNet model.
+    """A robust ImageNet model; empty or None, where nothing else is said: not known, or there is none."""
 
-    Attributes:
-        name: ours; of the models of the paper also the stem of its config.
-        title: the published name, or the architecture in words.
-        by: who published it: "paper" for the models of README's table, else a section of published.yaml.
-        family: "ConvNeXt", "ConvNeXt-iso" or "ViT".
-        arch, not_original, updated: as the flags `model.*`.
-        add_normalization: whether the weights need an input normaliser, or have one; None: not stated, found in the file.
-        epochs: of adversarial training, as in the config.
-        results: by image side in pixels, AutoAttack at Linf 4/255; None: not published.
-        other_norms: AutoAttack accuracy at L2 2 and L1 75 in %, at the model's own size.
-        links: of the weights, the newest first; see `zoo.download.download` and `zoo.clip`.
-        params: in millions.
-        gflops: multiply-adds of the forward pass of one image of 224 px, in billions.
-        robustbench_id: RobustBench's name of the same weights.
-        robustbench: RobustBench's own numbers, at 224 px.
-        external: lower accuracy in % that a stronger or adaptive attack left of it, where one is known.
-        unlike: why no evaluation can be compared with the published numbers; empty: it can.
-        note, note_on: footnote, and the column of README's table it belongs to.
-        preprocessing: what images go through in the published evaluation; None: the weights' own configuration says it.
-        sha256: by file name in the share; empty: not known yet.
-    """
-
-    name: str
-    title: str
-    by: str = "paper"
-    family: str = ""
-    arch: str
+    name: str  # ours; of the models of the paper also the stem of its config
+    title: str  # the published name, or the architecture in words
+    by: str = "paper"  # who published it: this for the models of README's table, else a section of published.yaml
+    family: str = ""  # "ConvNeXt", "ConvNeXt-iso" or "ViT"
+    arch: str  # this and the next three as the flags `model.*`
     not_original: bool = False
     updated: bool = False
-    add_normalization: bool | None = None
-    epochs: int | None = None
-    results: Mapping[int, Accuracies | None]
-    other_norms: Mapping[str, float] = field(default_factory=dict)
-    links: tuple[str, ...]
-    params: float | None = None
-    gflops: float | None = None
-    robustbench_id: str | None = None
-    robustbench: Accuracies | None = None
-    external: float | None = None
-    unlike: str = ""
-    note: str = ""
-    note_on: str = ""
+    add_normalization: bool | None = (
+        None  # whether the weights need an input normaliser, or have one; None: found in the file
+    )
+    epochs: int | None = None  # of adversarial training, as in the config
+    results: Mapping[int, Accuracies | None]  # by image side in pixels, AutoAttack at Linf 4/255
+    other_norms: Mapping[str, float] = field(
+        default_factory=dict
+    )  # AutoAttack at L2 2 and L1 75 in %, at the model's own size
+    links: tuple[str, ...]  # of the weights, the newest first; see `zoo.download.download` and `zoo.clip`
+    params: float | None = None  # in millions
+    gflops: float | None = None  # multiply-adds of the forward pass of one image of 224 px, in billions
+    robustbench_id: str | None = None  # RobustBench's name of the same weights
+    robustbench: Accuracies | None = None  # RobustBench's own numbers, at 224 px
+    external: float | None = None  # lower accuracy in % that a stronger or adaptive attack left of it
+    unlike: str = ""  # why no evaluation can be compared with the published numbers; empty: it can
+    note: str = ""  # a footnote,
+    note_on: str = ""  # and the column of README's table it belongs to
+    # What images go through in the published evaluation; None: the weights' own configuration says it.
     preprocessing: Preprocessing | None = Preprocessing(source="the published table")
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)  # by file name in the share
 
     @property
     def config(self) -> str | None:
@@ -124,13 +107,8 @@ def _rows_of_files(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             for radius, clean in clean_of.items():
                 name = f"{kind}_{norm}_eps{radius}"
                 title = f"{kind}, {norm.capitalize()} {radius}{'/255' if norm == 'linf' else ''}"
-                yield {
-                    "name": name,
-                    "title": title,
-                    "arch": arch,
-                    "clean": clean,
-                    "links": [f"{table['at']}{name}.ckpt"],
-                }
+                links = [f"{table['at']}{name}.ckpt"]
+                yield {"name": name, "title": title, "arch": arch, "clean": clean, "links": links}
 
 
 def _preprocessing(images: str | Mapping[str, Any] | None, by: str) -> Preprocessing | None:
@@ -147,21 +125,17 @@ def _preprocessing(images: str | Mapping[str, Any] | None, by: str) -> Preproces
 # All models by name, and those of README's table.
 KNOWN = MappingProxyType({model.name: model for model in _read_tables()})
 PUBLISHED = MappingProxyType({name: model for name, model in KNOWN.items() if model.by == "paper"})
+_ALIASES = {model.title.casefold(): model for model in PUBLISHED.values()}
+_ALIASES |= {model.robustbench_id.casefold(): model for model in KNOWN.values() if model.robustbench_id}
+_ALIASES |= {name.casefold(): model for name, model in KNOWN.items()}
 
 
 def find_published(name: str) -> Published | None:
     """The model of our name, a published name or a RobustBench id, in upper or lower case; None if there is none."""
-    return _aliases().get(name.casefold())
+    return _ALIASES.get(name.casefold())
 
 
 def nearest_published(name: str) -> str | None:
     """Our name of the model whose name, title or RobustBench id is most like `name`; None if none is much alike."""
-    aliases = _aliases()
-    nearest = difflib.get_close_matches(name.casefold(), aliases, n=1)
-    return aliases[nearest[0]].name if nearest else None
-
-
-def _aliases() -> dict[str, Published]:
-    titles = {model.title.casefold(): model for model in PUBLISHED.values()}
-    ids = {model.robustbench_id.casefold(): model for model in KNOWN.values() if model.robustbench_id}
-    return titles | ids | {name.casefold(): model for name, model in KNOWN.items()}
+    nearest = difflib.get_close_matches(name.casefold(), _ALIASES, n=1)
+    return _ALIASES[nearest[0]].name if nearest else None

@@ -113,7 +113,7 @@ def _content(data: bytes, suffix: str) -> Any:
         return safetensors.torch.load(data)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, AttributeError) as error:  # the latter for types that older files hold as untyped bytes
+    except (pickle.UnpicklingError, AttributeError) as error:  # the latter for some types in files of old torch
         try:
             return _read_zip(data) if data.startswith(b"PK") else _read_legacy(data)
         except Exception:

@@ -11,8 +11,7 @@ from torch import nn
 from common.errors import blame
 from data.transforms import eval_transform
 from zoo.description import NetworkDescription
-from zoo.names import locate
-from zoo.runs import load_trained
+from zoo.names import load_named
 
 
 def load_robust_model(
@@ -39,13 +38,10 @@ def load_robust_model(
         UserError: nothing is called so, or it cannot be downloaded or loaded.
     """
     with blame("name"):
-        located = locate(name, folder=folder and Path(folder))
-        trained = load_trained(located.path, located.describe(NetworkDescription(**description)))
+        trained = load_named(name, NetworkDescription(**description), folder=folder and Path(folder))
     for note in trained.notes:
         warnings.warn(note, stacklevel=2)
-    used = located.preprocessing or trained.preprocessing
-    model = trained.model
-    model.transform = eval_transform(
-        img_size or used.img_size, crop_pct or used.crop_pct, used.interpolation, used.crop_mode
-    )
+    model, used = trained.model, trained.preprocessing
+    size, crop_pct = img_size or used.img_size, crop_pct or used.crop_pct
+    model.transform = eval_transform(size, crop_pct, used.interpolation, used.crop_mode)
     return model

@@ -38,26 +38,18 @@ HUB_FILES = (EXPORTED, "pytorch_model.bin")  # of a folder of the Hugging Face H
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network in eval mode on the CPU, and where it comes from.
-
-    Attributes:
-        path: the weights file.
-        sha256: of its content.
-        description: the values of `DESCRIPTION` it was built with, and `weights_key` if that was asked for.
-        class_names: of its outputs, in order; None where the run does not say.
-        preprocessing: what its images went through in validation.
-        run: what its run says of it.
-        notes: sentences for the user.
-    """
+    """A network in eval mode on the CPU, and where it comes from."""
 
     model: nn.Module
-    path: Path
-    sha256: str
-    description: dict[str, Any]
-    class_names: list[str] | None
-    preprocessing: Preprocessing = Preprocessing()
-    run: RunFacts = RunFacts()
-    notes: tuple[str, ...] = ()
+    path: Path  # the weights file
+    sha256: str  # of its content
+    description: dict[
+        str, Any
+    ]  # the values of `DESCRIPTION` it was built with, and `weights_key` if that was asked for
+    class_names: list[str] | None  # of its outputs, in order; None where the run does not say
+    preprocessing: Preprocessing = Preprocessing()  # what its images went through in validation
+    run: RunFacts = RunFacts()  # what its run says of it
+    notes: tuple[str, ...] = ()  # sentences for the user
 
 
 def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedModel:
@@ -82,11 +74,10 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         weights = replace(weights, normalizer=_normalizer(of_timm))
     by = "the flags, or the params.json beside the file" if run else "the flags"
     found = check_description(weights, description, source=path, by=by)
-    inferred = {name: getattr(found, name, False) for name in DESCRIPTION}
-    inferred["num_classes"] = found.num_classes or 1000  # an architecture whose head cannot be chosen is ImageNet's
-    description = {name: inferred[name] if value is None else value for name, value in description.items()}
+    description = {name: getattr(found, name) if value is None else value for name, value in description.items()}
     notes = ()
-    if not (weights.normalizer or run or of_timm or _is_robustbench(description)) and asked.add_normalization is None:
+    says = weights.normalizer or run or of_timm or description["arch"].startswith(ROBUSTBENCH_PREFIX)
+    if not says and asked.add_normalization is None:
         # Many publish weights of a network that stood behind a normaliser, of which they show nothing.
         notes = (
             f"{path} holds no input normaliser, so the network gets images as they are, in [0, 1]; if it was trained behind one, "
@@ -104,14 +95,10 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         sha256=weights.sha256,
         description=description,
         class_names=run.get(PROVENANCE_KEY, {}).get("classes"),
-        preprocessing=_preprocessing(run, of_timm, arch=description["arch"], positions=found.img_size),
+        preprocessing=_preprocessing(run, of_timm, description["arch"], found.img_size),
         run=_run_facts(path, run),
         notes=notes,
     )
-
-
-def _is_robustbench(description: Mapping[str, Any]) -> bool:
-    return description["arch"].startswith(ROBUSTBENCH_PREFIX)
 
 
 def find_weights(path: Path) -> Path:
@@ -119,11 +106,8 @@ def find_weights(path: Path) -> Path:
     if not path.is_dir():
         return path
     for name in ("weights_ema", "weights"):
-        found = [
-            (int(m.group(1)), file) for file in path.iterdir() if (m := re.fullmatch(rf"{name}_(\d+)\.pt", file.name))
-        ]
-        if found:
-            return max(found)[1]
+        if found := [file for file in path.iterdir() if re.fullmatch(rf"{name}_\d+\.pt", file.name)]:
+            return max(found, key=lambda file: int(file.stem.removeprefix(f"{name}_")))
     for name in HUB_FILES:
         if (path / name).is_file():
             return path / name
@@ -142,8 +126,7 @@ def run_sections(trained: TrainedModel) -> dict[str, dict[str, Any]]:
 
 def _timm_config(path: Path) -> dict[str, Any]:
     """What timm, or an export, says in config.json of the weights beside it, with the architecture as `model.arch`; else empty."""
-    if path.name not in HUB_FILES or not isinstance(content := read_json(path.parent / "config.json"), dict):
-        return {}
+    content = (path.name in HUB_FILES and read_json(path.parent / "config.json")) or {}
     cfg = content.get("pretrained_cfg", content)
     if not isinstance(cfg, dict) or "input_size" not in cfg:
         return {}
@@ -159,27 +142,18 @@ def _normalizer(cfg: Mapping[str, Any]) -> dict[str, Tensor] | None:
     return None if (mean == 0).all() and (std == 1).all() else {"mean": mean, "std": std}
 
 
-def _preprocessing(
-    run: Mapping[str, Any], of_timm: Mapping[str, Any], *, arch: str, positions: int | None
-) -> Preprocessing:
+def _preprocessing(run: Mapping[str, Any], cfg: Mapping[str, Any], arch: str, positions: int | None) -> Preprocessing:
     """Of the run or the export beside the weights; else timm's for its architectures; else what the position embeddings are for."""
-    validation = run.get("validation", {})
+    validation, source = run.get("validation", {}), "config.json beside the weights"
     with suppress(KeyError, TypeError, ValueError):
-        return Preprocessing(
-            int(validation["resolution"]), float(validation["crop_pct"]), source="the run's params.json"
-        )
-    if of_timm:
-        return _of_timm(of_timm, "config.json beside the weights")
-    if arch.startswith(TIMM_PREFIX):
-        cfg = timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX))
-        used = _of_timm(cfg.to_dict(), "timm's pretrained_cfg") if cfg is not None else Preprocessing()
-        return replace(used, img_size=positions) if positions else used
-    if positions:
-        return Preprocessing(positions, source="the position embeddings")
-    return Preprocessing()
-
-
-def _of_timm(cfg: Mapping[str, Any], source: str) -> Preprocessing:
+        resolution, crop_pct = int(validation["resolution"]), float(validation["crop_pct"])
+        return Preprocessing(resolution, crop_pct, source="the run's params.json")
+    known = None if cfg or not arch.startswith(TIMM_PREFIX) else timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX))
+    if known is not None:
+        cfg, source = known.to_dict(), "timm's pretrained_cfg"
+        cfg |= {"input_size": [positions]} if positions else {}
+    if not cfg:
+        return Preprocessing(positions, source="the position embeddings") if positions else Preprocessing()
     interpolation = cfg.get("interpolation", "bicubic")
     return Preprocessing(
         int(cfg["input_size"][-1]),

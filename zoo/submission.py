@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
 
 NEEDED = {"network", "norm", "eps", "seed", "attacks", "engine", "n", "clean_acc", "robust_acc", "check"}
-PLACEHOLDER = "(to be filled in)"
-
-
-@dataclass(frozen=True)
-class Paper:
-    """What a report cannot know."""
-
-    title: str = PLACEHOLDER
-    link: str = PLACEHOLDER
-    authors: str = PLACEHOLDER
-    venue: str = PLACEHOLDER
-    additional_data: bool = False
-    checkpoint: str = PLACEHOLDER
+# What a report cannot know of a paper, as text, and what stands for it; beside them additional_data (bool) and architecture.
+FIELDS, PLACEHOLDER = ("title", "link", "authors", "venue", "checkpoint"), "(to be filled in)"
 
 
 def check_report(report: Mapping[str, Any], source: str) -> None:
@@ -46,8 +35,8 @@ def check_report(report: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: RobustBench's ImageNet leaderboard expects {'; '.join(wrong)}.")
 
 
-def model_info(report: Mapping[str, Any], paper: Paper, *, architecture: str) -> dict[str, Any]:
-    """The content of RobustBench's `model_info/imagenet/<norm>/<id>.json`."""
+def model_info(report: Mapping[str, Any], paper: Namespace) -> dict[str, Any]:
+    """The content of RobustBench's `model_info/imagenet/<norm>/<id>.json`; `paper`: what a report cannot know, see `FIELDS`."""
     robust = f"{100 * report['robust_acc']:.2f}"
     return {
         "link": paper.link,
@@ -57,7 +46,7 @@ def model_info(report: Mapping[str, Any], paper: Paper, *, architecture: str) ->
         "number_forward_passes": 1,
         "dataset": "imagenet",
         "venue": paper.venue,
-        "architecture": architecture,
+        "architecture": paper.architecture or report["network"]["arch"],
         "eps": _fraction(report["eps"]),
         "clean_acc": f"{100 * report['clean_acc']:.2f}",
         "reported": robust,
@@ -66,12 +55,12 @@ def model_info(report: Mapping[str, Any], paper: Paper, *, architecture: str) ->
     }
 
 
-def form_text(report: Mapping[str, Any], paper: Paper, *, architecture: str) -> str:
-    """The fields of RobustBench's "New Model(s)" form, filled in."""
+def form_text(report: Mapping[str, Any], paper: Namespace) -> str:
+    """The fields of RobustBench's "New Model(s)" form, filled in; `paper` as in `model_info`."""
     fields = {
         "Paper Information": {"Paper Title": paper.title, "Paper URL": paper.link, "Paper authors": paper.authors},
         "Leaderboard Claim(s)": {
-            "Architecture": architecture,
+            "Architecture": paper.architecture or report["network"]["arch"],
             "Threat Model": report["norm"],
             "eps": _fraction(report["eps"]),
             "Clean accuracy": f"{100 * report['clean_acc']:.2f}%",

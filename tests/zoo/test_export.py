@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 import safetensors.torch
@@ -16,7 +17,7 @@ from zoo.description import NetworkDescription, Preprocessing
 from zoo.export import CARD, CONFIG, export, push
 from zoo.robust import load_robust_model
 from zoo.runs import EXPORTED, load_trained
-from zoo.submission import Paper, check_report, form_text, model_info
+from zoo.submission import check_report, form_text, model_info
 
 ASKED = NetworkDescription()
 
@@ -160,8 +161,16 @@ REPORT = {
 
 def test_submission():
     """The entry of the published ConvNeXt-B with ConvStem, made from a report with its numbers."""
-    paper = Paper("Revisiting …", "https://arxiv.org/abs/2303.01870", "Naman D Singh, …", "NeurIPS 2023")
-    assert model_info(REPORT, paper, architecture="ConvNeXt-B + ConvStem") == {
+    paper = Namespace(
+        title="Revisiting …",
+        link="https://arxiv.org/abs/2303.01870",
+        authors="Naman D Singh, …",
+        venue="NeurIPS 2023",
+        checkpoint="",
+        additional_data=False,
+        architecture="ConvNeXt-B + ConvStem",
+    )
+    assert model_info(REPORT, paper) == {
         "link": "https://arxiv.org/abs/2303.01870",
         "name": "Revisiting …",
         "authors": "Naman D Singh, …",
@@ -176,7 +185,7 @@ def test_submission():
         "autoattack_acc": "56.14",
         "unreliable": False,
     }
-    text = form_text(REPORT, paper, architecture="ConvNeXt-B + ConvStem")
+    text = form_text(REPORT, paper)
     assert "- **Robust accuracy**: 56.14%" in text and "- **Additional data**: false" in text and "ab" * 32 in text
 
 
@@ -200,4 +209,7 @@ def test_reports_that_robustbench_would_not_take(change, words, tmp_path, capsys
     assert main(["submit", str(tmp_path / "report.json")]) == 2
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
     assert main(["submit", str(tmp_path / "report.json"), "--title=T"]) == 0
-    assert '"name": "T"' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(
+        words in out for words in ('"name": "T"', '"venue": "(to be filled in)"', '"architecture": "convnext_base"')
+    )

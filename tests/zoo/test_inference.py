@@ -96,7 +96,7 @@ def test_same_weights_of_different_networks(tmp_path):
 
 @pytest.mark.parametrize("network", [{}, {"x": torch.zeros(2)}, {"head.bias": torch.tensor(1.0)}])
 def test_nothing_known(network):
-    nothing = Description(None, None, None, None, False, None, (), True)
+    nothing = Description(add_normalization=False)
     assert describe_weights(Weights(network, None)) == nothing and str(nothing) == "no known architecture"
     with pytest.raises(UserError, match="nothing in it fits a known architecture. Nearest is .* is missing"):
         check_description(Weights(network, None), {}, source="x.pt")

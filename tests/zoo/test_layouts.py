@@ -269,7 +269,7 @@ def test_nothing_of_a_file_runs(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     for old in (False, True):
         torch.save({"state_dict": network().state_dict(), "hook": Evil()}, path, _use_new_zipfile_serialization=not old)
-        assert read_weights(path).which == "raw"
+        assert read_weights(path).key == "state_dict"
     assert not (tmp_path / "evil").exists()
 
 

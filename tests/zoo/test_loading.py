@@ -146,7 +146,7 @@ def test_every_architecture_in_several_layouts(tmp_path, number):
             assert found.shape == value.shape and found.dtype == value.dtype
             first = (0,) * value.ndim  # not flatten(), which would write all of them out
             assert found[first] == value[first], (layout, name)
-        assert weights.which == {"EMA": "ema", "full state": "raw"}.get(layout)
+        assert weights.key == {"EMA": "state_dict_ema", "full state": "model"}.get(layout, "")
     found = describe_weights(weights)
     assert arch in found.candidates and found.not_original is not_original and found.num_classes == 1000
     assert found.add_normalization == normalized
@@ -198,35 +198,45 @@ def test_prefixes_in_any_order(prefixes):
     assert list(weights.network) == list(state) and weights.normalizer is not None
 
 
+@pytest.mark.parametrize("module", ["", "normalize.", "normalizer.", "norm_layer.", "preprocess.", "0.", "any."])
 @pytest.mark.parametrize("pair", NORMALIZERS)
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (1, 3, 1, 1)])
-def test_normalisers_by_their_keys(pair, shape):
+def test_normalisers_by_their_keys(module, pair, shape):
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    state = dict(zip(pair, (mean.reshape(shape), std.reshape(shape)))) | prefixed(micro(1).state_dict(), "model.")
+    statistics = dict(zip(pair, (mean.reshape(shape), std.reshape(shape))))
+    state = prefixed(statistics, module) | prefixed(micro(1).state_dict(), "model.")
     target = normalize_model(micro(2))
     load_weights(target, parse_weights(state, source="x"), source="x")
     assert target.normalize.mean.flatten().tolist() == mean.tolist()
     assert target.normalize.std.flatten().tolist() == std.tolist()
 
 
-@pytest.mark.parametrize("which, key, factor", [(None, "model_ema", 1), ("ema", "model_ema", 1), ("raw", "model", 0)])
-def test_average_or_raw(which, key, factor):
+@pytest.mark.parametrize(
+    "key, found, factor", [(None, "model_ema", 1), ("model_ema", "model_ema", 1), ("model", "model", 0)]
+)
+def test_average_or_raw(key, found, factor):
     state = micro(1).state_dict()
-    weights = parse_weights({"model": zeros(state), "model_ema": state}, source="x", which=which)
-    assert (weights.which, weights.key) == ("raw" if which == "raw" else "ema", key)
+    weights = parse_weights({"model": zeros(state), "model_ema": state}, source="x", key=key)
+    assert weights.key == found
     assert all(torch.equal(weights.network[name], value * factor) for name, value in state.items())
+
+
+def test_statistics_beside_the_network_are_no_normaliser():
+    state, statistics = micro(1).state_dict(), {"loss.mean": torch.tensor(3.0), "loss.std": torch.tensor(0.1)}
+    weights = parse_weights({"model": state, **statistics}, source="x")
+    assert weights.normalizer is None and list(weights.network) == list(state)
 
 
 def test_one_of_several_networks_by_its_key(tmp_path):
     path, teacher, student = tmp_path / "w.pt", micro(1).state_dict(), micro(2).state_dict()
     torch.save({"run": {"teacher": teacher, "student": {"model": zeros(student), "ema": student}}, "args": 3}, path)
-    for key, which, expected in (
-        ("run.teacher", None, teacher),
-        ("run.student", None, student),
-        ("run.student", "raw", zeros(student)),
-        ("run.student.ema", None, student),
+    for key, expected in (
+        ("run.teacher", teacher),
+        ("run.student", student),
+        ("run.student.model", zeros(student)),
+        ("run.student.ema", student),
     ):
-        weights = read_weights(path, key=key, which=which)
+        weights = read_weights(path, key=key)
         assert weights.key.startswith(key) and all(torch.equal(weights.network[n], v) for n, v in expected.items())
     for key in ("teacher", "run.teach", "args", ""):
         with pytest.raises(UserError, match=f"expected weights under the key {key}, found only run.teacher, run.stud"):
@@ -240,12 +250,12 @@ def test_averages_as_lists(tmp_path, average):
     raw.bn1.running_mean.add_(1)
     path = tmp_path / "w.pt"
     torch.save({"model": prefixed(raw.state_dict(), "module."), "ema": average(averaged.parameters())}, path)
-    assert torch.equal(read_weights(path, which="raw").network["fc.bias"], raw.fc.bias)
+    assert torch.equal(read_weights(path, key="model").network["fc.bias"], raw.fc.bias)
     if isinstance(average([]), list):  # of no known key: as if it were not there
-        assert read_weights(path).which == "raw"
+        assert read_weights(path).key == "model"
         return
     weights = read_weights(path)
-    assert weights.which == "ema" and weights.key == "ema.shadow_params"
+    assert weights.key == "ema.shadow_params"
     for name, value in (raw.state_dict() | dict(averaged.named_parameters())).items():
         assert torch.equal(weights.network[name], value), name
 
@@ -259,7 +269,7 @@ def test_a_list_that_fits_two_networks_is_no_average_of_either():
     with pytest.raises(UserError, match="expected one model, found 2: ema_1.shadow_params, ema_2.shadow_params;"):
         parse_weights(content, source="x")
     weights = parse_weights(content, source="x", key="ema_2")
-    assert weights.which == "ema" and not any(value.any() for value in weights.network.values())
+    assert weights.key == "ema_2.shadow_params" and not any(value.any() for value in weights.network.values())
 
 
 @pytest.mark.parametrize("mean, std", [((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), ((0, 0, 0), (255,) * 3)])
@@ -321,7 +331,7 @@ class Wrong:
     content: Callable[[], Any]
     words: tuple[str, ...]
     arch: str = "convnext_micro"
-    which: str | None = None
+    key: str | None = None
     name: str = "w.pt"
 
 
@@ -414,14 +424,14 @@ WRONG = {
     ),
     "list among tensors": Wrong(lambda: changed(head__fc__bias=[0.0] * 4), ("head.fc.bias, a list",)),
     "numbers as names": Wrong(lambda: dict(enumerate(state().values())), ("the key 0",)),
-    "EMA not there": Wrong(lambda: {"model": state()}, ("expected a moving average", "only model"), which="ema"),
-    "EMA of a bare file": Wrong(state, ("expected a moving average", "the file itself"), which="ema"),
+    "EMA not there": Wrong(lambda: {"model": state()}, ("expected weights under the key ema", "only model"), key="ema"),
+    "EMA of a bare file": Wrong(state, ("expected weights under the key ema", "only the file itself"), key="ema"),
     "EMA as a list of another network": Wrong(
         lambda: {"model": state(), "ema": {"shadow_params": list(state().values())[1:]}},
-        ("expected a moving average", "only model"),
-        which="ema",
+        ("expected weights under the key ema", "only model"),
+        key="ema",
     ),
-    "raw not there": Wrong(lambda: {"ema": state()}, ("expected raw weights", "only ema"), which="raw"),
+    "raw not there": Wrong(lambda: {"ema": state()}, ("expected weights under the key model", "only ema"), key="model"),
     "two models": Wrong(
         lambda: {"model": state(), "state_dict": state()},
         ("one model, found 2", "model, state_dict; weights_key says which"),
@@ -531,7 +541,7 @@ def test_wrong_files(tmp_path, case, monkeypatch):
     path.write_bytes(content if isinstance(content, bytes) else saved(content))
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(UserError) as error:
-        load_weights(target, read_weights(path, which=wrong.which), source=path)
+        load_weights(target, read_weights(path, key=wrong.key), source=path)
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
     assert str(path) in str(error.value)
     for words in wrong.words:
