@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     download.add_argument("--to", type=Path, help="where a folder <name> is made (default: checkpoints in the project)")
     download.add_argument("--clean", action="store_true", help="the clean initialisation instead of the robust weights")
     download.add_argument("--force", action="store_true", help="download again, and accept changed content")
-    command("verify", verify, "SHA-256 of a file, and what it holds").add_argument("path", type=Path)
+    command("verify", verify_path, "SHA-256 of a file, and what it holds").add_argument("path", type=Path)
     export = command("export", export_model, "safetensors and config.json, for timm and the Hugging Face Hub")
     export.add_argument("name", help="of a published model, or a path")
     export.add_argument("--to", type=Path, required=True)
@@ -88,8 +88,7 @@ def list_models(arguments: argparse.Namespace) -> None:
 def show(arguments: argparse.Namespace) -> None:
     model = find_published(arguments.name)
     if model is None:
-        near = nearest_published(arguments.name)
-        hint = f"; did you mean {near}?" if near else "."
+        hint = f"; did you mean {near}?" if (near := nearest_published(arguments.name)) else "."
         raise UserError(f"NAME: no published model is called {arguments.name!r}{hint}")
     for field, value in vars(model).items():
         print(f"{field + ':':20}{value if value not in (None, '', {}) else '–'}")
@@ -108,13 +107,12 @@ def download_weights(arguments: argparse.Namespace) -> None:
         print(locate(arguments.name, kind=kind, folder=arguments.to, force=arguments.force).path)
 
 
-def verify(arguments: argparse.Namespace) -> None:
-    from zoo.download import WEIGHT_SUFFIXES
-    from zoo.download import verify as digest_of
+def verify_path(arguments: argparse.Namespace) -> None:
+    from zoo.download import WEIGHT_SUFFIXES, verify
     from zoo.inference import describe_weights
     from zoo.loading import read_weights
 
-    print(digest_of(arguments.path))
+    print(verify(arguments.path))
     if arguments.path.suffix.lower() in WEIGHT_SUFFIXES:
         with blame("PATH"):
             print(describe_weights(read_weights(arguments.path)))

@@ -10,7 +10,6 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import safetensors.torch
 import torch.nn.functional as F
@@ -55,23 +54,17 @@ def clip_architecture(name: str, num_classes: int = 1000) -> ZeroShotClassifier:
     Raises:
         UserError: open_clip is not installed or does not know the name, or the repository cannot be reached.
     """
-    cfg = _config(name)
-    gelu = {"quick_gelu": cfg.get("quick_gelu", False)}
-    model = import_open_clip().CLIP(cfg["embed_dim"], cfg["vision_cfg"], SMALL_TEXT, **gelu)
-    return ZeroShotClassifier(model.visual, cfg["embed_dim"], num_classes)
-
-
-def _config(name: str) -> dict[str, Any]:
     open_clip = import_open_clip()
-    if not name.startswith("hf-hub:"):
-        if (cfg := open_clip.get_model_config(name)) is None:
-            raise UserError(f"open_clip has no model named {name!r}; open_clip.list_models() lists them.")
-        return cfg
-    try:
-        file = hf_hub_download(name.removeprefix("hf-hub:"), "open_clip_config.json")
-        return json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: its open_clip_config.json cannot be had ({error}).") from error
+    if name.startswith("hf-hub:"):
+        try:
+            file = hf_hub_download(name.removeprefix("hf-hub:"), "open_clip_config.json")
+            cfg = json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{name}: its open_clip_config.json cannot be had ({error}).") from error
+    elif (cfg := open_clip.get_model_config(name)) is None:
+        raise UserError(f"open_clip has no model named {name!r}; open_clip.list_models() lists them.")
+    model = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], SMALL_TEXT, cfg.get("quick_gelu", False))
+    return ZeroShotClassifier(model.visual, cfg["embed_dim"], num_classes)
 
 
 def write_zero_shot(name: str, folder: Path, *, pretrained: str | None = None, tower: Path | None = None) -> Path:

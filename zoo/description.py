@@ -25,21 +25,14 @@ class NetworkDescription:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The images that a network was validated with.
+    """The images that a network was validated with."""
 
-    Attributes:
-        img_size: side of the square images in pixels.
-        crop_pct: the shorter side is resized to img_size / crop_pct, the centre cropped.
-        interpolation: of that resize, "bicubic" or "bilinear".
-        crop_mode: "center" for that; "squash": both sides are resized to img_size; "crop": the centre is cropped without a resize.
-        source: where this is from, in words.
-    """
-
-    img_size: int = 224
-    crop_pct: float = 0.875
-    interpolation: str = "bicubic"
+    img_size: int = 224  # side of the square images in pixels
+    crop_pct: float = 0.875  # the shorter side is resized to img_size / crop_pct, the centre cropped
+    interpolation: str = "bicubic"  # of that resize; or "bilinear"
+    # "center" for that; "squash": both sides are resized to img_size; "crop": the centre is cropped without a resize.
     crop_mode: str = "center"
-    source: str = "the default"
+    source: str = "the default"  # where this is from, in words
 
     def __str__(self) -> str:
         resize = {"center": f"crop {self.crop_pct:g}, {self.interpolation}", "crop": "the centre, not resized"}

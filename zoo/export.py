@@ -18,10 +18,11 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import writable, write_atomically
+from common.provenance import PROVENANCE_KEY
 from utils_architecture import ARCHITECTURES, TIMM_PREFIX
-from zoo.description import EXPORT_KEY, EXPORTED
+from zoo.description import DESCRIPTION, EXPORT_KEY, EXPORTED
 from zoo.loading import has_normalizer
-from zoo.runs import TrainedModel, run_sections
+from zoo.runs import TrainedModel
 
 CONFIG, CARD = "config.json", "README.md"
 
@@ -34,7 +35,6 @@ def export(
     timm's models get normalised images: a normaliser inside ours becomes `mean` and `std` of config.json; none: 0 and 1.
 
     Args:
-        trained: from `load_trained`.
         folder: made if need be; files of these names are replaced.
         img_size, crop_pct: of the evaluation that the network is meant for; None: its own.
         card: text for README.md, such as a table of results.
@@ -59,6 +59,9 @@ def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct
     if has_normalizer(trained.model):
         normalize = trained.model.normalize
         mean, std = ([round(v, 6) for v in values.flatten().tolist()] for values in (normalize.mean, normalize.std))
+    sections: dict[str, dict[str, Any]] = {PROVENANCE_KEY: {"classes": trained.class_names}}
+    for name, (section, _) in DESCRIPTION.items():
+        sections.setdefault(section, {})[name] = description[name]
     timm_cfg = getattr(network, "pretrained_cfg", None) or {}
     return {
         "architecture": timm_name(description) or description["arch"],
@@ -74,7 +77,7 @@ def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct
             "num_classes": description["num_classes"],
             **{key: timm_cfg[key] for key in ("first_conv", "classifier", "pool_size") if key in timm_cfg},
         },
-        EXPORT_KEY: run_sections(trained),
+        EXPORT_KEY: sections,
     }
 
 
@@ -91,11 +94,9 @@ def timm_name(description: Mapping[str, Any]) -> str | None:
 def model_card(description: Mapping[str, Any], content: Mapping[str, Any], card: str) -> str:
     """README.md of the folder, with the Hub's header."""
     cfg, stem = content["pretrained_cfg"], " with ConvStem" if description["not_original"] else ""
-    loader = (
-        'timm.create_model("hf-hub:<repository>", pretrained=True)'
-        if timm_name(description)
-        else 'load_robust_model("<folder>")  # this architecture is not in timm'
-    )
+    loader = 'load_robust_model("<folder>")  # this architecture is not in timm'
+    if timm_name(description):
+        loader = 'timm.create_model("hf-hub:<repository>", pretrained=True)'
     return (
         "---\nlibrary_name: timm\npipeline_tag: image-classification\ntags: [adversarial-robustness]\n---\n"
         f"# {description['arch']}{stem}, adversarially trained\n\n"
@@ -115,7 +116,5 @@ def push(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[EXPORTED, CONFIG, CARD])
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--push: cannot upload to {repository} ({error}); `hf auth login` sets up an account."
-        ) from error
+        raise UserError(f"--push: cannot upload to {repository} ({error}); try `hf auth login`.") from error
     return str(address)

@@ -48,8 +48,7 @@ _FAMILIES = {
     "layer#.#.conv#.weight": ("resnet",),
     "features.#.weight": ("vgg", "vgg*", "alexnet*"),
 }
-# Models are built with so many classes to tell the head by: a prime, which no other dimension is.
-MARK = 1009
+MARK = 1009  # classes of the models that are built here, to tell the head by: a prime, which no other dimension is
 # Attributes of modules that results depend on, and that PyTorch's description does not show.
 HIDDEN = ("num_heads", "window_size", "shift_size", "scale", "global_pool", "num_prefix_tokens", "no_embed_class")
 
@@ -60,13 +59,11 @@ class Description(NetworkDescription):
 
     use_blurpool: bool = False  # leaves no trace in weights
     global_pool: str | None = None  # what its head reads, as timm calls it; None for the architecture's default
-    img_size: int | None = (
-        None  # side in pixels of the square images its position embeddings were made for; None without any
+    img_size: int | None = None  # side in pixels of the square images its position embeddings are for; None without any
+    candidates: tuple[str, ...] = ()  # names in `ARCHITECTURES` that fit, in the table's order; `arch` is the first
+    alike: bool = (
+        True  # these are one network under several names; False: they compute different things with the same weights
     )
-    candidates: tuple[
-        str, ...
-    ] = ()  # names in `ARCHITECTURES` that fit, in the table's order; `arch` is the first of them
-    alike: bool = True  # they are one network under several names; False: they have the same weights, but compute different things
 
     def __str__(self) -> str:
         if self.arch is None:
@@ -85,7 +82,6 @@ def describe_weights(weights: Weights, arch: str | None = None) -> Description:
     """Infer which network `weights` belong to; the size of the head and of the position embeddings may be any.
 
     Args:
-        weights: from `read_weights`.
         arch: compare with this architecture only (also a `timm_…` one); None: with all of `ARCHITECTURES`, and where none of them
             fits with all that timm and torchvision have of the family that the names speak of.
 
@@ -119,7 +115,6 @@ def check_description(
     """What `weights` hold, made sure to be what was asked for.
 
     Args:
-        weights: from `read_weights`.
         asked: any of `arch`, `not_original`, `updated`, `num_classes`, `add_normalization`; None, or no entry: not asked.
             A file without a normaliser fits a model with one.
         source: the file, for the error.
@@ -131,20 +126,17 @@ def check_description(
     """
     arch = asked.get("arch")
     found = describe_weights(weights, arch)
-    if found.arch is None and arch is not None and arch in ARCHITECTURES:
+    if found.arch is None and arch in ARCHITECTURES:
         found = describe_weights(weights)
     if found.arch is None:
         known = _blueprints(weights, ARCHITECTURES if arch is None else [arch])
         nearest, problems = min(((b, b.differences(weights)) for b in known), key=lambda pair: len(pair[1]))
         stem = "ConvStem" if nearest.not_original else "no ConvStem"
         is_tower = {"class_embedding", "positional_embedding"} <= weights.network.keys()
-        expected = "a known architecture" if arch is None else arch
+        hint = " It looks like the image tower of a CLIP model: see `python -m zoo zero-shot`." if is_tower else ""
         raise UserError(
-            f"{source} does not fit: nothing in it fits {expected}. Nearest is {nearest.arch} with {stem}, but "
-            f"{listed(problems)}. Other models "
-            "of timm have the arch timm_<name>."
-            + " It looks like the image tower of a CLIP model: see `python -m zoo zero-shot`."
-            * is_tower
+            f"{source} does not fit: nothing in it fits {arch or 'a known architecture'}. Nearest is {nearest.arch} with {stem}, "
+            f"but {listed(problems)}. Other models of timm have the arch timm_<name>.{hint}"
         )
     wrong = [
         f"{name} asks for {int(value) if isinstance(value, bool) else value}"
@@ -163,7 +155,6 @@ def check_description(
     return found
 
 
-# ------------------------------------------------------------------------------------------- known architectures
 @dataclass(frozen=True)
 class _Blueprint:
     """One variant of an architecture, built without values; its head is for `MARK` classes."""

@@ -30,7 +30,6 @@ SHADOWS = "shadow_params"  # key of torch_ema: a moving average as a list, in th
 _DEEPEST = 20  # key of a training state under which a network is looked for
 # Names of a normaliser's mean and std, in a module or in the model itself: ours, many others', MadryLab's.
 NORMALIZERS = (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"))
-NORMALIZER_SHAPES = [(3,), (3, 1, 1), (1, 3, 1, 1)]
 IGNORED_TYPES = (bool, int, float, str, bytes, type(None))  # beside the tensors of a state dict
 COUNTER = "num_batches_tracked"  # of batch normalisation: no number of the network depends on it
 STATISTICS = ("running_mean", "running_var")  # of batch normalisation, which are no parameters
@@ -57,8 +56,7 @@ def read_weights(path: str | Path, *, key: str | None = None) -> Weights:
 
     Args:
         path: the file.
-        key: of a file with several networks, the key that leads to one of them, by dots if nested; among those under it, and
-            among all without it, a moving average is taken rather than the last weights.
+        key: leads to one of several networks in it, by dots if nested. A moving average is preferred to the last weights.
 
     Raises:
         UserError: no such file, not a weights file, or no state dict in it (under that key).
@@ -97,9 +95,7 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
     """
     normalized = has_normalizer(model)
     if weights.normalizer is not None and not normalized:
-        raise UserError(
-            f"{source} holds an input normaliser (mean and std), the model has none; build it with add_normalization."
-        )
+        raise UserError(f"{source} holds an input normaliser, the model has none; build it with add_normalization.")
     network = model.model if normalized else model
     expected = network.state_dict()
     found = with_timm_names(weights.network, network, expected)
@@ -111,8 +107,13 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
     # Such weights come from a run that diverged or a damaged file; they would show as the accuracy of a guess.
     if broken := [name for name, value in found.items() if not value.isfinite().all()]:
         raise UserError(f"{source} holds values that are not finite: {listed(broken)}.")
+    if POSITIONS in expected and found[POSITIONS].shape != expected[POSITIONS].shape:
+        grid, side = network.patch_embed.grid_size, grid_side(network, found[POSITIONS])
+        prefix = expected[POSITIONS].shape[1] - math.prod(grid)
+        positions = resample_abs_pos_embed(found[POSITIONS], grid, old_size=[side] * 2, num_prefix_tokens=prefix)
+        found = {**found, POSITIONS: positions}
     with torch.no_grad():
-        for name, value in _resized(found, network).items():
+        for name, value in found.items():
             expected[name].copy_(value)
     if weights.normalizer is not None:
         model.normalize.load_state_dict(weights.normalizer)
@@ -174,7 +175,19 @@ def with_timm_names(
     return renamed if same and renamed.keys() == expected.keys() else state
 
 
-# ---------------------------------------------------------------------------------------------------- parsing
+def _other_kind(expected: Tensor, found: Tensor) -> str:
+    """In words, what keeps the values of `found` from being copied faithfully; empty for another precision."""
+    if found.layout is not torch.strided or found.is_quantized:
+        return "sparse or quantised instead of dense"
+    if found.is_meta and not expected.is_meta:
+        return "a shape without values"
+    same_kind = (found.is_floating_point(), found.is_complex()) == (expected.is_floating_point(), expected.is_complex())
+    is_float8 = found.is_floating_point() and found.itemsize == 1
+    if not same_kind or is_float8:
+        return f"{str(found.dtype).removeprefix('torch.')} instead of {str(expected.dtype).removeprefix('torch.')}"
+    return ""
+
+
 @dataclass(frozen=True)
 class _Found:
     """A state dict in a file, the keys that lead to it, by dots, and the mapping that holds it under the last of them."""
@@ -301,32 +314,8 @@ def _normalizers(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _statistic(value: Tensor, name: str, where: str) -> Tensor:
-    if value.shape not in NORMALIZER_SHAPES:
+    if value.shape not in [(3,), (3, 1, 1), (1, 3, 1, 1)]:
         raise UserError(f"{where}: {name} is {list(value.shape)}, expected [1, 3, 1, 1].")
     if (kind := _other_kind(torch.empty(0), value)) or not value.isfinite().all():
         raise UserError(f"{where}: {name} is {kind or 'not finite'}, expected three numbers.")
     return value.reshape(1, 3, 1, 1)
-
-
-# ---------------------------------------------------------------------------------------------------- fitting
-def _other_kind(expected: Tensor, found: Tensor) -> str:
-    """In words, what keeps the values of `found` from being copied faithfully; empty for another precision."""
-    if found.layout is not torch.strided or found.is_quantized:
-        return "sparse or quantised instead of dense"
-    if found.is_meta and not expected.is_meta:
-        return "a shape without values"
-    same_kind = (found.is_floating_point(), found.is_complex()) == (expected.is_floating_point(), expected.is_complex())
-    is_float8 = found.is_floating_point() and found.itemsize == 1
-    if not same_kind or is_float8:
-        return f"{str(found.dtype).removeprefix('torch.')} instead of {str(expected.dtype).removeprefix('torch.')}"
-    return ""
-
-
-def _resized(state: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
-    """`state` with position embeddings for the model's grid; untouched if they are."""
-    if POSITIONS not in state or state[POSITIONS].shape == network.pos_embed.shape:
-        return state
-    grid, side = network.patch_embed.grid_size, grid_side(network, state[POSITIONS])
-    prefix = network.pos_embed.shape[1] - math.prod(grid)
-    positions = resample_abs_pos_embed(state[POSITIONS], grid, old_size=[side] * 2, num_prefix_tokens=prefix)
-    return {**state, POSITIONS: positions}

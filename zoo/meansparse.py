@@ -38,10 +38,7 @@ class MeanSparse(nn.Module):
 def operators(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Module name → tensors of each operator in a network's weights, where it stands beside a layer in an `nn.Sequential`."""
     names = [name.removesuffix(".threshold") for name in state if name.endswith((".0.threshold", ".1.threshold"))]
-    found = {
-        at: {key.removeprefix(f"{at}."): value for key, value in state.items() if key.startswith(f"{at}.")}
-        for at in names
-    }
+    found = {at: {key.removeprefix(f"{at}."): state[key] for key in state if key.startswith(f"{at}.")} for at in names}
     return {at: tensors for at, tensors in found.items() if _is_operator(tensors)}
 
 
@@ -55,7 +52,7 @@ def _is_operator(tensors: Mapping[str, Tensor]) -> bool:
 def without_operators(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the network that they were added to."""
     prefixes = tuple(f"{at}." for at in operators(state))
-    return {name: value for name, value in state.items() if not name.startswith(prefixes)} if prefixes else dict(state)
+    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
 
 
 def add_operators(network: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from common.errors import UserError
 from utils_architecture import get_new_model, normalize_model
 from zoo.clip import clip_architecture
 from zoo.description import CLIP_PREFIX, ROBUSTBENCH_PREFIX
-from zoo.robustbench import robustbench_architecture
+from zoo.robustbench import robustbench_entry
 
 
 def build_model(
@@ -31,7 +31,7 @@ def build_model(
     `open_clip_<name>`, see `zoo.clip.clip_architecture`.
 
     Raises:
-        UserError: see `get_new_model`, `add_blurpool`, `robustbench_architecture`, `clip_architecture`.
+        UserError: see `get_new_model`, `add_blurpool`, `robustbench_entry`, `clip_architecture`.
     """
     if arch.startswith((ROBUSTBENCH_PREFIX, CLIP_PREFIX)):
         if pretrained or not_original or updated or use_blurpool:
@@ -41,7 +41,7 @@ def build_model(
             return normalize_model(model) if add_normalization else model
         if num_classes != 1000:
             raise UserError(f"num_classes: {arch} has 1000 classes, expected were {num_classes}.")
-        return robustbench_architecture(arch.removeprefix(ROBUSTBENCH_PREFIX))
+        return robustbench_entry(arch.removeprefix(ROBUSTBENCH_PREFIX))["model"]()
     model = get_new_model(
         arch,
         pretrained=pretrained,
@@ -72,10 +72,7 @@ def add_blurpool(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
     ]
     if not strided:
-        raise UserError(
-            "use_blurpool: expected a model with strided convolutions of at least 16 input channels, got one without (a ViT "
-            "with PatchStem has none); leave it out."
-        )
+        raise UserError("use_blurpool: expected strided convolutions of at least 16 input channels; leave it out.")
     for conv in strided:
         if not hasattr(conv, "blur_kernel"):
             row = torch.tensor([0.25, 0.5, 0.25], device=conv.weight.device, dtype=conv.weight.dtype)

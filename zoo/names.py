@@ -60,30 +60,25 @@ def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force
         UserError: nothing is called so, or it cannot be downloaded.
     """
     path, folder = Path(name).expanduser(), folder or CHECKPOINTS
-    published = find_published(name)
-    known = published is not None or ROBUSTBENCH_ID.fullmatch(name) is not None
-    # A download's own folder bears the model's name, and is no run folder.
-    if os.path.exists(path):  # not of Path, which fails for names too long
+    published, is_id = find_published(name), ROBUSTBENCH_ID.fullmatch(name) is not None
+    if os.path.exists(path):  # Path.exists fails for names too long
         try:
             return Located(find_weights(path), {})
         except UserError:
-            if not known:
+            if published is None and not is_id:  # else it is the folder of a download, which bears the model's name
                 raise
     if published is not None:
         weights = _published_weights(published, folder / _share_name(published), kind=kind, force=force)
         return Located(weights, published.description, published)
     if "/" in name or path.suffix:
         raise UserError(f"expected a file of weights, got {name!r}, which does not exist.")
-    if ROBUSTBENCH_ID.fullmatch(name):  # newer than the table
+    if is_id:  # newer than the table
         if kind == "clean":
             raise UserError(f"RobustBench has no clean initialisation of {name}.")
         (weights,) = download(f"robustbench:{name}", folder / name, name=name, force=force)
         return Located(weights, {"arch": ROBUSTBENCH_PREFIX + name})
-    near = nearest_published(name)
-    hint = f" (did you mean {near}?)" if near else ""
-    raise UserError(
-        f"{name!r} is neither a file or run folder, nor a published model's name{hint}; `python -m zoo list` lists them."
-    )
+    hint = f" (did you mean {near}?)" if (near := nearest_published(name)) else ""
+    raise UserError(f"{name!r} is neither a file or run folder, nor a published name{hint}; see `python -m zoo list`.")
 
 
 def load_named(name: str, asked: NetworkDescription | None = None, *, folder: Path | None = None) -> TrainedModel:

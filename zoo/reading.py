@@ -107,8 +107,7 @@ def read_content(path: Path) -> tuple[Any, str]:
 def _content(data: bytes, suffix: str) -> Any:
     if data.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if (reason := _why_not_weights(archive)) is not None:
-                raise zipfile.BadZipFile(reason)
+            _check_archive(archive)
     elif suffix == ".safetensors" or data[8:9] == b"{":
         return safetensors.torch.load(data)
     try:
@@ -120,15 +119,15 @@ def _content(data: bytes, suffix: str) -> Any:
             raise error from None
 
 
-def _why_not_weights(archive: zipfile.ZipFile) -> str | None:
+def _check_archive(archive: zipfile.ZipFile) -> None:
     names = archive.namelist()
     if not any(name.endswith("/data.pkl") for name in names):
-        return f"it is an archive of other files ({listed([repr(name) for name in names])})"
+        raise zipfile.BadZipFile(f"it is an archive of other files ({listed([repr(name) for name in names])})")
     if any(name.endswith("/constants.pkl") for name in names):
-        return "it is TorchScript, a program; expected the state_dict() of the model"
-    if (record := damaged_record(archive)) is not None:
-        return f"the checksum or header of {record!r} is wrong: it is damaged, or was saved without checksums"
-    return None
+        raise zipfile.BadZipFile("it is TorchScript, a program; expected the state_dict() of the model")
+    if (name := damaged_record(archive)) is not None:
+        problem = f"the checksum or header of {name!r} is wrong: it is damaged, or was saved without checksums"
+        raise zipfile.BadZipFile(problem)
 
 
 def _why_unreadable(head: bytes, error: Exception) -> str:

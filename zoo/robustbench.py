@@ -9,12 +9,9 @@ import sys
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import UserError
-
-if TYPE_CHECKING:  # downloading needs no PyTorch
-    from torch import nn
 
 
 def import_robustbench() -> ModuleType:
@@ -46,7 +43,7 @@ def import_robustbench() -> ModuleType:
 
 
 def robustbench_entry(robustbench_id: str) -> Mapping[str, Any]:
-    """What RobustBench lists for an ImageNet model for Linf: `model`, which builds it, `gdrive_id`, and more.
+    """What RobustBench lists for an ImageNet model for Linf: `model`, which builds it with random weights, `gdrive_id`, and more.
 
     Raises:
         UserError: no such id, or a model that is not one network with one file of weights at RobustBench.
@@ -69,12 +66,3 @@ def robustbench_entry(robustbench_id: str) -> Mapping[str, Any]:
             f"are kept elsewhere. robustbench.load_model({robustbench_id!r}, dataset='imagenet', threat_model='Linf') loads it."
         )
     return entry
-
-
-def robustbench_architecture(robustbench_id: str) -> nn.Module:
-    """The network as RobustBench builds it, with random weights; nothing is downloaded.
-
-    Raises:
-        UserError: see `robustbench_entry`.
-    """
-    return robustbench_entry(robustbench_id)["model"]()

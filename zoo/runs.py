@@ -87,8 +87,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     with blame(str(path)):
         add_operators(model.model if has_normalizer(model) else model, weights.network)
     load_weights(model, weights, source=path)
-    if asked.weights_key is not None:
-        description["weights_key"] = asked.weights_key
+    description |= {"weights_key": asked.weights_key} if asked.weights_key is not None else {}
     return TrainedModel(
         model=model.eval(),
         path=path,
@@ -112,16 +111,8 @@ def find_weights(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise UserError(
-        f"expected a weights file or a run folder, got the folder {path} without weights_<epoch>.pt or {EXPORTED} in it."
+        f"expected a weights file or run folder, got {path} without weights_<epoch>.pt or {EXPORTED} in it."
     )
-
-
-def run_sections(trained: TrainedModel) -> dict[str, dict[str, Any]]:
-    """The description of a network in the sections of a run's params.json."""
-    sections: dict[str, dict[str, Any]] = {PROVENANCE_KEY: {"classes": trained.class_names}}
-    for name, (section, _) in DESCRIPTION.items():
-        sections.setdefault(section, {})[name] = trained.description[name]
-    return sections
 
 
 def _timm_config(path: Path) -> dict[str, Any]:
@@ -180,10 +171,10 @@ def _run_facts(path: Path, run: Mapping[str, Any]) -> RunFacts:
 
 def _run_params(folder: Path) -> Mapping[str, Any]:
     """Sections → flags of the run, or of an export, that the folder holds; none of them elsewhere."""
-    params, file = read_json(folder / "params.json"), folder / "params.json"
-    if params is None:
-        exported, file = read_json(folder / "config.json"), folder / "config.json"
-        params = (exported or {}).get(EXPORT_KEY, {})
+    file = folder / "params.json"
+    if (params := read_json(file)) is None:
+        file = folder / "config.json"
+        params = (read_json(file) or {}).get(EXPORT_KEY, {})
     sections = {section for section, _ in DESCRIPTION.values()} | {PROVENANCE_KEY}
     if not isinstance(params, dict) or not all(isinstance(params.get(section, {}), dict) for section in sections):
         raise UserError(f"{file}: expected the sections and flags of a run.")

@@ -28,7 +28,7 @@ import zoo.download
 from common.errors import UserError
 from common.files import LOCK_FILE, sha256
 from zoo.download import DIGESTS, ShareUnavailable, download, verify
-from zoo.robustbench import import_robustbench, robustbench_architecture
+from zoo.robustbench import import_robustbench, robustbench_entry
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOISE = hashlib.shake_256(b"weights").digest(400_000)  # does not compress
@@ -855,7 +855,7 @@ def test_robustbench_copy_that_cannot_be_had(drive: Share, tmp_path: Path, answe
     ],
 )
 def test_robustbench_ids_that_have_no_copy(tmp_path: Path, name: str, match: str) -> None:
-    for use in (robustbench_architecture, lambda name: robustbench_copy(name, tmp_path)):
+    for use in (robustbench_entry, lambda name: robustbench_copy(name, tmp_path)):
         with pytest.raises(UserError, match=match):
             use(name)
 
@@ -880,7 +880,7 @@ def test_single_files_of_others(
 
 
 def test_robustbench_architecture_is_robustbenchs() -> None:
-    model = robustbench_architecture(ID)
+    model = robustbench_entry(ID)["model"]()
     assert type(model).__module__.startswith(("robustbench", "timm"))
     assert sum(p.numel() for p in model.parameters()) == 28_627_432
 

@@ -14,6 +14,7 @@ from utils_architecture import get_new_model, normalize_model
 from zoo.description import NetworkDescription
 from zoo.inference import Description, check_description, describe_weights
 from zoo.loading import Weights, parse_weights
+from zoo.models import build_model
 from zoo.runs import load_trained
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "state_dicts.json").read_text())
@@ -204,3 +205,11 @@ def test_vit_of_another_resolution(tmp_path):
     model = load_trained(tmp_path / "w.pt", NetworkDescription()).model
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model(x), source(x), rtol=0, atol=1e-6)
+
+
+def test_a_head_that_cannot_be_chosen_has_the_classes_of_imagenet():
+    arch = "robustbench_Salman2020Do_R18"
+    weights = parse_weights(build_model(arch).state_dict(), source="x")
+    assert check_description(weights, {"arch": arch, "num_classes": 1000}, source="x").num_classes == 1000
+    with pytest.raises(UserError, match="and 1000 classes; num_classes asks for 10 "):
+        check_description(weights, {"arch": arch, "num_classes": 10}, source="x")

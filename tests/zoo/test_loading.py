@@ -221,7 +221,7 @@ def test_average_or_raw(key, found, factor):
     assert all(torch.equal(weights.network[name], value * factor) for name, value in state.items())
 
 
-def test_statistics_beside_the_network_are_no_normaliser():
+def test_statistics_of_something_else_are_no_normaliser():
     state, statistics = micro(1).state_dict(), {"loss.mean": torch.tensor(3.0), "loss.std": torch.tensor(0.1)}
     weights = parse_weights({"model": state, **statistics}, source="x")
     assert weights.normalizer is None and list(weights.network) == list(state)

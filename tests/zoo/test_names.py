@@ -25,7 +25,7 @@ from tests.evaluation.helpers import shorten_evaluations
 from tests.training.helpers import base_flags, run
 from utils_architecture import get_new_model, normalize_model
 from zoo.__main__ import main
-from zoo.description import NetworkDescription
+from zoo.description import NetworkDescription, Preprocessing
 from zoo.download import download
 from zoo.loading import has_normalizer
 from zoo.names import _kind, _share_name, choose, locate, split_kind
@@ -182,6 +182,16 @@ def test_ready_model(published, tmp_path):
     model = load_robust_model(NAME, img_size=32, folder=tmp_path / "somewhere")
     with torch.no_grad():
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_exports_are_for_the_images_of_the_publication(published, tmp_path, monkeypatch):
+    _, model = published
+    images = Preprocessing(64, 0.9, "bilinear", "squash", "its paper")
+    monkeypatch.setattr(zoo.names, "find_published", {NAME: dataclasses.replace(model, preprocessing=images)}.get)
+    assert main(["export", NAME, "--to", str(tmp_path / "out")]) == 0
+    cfg = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["input_size"], cfg["crop_pct"]) == ([3, 64, 64], 0.9)
+    assert (cfg["interpolation"], cfg["crop_mode"]) == ("bilinear", "squash")
 
 
 def test_a_downloads_folder_does_not_hide_its_name(published, files, tmp_path, monkeypatch):
