@@ -41,7 +41,11 @@ def build_model(
             return normalize_model(model) if add_normalization else model
         if num_classes != 1000:
             raise UserError(f"num_classes: {arch} has 1000 classes, expected were {num_classes}.")
-        return robustbench_entry(arch.removeprefix(ROBUSTBENCH_PREFIX))["model"]()
+        network = robustbench_entry(arch.removeprefix(ROBUSTBENCH_PREFIX))["model"]()
+        if hasattr(network, "normalization"):  # RaWRN's stands inside of it, with ImageNet's mean and std
+            network.normalization = nn.Identity()
+            network = normalize_model(network)
+        return network
     model = get_new_model(
         arch,
         pretrained=pretrained,

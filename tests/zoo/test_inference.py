@@ -12,9 +12,10 @@ import torch
 from common.errors import UserError
 from utils_architecture import get_new_model, normalize_model
 from zoo.description import NetworkDescription
-from zoo.inference import Description, check_description, describe_weights
-from zoo.loading import Weights, parse_weights
+from zoo.inference import Description, _NumbersOnCPU, check_description, describe_weights
+from zoo.loading import Weights, has_normalizer, parse_weights
 from zoo.models import build_model
+from zoo.robustbench import robustbench_entry
 from zoo.runs import load_trained
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "state_dicts.json").read_text())
@@ -213,3 +214,15 @@ def test_a_head_that_cannot_be_chosen_has_the_classes_of_imagenet():
     assert check_description(weights, {"arch": arch, "num_classes": 1000}, source="x").num_classes == 1000
     with pytest.raises(UserError, match="and 1000 classes; num_classes asks for 10 "):
         check_description(weights, {"arch": arch, "num_classes": 10}, source="x")
+
+
+def test_a_normaliser_inside_of_robustbenchs_network():
+    """RaWRN's is a module of the network itself."""
+    with torch.device("meta"), _NumbersOnCPU():
+        state = robustbench_entry("Peng2023Robust")["model"]().state_dict()
+    assert list(state)[-2:] == ["normalization.mean", "normalization.std"]
+    state |= {name: torch.rand(3) + 0.1 for name in ("normalization.mean", "normalization.std")}
+    found = check_description(parse_weights(state, source="x"), {"arch": "robustbench_Peng2023Robust"}, source="x")
+    assert found.add_normalization
+    with torch.device("meta"), _NumbersOnCPU():
+        assert has_normalizer(build_model("robustbench_Peng2023Robust"))
