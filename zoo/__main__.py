@@ -91,7 +91,8 @@ def show(arguments: argparse.Namespace) -> None:
         hint = f"; did you mean {near}?" if (near := nearest_published(arguments.name)) else "."
         raise UserError(f"NAME: no published model is called {arguments.name!r}{hint}")
     for field, value in vars(model).items():
-        print(f"{field + ':':20}{value if value not in (None, '', {}) else '–'}")
+        if value not in (None, "", {}, ()):
+            print(f"{field + ':':20}{value}")
     if model.config:
         print(
             f"{'train it:':20}bash run_train.sh --config-file {model.config} --data.train_dataset=… --data.val_dataset=…"

@@ -30,14 +30,12 @@ from zoo.robustbench import robustbench_entry
 DIGESTS = "sha256.json"
 GOOGLE_DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 WEIGHT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".safetensors", ".bin")
-WANTED = (*WEIGHT_SUFFIXES, ".txt", ".log", ".json")
 PIECE = 1 << 16  # bytes held at a time; as many are lost at most where a connection breaks
 TIMEOUT = 30.0  # seconds without a byte
 RETRY = Retry(4, backoff_factor=1.0)  # after failures in a row, none of which brought the download further
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that another attempt may change
 REFUSED = {401: "asks for a login", 403: "is not public", 404: "does not exist", 410: "was removed"}
-# Weights hardly shrink: a ZIP that grows by more than this factor, and to more than so many bytes, holds something else.
-BOMB_FACTOR, BOMB_BYTES = 20, 100 << 20
+BOMB_FACTOR, BOMB_BYTES = 20, 100 << 20  # weights hardly shrink: a ZIP that grows by more, to more, holds other things
 
 
 class ShareUnavailable(UserError):
@@ -50,7 +48,7 @@ def download(
     """Weights and logs of a link, in `folder`; what is there and agrees with its digests is not fetched again.
 
     Args:
-        link: `hub:<owner>/<repository>/<file>`, `drive:<id>`, `robustbench:<id>`, the address of a file of weights, or of a public
+        link: `hub:<owner>/<repository>:<file>`, `drive:<id>`, `robustbench:<id>`, the address of a file of weights, or of a public
             share, where `<link>/download` answers with a ZIP of a folder. A single file becomes `<name>.pt`.
         name: of the partial file, the progress bar, and in errors; hint: the model's RobustBench id, if it has one.
         known: file name → SHA-256, enforced from the start.
@@ -59,16 +57,14 @@ def download(
     Raises:
         UserError: a full disk, or other content than recorded; `ShareUnavailable` where there are no whole weights to be had.
     """
-    advice = f"RobustBench's copy by its id, {hint}, " if hint and not link.startswith("robustbench:") else ""
-    advice += "another link, or a local file by its path"
+    advice = (hint and f"RobustBench's copy by its id, {hint}, ") + "another link, or a local file by its path"
     return _download(name, link, _address(link), folder, advice, known or {}, force)
 
 
 def _address(link: str) -> str:
     kind, _, rest = link.partition(":")
     if kind == "hub":
-        owner, repository, file = rest.split("/", 2)
-        return hf_hub_url(f"{owner}/{repository}", file)
+        return hf_hub_url(*rest.split(":"))
     if kind in ("drive", "robustbench"):
         return GOOGLE_DRIVE + (rest if kind == "drive" else robustbench_entry(rest)["gdrive_id"])
     return link if link.endswith(WEIGHT_SUFFIXES) else link.rstrip("/").removesuffix("/download") + "/download"
@@ -104,9 +100,7 @@ def _download(name: str, link: str, url: str, folder: Path, advice: str, known: 
             recorded = _recorded(folder)
             digests = {} if force else recorded.get(link, {})
             if digests and digests.items() >= known.items() and all((folder / file).is_file() for file in digests):
-                for file in digests:
-                    verify(folder / file)
-                return [folder / file for file in digests]
+                return [folder / file for file in digests if verify(folder / file)]
             if force:
                 _discard(part)
             _fetch(url, part, name)
@@ -244,8 +238,8 @@ def _unpack(part: Path, staging: Path, name: str) -> None:
             for info, path in zip(infos, paths):
                 target = staging / (path.name if names[path.name] == 1 else f"{path.parent.name}_{path.name}")
                 odd = target.name.startswith(".") or not target.name.isprintable() or target.name.lower() == DIGESTS
-                link = stat.S_ISLNK(info.external_attr >> 16)
-                if target.suffix.lower() in WANTED and not (odd or link or target.exists()):
+                odd = odd or stat.S_ISLNK(info.external_attr >> 16) or target.exists()
+                if target.suffix.lower() in (*WEIGHT_SUFFIXES, ".txt", ".log", ".json") and not odd:
                     with archive.open(info) as member, target.open("xb") as file:
                         shutil.copyfileobj(member, file, PIECE)
     except (OSError, UserError):

@@ -61,9 +61,7 @@ class Description(NetworkDescription):
     global_pool: str | None = None  # what its head reads, as timm calls it; None for the architecture's default
     img_size: int | None = None  # side in pixels of the square images its position embeddings are for; None without any
     candidates: tuple[str, ...] = ()  # names in `ARCHITECTURES` that fit, in the table's order; `arch` is the first
-    alike: bool = (
-        True  # these are one network under several names; False: they compute different things with the same weights
-    )
+    alike: bool = True  # these are one network by several names; False: with the same weights they compute other things
 
     def __str__(self) -> str:
         if self.arch is None:

@@ -45,9 +45,7 @@ class Weights:
 
     network: dict[str, Tensor]  # by name, without prefixes and normaliser
     normalizer: dict[str, Tensor] | None  # `mean` and `std` of images in [0, 1], [1, 3, 1, 1], if there was one
-    key: str = (
-        ""  # of the training state that they were under, by dots if nested; empty for a file of nothing but weights
-    )
+    key: str = ""  # of the training state that they were under, by dots; empty: a file of nothing but weights
     sha256: str = ""  # of the file
 
 
@@ -73,9 +71,8 @@ def parse_weights(content: Any, *, source: str | Path, key: str | None = None) -
     state = {name: value for name, value in chosen.state.items() if isinstance(value, Tensor)}
     if large := [f"{name}, {list(value.shape)}" for name, value in state.items() if value.numel() > _LARGEST]:
         raise UserError(f"{source}: expected tensors of at most {_LARGEST} numbers, got {listed(large)}.")
-    for name in itertools.chain(
-        *_normalizers(chosen.beside)
-    ):  # kept beside the network, where there may be other statistics
+    # A normaliser may be kept beside the network, where there may be other statistics.
+    for name in itertools.chain(*_normalizers(chosen.beside)):
         value = chosen.beside.get(name)
         if isinstance(value, Tensor) and (value.numel() == 3 or "." not in name):
             state[name] = value

@@ -118,12 +118,12 @@ def _published_weights(published: Published, folder: Path, *, kind: str, force: 
             return False
         return published.arch in found.candidates and found.not_original == published.not_original
 
-    copy = published.robustbench_id if kind == "robust" else None
+    copy = published.robustbench_id if kind == "robust" and published.by == "paper" else None
     if copy and not force and (folder / f"{copy}.pt").exists():  # downloaded before, when the share could not be had
         return download(f"robustbench:{copy}", folder, name=copy)[0]
     problems = []
     for link in published.links:
-        share = {"name": published.name, "hint": published.robustbench_id or "", "known": published.sha256}
+        share = {"name": published.name, "hint": copy or "", "known": published.sha256}
         try:
             files = download(link, folder, force=force, **share)
         except ShareUnavailable as error:
@@ -135,7 +135,7 @@ def _published_weights(published: Published, folder: Path, *, kind: str, force: 
             return choose(files, kind, fits)
         except UserError as error:
             raise UserError(" ".join([f"{link}: {error}", *unreadable])) from error
-    if copy and published.by == "paper":
+    if copy:
         print(f"{problems[-1]} Trying RobustBench's copy, {copy}.", file=sys.stderr)
         return download(f"robustbench:{copy}", folder, name=copy, force=force)[0]
     raise UserError(" ".join(problems))

@@ -43,9 +43,7 @@ class TrainedModel:
     model: nn.Module
     path: Path  # the weights file
     sha256: str  # of its content
-    description: dict[
-        str, Any
-    ]  # the values of `DESCRIPTION` it was built with, and `weights_key` if that was asked for
+    description: dict[str, Any]  # the values of `DESCRIPTION` it was built with; `weights_key` where it was asked for
     class_names: list[str] | None  # of its outputs, in order; None where the run does not say
     preprocessing: Preprocessing = Preprocessing()  # what its images went through in validation
     run: RunFacts = RunFacts()  # what its run says of it

@@ -863,7 +863,7 @@ def test_robustbench_ids_that_have_no_copy(tmp_path: Path, name: str, match: str
 @pytest.mark.parametrize(
     ("link", "address"),
     [
-        ("hub:UCSC-VLAA/AdvXL-ViT-H14/advxl_vit_h14.pth", "/UCSC-VLAA/AdvXL-ViT-H14/resolve/main/advxl_vit_h14.pth"),
+        ("hub:UCSC-VLAA/AdvXL-ViT-H14:advxl_vit_h14.pth", "/UCSC-VLAA/AdvXL-ViT-H14/resolve/main/advxl_vit_h14.pth"),
         ("drive:1GOqjNsRQM", "/index.php/s/token?id=1GOqjNsRQM"),
         ("{server}/ckpt/ARES_ResNet50_AT.pth", "/ckpt/ARES_ResNet50_AT.pth"),
     ],

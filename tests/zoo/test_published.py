@@ -15,12 +15,14 @@ import yaml
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import zoo.names
 from data.transforms import eval_transform
 from utils_architecture import ARCHITECTURES
 from zoo.__main__ import main
 from zoo.inference import _NumbersOnCPU, check_description
 from zoo.loading import parse_weights
 from zoo.models import build_model
+from zoo.names import load_named
 from zoo.published import KNOWN, PUBLISHED, Published, find_published, nearest_published
 from zoo.robustbench import import_robustbench
 
@@ -31,14 +33,14 @@ NAMES = list(PUBLISHED)
 PAPER = {
     "ConvNeXt-iso-CvSt": (300, {224: (70.2, 45.9)}, ["HpNbkLTNTBiaeo8"]),
     "ViT-S": (300, {224: (69.2, 44.0)}, ["XLLnoCnJxp74Zqn"]),
-    "ViT-S-CvSt": (300, {224: (72.5, 48.1)}, ["agtDw3D7QXbDCmw"]),
+    "ViT-S-CvSt": (300, {224: (72.5, 48.1)}, ["agtDw3D7QXbDCmw", "Gbi6KP67xdR2rEA"]),
     "ConvNeXt-T": (300, {224: (72.4, 48.6)}, ["XLLnoCnJxp74Zqn"]),
     "ConvNeXt-T-CvSt": (300, {224: (72.7, 49.5)}, ["BFLoMrMdn8iBk7Y"]),
     "ViT-M-CvSt": (50, {224: (72.4, 48.8)}, ["q2mkEYtq5Zjpa4e"]),
     "ConvNeXt-S-CvSt": (50, {224: (74.4, 52.4)}, ["m3bAwNg4CJY4jrp"]),
     "ViT-B": (50, {224: (73.3, 50.0)}, ["XLLnoCnJxp74Zqn"]),
     "ConvNeXt-B": (50, {224: (75.6, 54.3)}, ["XLLnoCnJxp74Zqn"]),
-    "ViT-B-CvSt": (250, {224: (76.3, 54.7)}, ["SbN5AJAicdZJXyr"]),
+    "ViT-B-CvSt": (250, {224: (76.3, 54.7)}, ["SbN5AJAicdZJXyr", "sjo7XPXzS5J4oWB"]),
     "ConvNeXt-B-CvSt": (250, {224: (75.9, 56.1), 256: (76.9, 57.3)}, ["RQBEXagC7R7XweX"]),
     "ConvNeXt-L-CvSt": (100, {224: (77.0, 57.7), 320: (78.2, 59.4)}, ["YzBpeHRrRQzHBDz", "LeYdmW9DMAr8zws"]),
     "fine-tuned to Linf 8/255": (None, {224: None}, ["FiTToeo4RKY896P"]),
@@ -278,3 +280,48 @@ def test_network_of_a_known_model_is_recognised(arch: str) -> None:
     weights = parse_weights({f"module.{name}": value for name, value in network.state_dict().items()}, source="file")
     found = check_description(weights, model.description | {"add_normalization": None}, source="file")
     assert (found.arch, found.num_classes, found.global_pool) == (arch, 1000, kind)
+
+
+def layout(name: str, state: dict[str, torch.Tensor]) -> dict:
+    """The content of a file of this model's source, with these weights of its network."""
+    if KNOWN[name].by != "robustness":
+        return state
+    copies = {f"module.{at}model.{key}": value for at in ("", "attacker.") for key, value in state.items()}
+    for at in ("", "attacker."):
+        copies |= {f"module.{at}normalizer.new_mean": MEAN, f"module.{at}normalizer.new_std": STD}
+    return {"model": copies, "epoch": 7}
+
+
+MEAN, STD = (torch.tensor(three).view(3, 1, 1) for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Debenedetti2022Light_XCiT-S12", "mimir_vit_s", "ares_vit_s", "resnet18_l2_eps3", "shufflenet_l2_eps3"],
+)
+def test_known_model_loads_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From random weights in the layout of its source: logits are those of the source's network, twice."""
+    model, asked = KNOWN[name], []
+    kind = "avg" if model.by == "MIMIR" else None
+    network = build_model(model.arch, global_pool=kind).double().eval()
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) * 0.04)
+
+    def fake(link: str, folder: Path, *, name: str, **_: object) -> list[Path]:
+        asked.append(link)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(layout(name, network.state_dict()), folder / f"{name}.pt")
+        return [folder / f"{name}.pt"]
+
+    monkeypatch.setattr(zoo.names, "download", fake)
+    x = torch.rand(2, 3, 224, 224, dtype=torch.float64)
+    seen = (x - MEAN) / STD if model.by in ("ARES", "robustness") else x
+    with torch.no_grad():
+        expected = network(seen)
+    for _ in range(2):
+        trained = load_named(name, folder=tmp_path)
+        with torch.no_grad():
+            assert torch.allclose(trained.model.double()(x), expected, rtol=1e-5)
+        assert trained.preprocessing == model.preprocessing and trained.notes == ()
+    assert set(asked) == set(model.links)
