@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -22,6 +22,24 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point():
         y = y.to(logits.dtype)
     return F.cross_entropy(logits, y, reduction="none")
+
+
+class UnitGap(nn.Module):
+    """`network`, whose logits are divided by the gap between the largest and the third largest (with 2 classes the second).
+
+    The divisor counts as a constant, so cross-entropy on the result is free of the logits' scale, as the DLR loss is (Croce &
+    Hein 2020): where logits are so large that the softmax is exact, cross-entropy itself has no gradient. Predictions are kept.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.network(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        largest = logits.detach().topk(min(3, logits.shape[1]), dim=1).values
+        return logits / (largest[:, :1] - largest[:, -1:]).clamp(min=torch.finfo(logits.dtype).tiny)
 
 
 def hard_labels(y: Tensor) -> Tensor:

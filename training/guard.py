@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from common.errors import UserError
@@ -13,6 +14,12 @@ from training.console import warn
 from training.meter import Synced
 from training.overfitting import OverfittingWatch
 from training.progress import Progress
+
+MASKED = 0.1  # share of images without a gradient from which a warning is due
+CHANCE_EPOCHS, NEAR_CHANCE = (
+    3,
+    0.1,
+)  # after so many epochs a network that learns is beyond three standard errors of guessing
 
 
 class Diverged(Exception):
@@ -55,6 +62,24 @@ class Guard:
             raise UserError(
                 f"data.max_bad_images: {progress.bad_images} images of data.train_dataset could not be decoded in one epoch, "
                 f"{limit} are allowed; they are named above. Repair the data set or raise the limit."
+            )
+
+    def suspicions(self, metrics: dict[str, Any], *, images: int) -> Iterator[str]:
+        """Sentences on an epoch's validation, of `images` images, whose numbers do not mean what they seem to."""
+        masked = max(metrics.get(f"{prefix}zero_gradients", 0.0) for prefix in ("", "ema_"))
+        if masked > MASKED:
+            yield (
+                f"the gradient is zero for {masked:.0%} of the images under attack, as where logits are so large that the softmax "
+                "is exact: attacks by gradient, that of training among them, cannot change those."
+            )
+        chance, epochs = 1 / self.config.model.num_classes, metrics["epoch"]
+        error = 3 * math.sqrt(chance * (1 - chance) / images)
+        # Few images cannot tell a beginner from a guesser.
+        if epochs >= CHANCE_EPOCHS and metrics["top1"] < chance + error <= max(2 * chance, NEAR_CHANCE):
+            yield (
+                f"clean accuracy is {metrics['top1']:.2%} after {epochs} epochs, no better than guessing ({chance:.2%}): the "
+                "network does not learn. Look at lr.lr for this global batch, its warm-up (lr.lr_peak_epoch, "
+                "adv.eps_warmup_epochs), the labels, and the weights it started from (model.pretrained, model.ckpt_path)."
             )
 
     def overfitting(self, metrics: dict[str, Any], *, epoch: int, images: int) -> str | None:

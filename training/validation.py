@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from attacks.apgd import apgd
+from attacks.gradients import evaluate_with_gradient, under_attack
+from attacks.losses import UnitGap
 from attacks.registry import Attack
 from common.errors import UserError
 from common.precision import float32_matmul
@@ -31,7 +34,8 @@ class Validator:
         stop: ends a validation that is running.
 
     Attributes:
-        n_attacked: number of images under attack; 0: none.
+        n_images: number of images.
+        n_attacked: number of those under attack; 0: none.
         measures_training_attack: whether images are attacked and training attacks too: then accuracy under its attack is measured
             beside that under APGD, and the best weights go by the latter.
     """
@@ -58,6 +62,7 @@ class Validator:
             pin_memory=processes.device.type == "cuda",
             keep_workers=True,
         )
+        self.n_images = len(source)
         self._subset = spread_indices(len(source), validation.adv_n_ex) if validation.adv_n_ex else []
         self.n_attacked = len(self._subset)
         self.measures_training_attack = self.n_attacked > 0 and config.adv.attack != "none"
@@ -79,9 +84,9 @@ class Validator:
             networks: "raw", and "ema" where there is one; left in eval mode.
 
         Returns:
-            Means over the images by name: top1, top5 (shares in [0, 1]) and loss (nats) of each network, adv_top1 of each where
-            images are attacked, with the prefix `ema_` for those of the EMA; train_attack_top1 of the raw network. None where a
-            process was asked to stop meanwhile.
+            Means over the images by name: top1, top5 (shares in [0, 1]) and loss (nats) of each network, adv_top1 and
+            zero_gradients of each where images are attacked, with the prefix `ema_` for those of the EMA; train_attack_top1 of the
+            raw network. None where a process was asked to stop meanwhile.
 
         Raises:
             UserError: no image can be decoded.
@@ -112,16 +117,22 @@ class Validator:
         return sums
 
     def _under_attack(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Images that each network classifies correctly on every iterate of a quick APGD, the clean image included; and those that
-        the raw one classifies correctly after the attack of training.
+        """Images that each network classifies correctly on every iterate of a quick APGD on the cross-entropy and on a loss free of
+        the logits' scale, the clean image included; those for which the gradient of the cross-entropy is zero; and those that the
+        raw network classifies correctly after the attack of training.
 
-        A few-step, single-loss attack gives an upper bound of robust accuracy to watch training by, not a number to report.
+        A few steps give an upper bound of robust accuracy to watch training by, not a number to report.
         """
-        adv, n_iter = self.config.adv, self.config.validation.adv_n_iter
-        sums = {
-            f"{PREFIX[kind]}adv_top1": apgd(network, x, y, norm=adv.norm, eps=adv.eps, n_iter=n_iter).acc.sum()
-            for kind, network in networks.items()
-        }
+        adv, sums = self.config.adv, {}
+        attack = partial(apgd, norm=adv.norm, eps=adv.eps, n_iter=self.config.validation.adv_n_iter)
+        for kind, network in networks.items():
+            standing = attack(network, x, y).acc
+            if left := standing.nonzero().flatten().tolist():
+                standing[left] = attack(UnitGap(network), x[left], y[left]).acc
+            with under_attack(network):
+                _, _, grad = evaluate_with_gradient(network, x, y)
+            sums[f"{PREFIX[kind]}adv_top1"] = standing.sum()
+            sums[f"{PREFIX[kind]}zero_gradients"] = (grad.flatten(1) == 0).all(1).sum()
         if self.measures_training_attack:
             x_adv = self._attack(networks["raw"], x, y, eps=adv.eps)
             with torch.no_grad():

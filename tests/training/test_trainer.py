@@ -18,6 +18,7 @@ import train
 import training.step
 import training.trainer
 from attacks.apgd import apgd
+from attacks.losses import UnitGap
 from attacks.registry import Attack
 from common.errors import UserError
 from common.flags import load_config
@@ -84,8 +85,8 @@ def test_logged_accuracy_is_the_weights_accuracy(images, tmp_path):
     record = outcome.epochs[-1]
     assert record["top1"] == (logits.argmax(1) == batch.y).double().mean().item()
     assert record["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.y).item(), rel=1e-5)
-    acc = apgd(model, batch.x, batch.y, norm="Linf", eps=8 / 255, n_iter=4).acc
-    assert record["adv_top1"] == acc.double().mean().item()
+    with_both = [apgd(net, batch.x, batch.y, norm="Linf", eps=8 / 255, n_iter=4).acc for net in (model, UnitGap(model))]
+    assert record["adv_top1"] == (with_both[0] & with_both[1]).double().mean().item()
 
 
 def test_trains_on_the_attacked_images(images, tmp_path, monkeypatch):
