@@ -16,15 +16,18 @@ from torch import nn
 from attacks.norms import check_radius
 from common.errors import UserError, blame
 from common.provenance import installed_version
-from data.loader import print_warning
+from data.loader import print_warning, spread_indices
 from evaluation.autoattack import check_classes, package_name
 from evaluation.config import ATTACKS, EvalAttackConfig, EvalConfig, EvalModelConfig, ModelEntry
 from evaluation.images import ImageList, open_images
+from utils_architecture import normalize_model
 from zoo.description import Preprocessing, RunFacts
+from zoo.loading import has_normalizer
 from zoo.names import Located, locate
 from zoo.published import Published
 from zoo.runs import TrainedModel, load_trained
 
+TRIED, CLEAR_GAP = 16, 0.25  # images that are classified both with and without a normaliser; share that must change
 # Their versions can change pixels, logits or attacks.
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -109,11 +112,38 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         check_classes(trained.description["num_classes"], settings.chosen)
         plan.images[name] = open_for(trained.description["num_classes"], trained.class_names)
         plan.evaluations.extend(_plan_network(settings, name, found, trained, plan, numbers))
+        images = {e.preprocessing: None for e in plan.evaluations if e.network == name}
+        beats = "; these weights validated better than their moving average" if trained.run.beats_average else ""
+        for used in images:
+            print(f"{name}: {used}, {_fed(trained.model)}{beats}", file=sys.stderr)
         for note in trained.notes:
-            print_warning(f"{name}: {note} (--model.add_normalization=1).")
-    for text in dict.fromkeys(f"{e.network}: {e.preprocessing}" for e in plan.evaluations):
-        print(text, file=sys.stderr)
+            seen = _seen_both_ways(trained.model, plan.images[name], next(iter(images)))
+            print_warning(f"{name}: {note} (--model.add_normalization=1).{seen}")
     return plan
+
+
+def _fed(model: nn.Module) -> str:
+    """What the network itself sees, in words."""
+    if not has_normalizer(model):
+        return "as they are, in [0, 1]" if not isinstance(model, nn.Sequential) else "normalised by its first module"
+    mean, std = (
+        ", ".join(f"{v:.4g}" for v in values.flatten()) for values in (model.normalize.mean, model.normalize.std)
+    )
+    return f"normalised with mean {mean} and std {std}"
+
+
+def _seen_both_ways(model: nn.Module, images: ImageList, used: Preprocessing) -> str:
+    """A sentence where many more of a few clean images are right behind ImageNet's normaliser than without it; else empty."""
+    chunk = images.read(spread_indices(len(images), TRIED), used)
+    with torch.no_grad():
+        without, behind = ((net(chunk.x).argmax(1) == chunk.y) for net in (model, normalize_model(model)))
+    gained, n = (behind & ~without).sum().item() - (without & ~behind).sum().item(), len(chunk.y)
+    if gained < max(CLEAR_GAP * n, 2):
+        return ""
+    return (
+        f" Most likely it was: behind ImageNet's normaliser {behind.sum().item()} of {n} clean images are right, without it "
+        f"{without.sum().item()}."
+    )
 
 
 def _plan_network(

@@ -46,6 +46,7 @@ class RunFacts:
     norm: str | None = None
     eps: float | None = None
     clean_acc: float | None = None
+    beats_average: bool = False  # raw weights that validated better than their moving average
 
 
 # Field of `NetworkDescription` → section of a run's params.json that holds it, and its type.

@@ -33,6 +33,7 @@ from zoo.loading import has_normalizer, load_weights, read_weights
 from zoo.meansparse import add_operators
 from zoo.models import build_model
 
+EPOCH_FILE = re.compile(r"(weights|weights_ema)_(\d+)\.pt")  # of a run folder
 HUB_FILES = (EXPORTED, "pytorch_model.bin")  # of a folder of the Hugging Face Hub
 
 
@@ -54,7 +55,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     """Build the network of a weights file and load it strictly.
 
     Args:
-        model_in: weights file, or run folder (then its newest weights, EMA where kept).
+        model_in: weights file, or run folder (see `find_weights`).
         asked: what the flags say; unset values come from the params.json beside the file, else from the weights
             (blurpool leaves no trace in them: without).
 
@@ -99,18 +100,42 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
 
 
 def find_weights(path: Path) -> Path:
-    """The file itself, or the newest weights of a run folder (EMA where kept)."""
+    """The file itself, or the newest weights of a run folder: the moving average, unless the raw weights validated better."""
     if not path.is_dir():
         return path
-    for name in ("weights_ema", "weights"):
-        if found := [file for file in path.iterdir() if re.fullmatch(rf"{name}_\d+\.pt", file.name)]:
-            return max(found, key=lambda file: int(file.stem.removeprefix(f"{name}_")))
+    newest: dict[str, int] = {}
+    for file in path.iterdir():
+        if match := EPOCH_FILE.fullmatch(file.name):
+            newest[match[1]] = max(newest.get(match[1], 0), int(match[2]))
+    if newest:
+        epoch = newest.get("weights", 0)
+        raw = "weights_ema" not in newest or (epoch == newest["weights_ema"] and _average_is_worse(path, epoch))
+        name = "weights" if raw else "weights_ema"
+        return path / f"{name}_{newest[name]}.pt"
     for name in HUB_FILES:
         if (path / name).is_file():
             return path / name
     raise UserError(
         f"expected a weights file or run folder, got {path} without weights_<epoch>.pt or {EXPORTED} in it."
     )
+
+
+def _average_is_worse(folder: Path, number: int) -> bool:
+    """Whether a run's validation of that epoch says so, by robust accuracy where it was measured."""
+    epoch = _epoch(folder, number)
+    key = "adv_top1" if "adv_top1" in epoch else "top1"
+    ema, raw = epoch.get(f"ema_{key}"), epoch.get(key)
+    return isinstance(ema, float) and isinstance(raw, float) and ema < raw
+
+
+def _epoch(folder: Path, number: int) -> dict[str, Any]:
+    """What a run's log says of an epoch; empty where it does not."""
+    found = {}
+    with suppress(OSError, ValueError, AttributeError):
+        for line in (folder / "log").read_text().splitlines():
+            record = json.loads(line)
+            found |= record if record.get("epoch") == number else {}
+    return found
 
 
 def _timm_config(path: Path) -> dict[str, Any]:
@@ -155,16 +180,14 @@ def _preprocessing(run: Mapping[str, Any], cfg: Mapping[str, Any], arch: str, po
 
 def _run_facts(path: Path, run: Mapping[str, Any]) -> RunFacts:
     """Threat model of a run's params.json, and what its log says of the epoch whose weights these are."""
-    adv, clean = run.get("adv", {}), None
-    epoch = re.fullmatch(r"(weights|weights_ema)_(\d+)\.pt", path.name)
-    with suppress(OSError, ValueError, AttributeError):
-        for line in (path.parent / "log").read_text().splitlines() if epoch else ():
-            record = json.loads(line)
-            if record.get("epoch") == int(epoch[2]):
-                clean = record.get("ema_top1" if epoch[1] == "weights_ema" else "top1", clean)
-    clean = clean if isinstance(clean, (int, float)) else None
+    adv, facts = run.get("adv", {}), RunFacts()
+    if match := EPOCH_FILE.fullmatch(path.name):
+        kind, number = match[1], int(match[2])
+        clean = _epoch(path.parent, number).get("ema_top1" if kind == "weights_ema" else "top1")
+        better = kind == "weights" and _average_is_worse(path.parent, number)
+        facts = RunFacts(clean_acc=clean if isinstance(clean, (int, float)) else None, beats_average=better)
     known = isinstance(adv, dict) and adv.get("attack", "none") != "none" and isinstance(adv.get("eps"), (int, float))
-    return RunFacts(adv["norm"], adv["eps"], clean) if known and "norm" in adv else RunFacts(clean_acc=clean)
+    return replace(facts, norm=adv["norm"], eps=adv["eps"]) if known and "norm" in adv else facts
 
 
 def _run_params(folder: Path) -> Mapping[str, Any]:

@@ -32,7 +32,8 @@ from training.launch import launch
 from training.status import read_status
 from training.stop import STOPPED
 from utils_architecture import get_new_model
-from zoo.runs import find_weights
+from zoo.description import NetworkDescription
+from zoo.runs import find_weights, load_trained
 
 PROJECT = Path(training.__file__).resolve().parent.parent
 APGD = {"adv.attack": "apgd", "adv.eps": "8/255"}
@@ -243,10 +244,18 @@ def test_error_in_one_of_two_processes_is_said_once(images, tmp_path, capfd):
     assert errors.count("error: ") == 1 and "training.batch_size" in errors
 
 
-def test_find_weights_takes_the_newest_average(images, tmp_path):
-    flags = base_flags(images, tmp_path) | {"training.epochs": 2, "logging.save_freq": 1, "model.model_ema": 1}
-    folder = run(flags).folder
-    assert find_weights(folder).name == "weights_ema_2.pt"
+def test_find_weights_takes_the_newest_that_validated_better(images, tmp_path):
+    """36 steps with a decay of 0.9999 leave the average where training began."""
+    flags = base_flags(images, tmp_path) | {"training.epochs": 12, "logging.save_freq": 4, "model.model_ema": 1}
+    outcome = run(flags | {"lr.lr": 3e-3})
+    last = outcome.epochs[-1]
+    assert last["ema_top1"] < last["top1"]
+    assert find_weights(outcome.folder).name == "weights_12.pt"
+    trained = load_trained(outcome.folder, NetworkDescription())
+    assert trained.path.name == "weights_12.pt" and trained.run.beats_average
+    (outcome.folder / "log").write_text("")  # nothing is known: the average
+    trained = load_trained(outcome.folder, NetworkDescription())
+    assert trained.path.name == "weights_ema_12.pt" and not trained.run.beats_average
 
 
 # --- what only shows when it goes wrong -----------------------------------------------------------------------------------

@@ -303,6 +303,26 @@ def test_architectures_of_torchvision_are_found_by_their_shapes(tmp_path: Path, 
         assert torch.equal(trained.model(x), model(x))
 
 
+def test_names_of_facebooks_convnext(tmp_path: Path) -> None:
+    """As its repository publishes them: other names for everything but the values."""
+    model = network("convnext_atto", num_classes=7)
+    renames = [(r"^stem\.", "downsample_layers.0."), (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.")]
+    renames += [(r"\.blocks\.", "."), ("conv_dw", "dwconv"), (r"mlp\.fc", "pwconv"), (r"^head\.norm", "norm")]
+    state = {}
+    for name, value in model.state_dict().items():
+        for pattern, there in [*renames, (r"^head\.fc", "head")]:
+            name = re.sub(pattern, there, name)
+        state[name] = value
+    assert {"downsample_layers.1.1.weight", "stages.0.0.pwconv1.bias", "norm.weight", "head.bias"} <= state.keys()
+    path = tmp_path / "convnext.pth"
+    torch.save({"model": state}, path)
+    trained = load_trained(path, NetworkDescription(arch="timm_convnext_atto"))
+    assert trained.description["num_classes"] == 7
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(trained.model(x), model.eval()(x))
+
+
 def test_image_tower_of_a_clip_model_is_told(tmp_path: Path) -> None:
     path = tmp_path / "fare_eps_2.pt"
     torch.save(
