@@ -123,9 +123,9 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
 
 
 def _fed(model: nn.Module) -> str:
-    """What the network itself sees, in words."""
+    """What a network gets to see, in words."""
     if not has_normalizer(model):
-        return "as they are, in [0, 1]" if not isinstance(model, nn.Sequential) else "normalised by its first module"
+        return "as they are, in [0, 1]"
     mean, std = (
         ", ".join(f"{v:.4g}" for v in values.flatten()) for values in (model.normalize.mean, model.normalize.std)
     )
