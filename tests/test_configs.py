@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 STATE_DICTS = json.loads((PROJECT / "tests/golden/state_dicts.json").read_text())
 
-# Names relative to configs/, without the suffix. The demo and own_data have their own tests, grids and claims those of their room.
+# Names relative to configs/, without the suffix. The demo and own_… have their own tests, grids and claims those of their room.
 ALL = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
     for path in CONFIGS.rglob("*.yaml")

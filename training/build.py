@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ from training.schedule import resolution_at_epoch
 from training.shortcuts import asked_for, trim_last_block
 from training.state import TrainState
 from training.step import image_dtype
-from training.surgery import checkpoint_blocks, freeze_parameters
+from training.surgery import checkpoint_blocks, freeze_body, freeze_parameters, head_names
 from zoo.description import DESCRIPTION
-from zoo.loading import load_weights, read_weights
+from zoo.loading import Weights, load_weights, read_weights
 from zoo.models import build_model
 from zoo.names import locate, split_kind
 
@@ -150,26 +151,47 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
     m, training = config.model, config.training
     if training.precision == "tf32" and not torch.cuda.is_available():  # --check builds on the CPU
         raise UserError("training.precision: tf32 is arithmetic of NVIDIA GPUs, and there is none; give fp32 or bf16.")
+    build = partial(
+        build_model,
+        m.arch,
+        not_original=m.not_original,
+        updated=m.updated,
+        drop_path=m.drop_path,
+        use_blurpool=training.use_blurpool,
+        add_normalization=m.add_normalization,
+    )
     with blame_arguments(MODEL_FLAGS):
-        model = build_model(
-            m.arch,
-            # Weights that ckpt_path replaces need no download.
-            pretrained=initial and m.pretrained and not m.ckpt_path,
-            not_original=m.not_original,
-            updated=m.updated,
-            num_classes=m.num_classes,
-            drop_path=m.drop_path,
-            use_blurpool=training.use_blurpool,
-            add_normalization=m.add_normalization,
-        )
+        # Weights that ckpt_path replaces need no download.
+        model = build(num_classes=m.num_classes, pretrained=initial and m.pretrained and not m.ckpt_path)
+
+    @cache
+    def head() -> set[str]:
+        try:
+            return head_names(model, build(num_classes=m.num_classes + 1))
+        except UserError as error:
+            raise UserError(
+                "model.new_head, lr.body_factor: expected an architecture whose number of classes can be chosen, got "
+                f"{m.arch} ({error})"
+            ) from error
+
     if initial and m.ckpt_path:
         with blame("model.ckpt_path"):
             name, kind = split_kind(m.ckpt_path)
             # A published model is downloaded by the first process of each machine, while the others wait.
             path = Path(processes.once_here("weights", lambda: str(locate(name, kind=kind).path)))
-            load_weights(model, read_weights(path), source=path)
+            weights = read_weights(path)
+            try:
+                load_weights(model, weights, source=path, keep=head() if m.new_head else ())
+            except UserError as error:
+                if m.new_head or not fits_but_for_head(model, weights, head):
+                    raise
+                raise UserError(
+                    f"{error} Its head alone is another one: --model.new_head=1 starts with a new one."
+                ) from error
     if m.freeze_some:
         freeze_parameters(model, early=m.early)
+    factor = config.lr.body_factor
+    frozen = freeze_body(model, head()) if factor == 0 else []
     if asked_for(training.trim_last_block, processes.device) and not training.eval_only:
         trim_last_block(model)
     if training.grad_checkpointing:
@@ -178,10 +200,22 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
     model = model.to(processes.device, image_dtype(training.precision), memory_format=memory_format)
     return TrainState(
         model=model,
-        optimizer=build_optimizer(model, arch=m.arch, training=training),
+        optimizer=build_optimizer(
+            model, arch=m.arch, training=training, head=head() if factor != 1 else frozenset(), body_factor=factor
+        ),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=training.precision == "fp16"),
         ema=EMA(model, decay=m.ema_decay, warmup=m.ema_warmup) if m.model_ema else None,
+        frozen=frozen,
     )
+
+
+def fits_but_for_head(model: torch.nn.Module, weights: Weights, head: Callable[[], set[str]]) -> bool:
+    """Whether the weights can be loaded where the tensors of `head` stay as they are; loads them."""
+    try:
+        load_weights(model, weights, source="", keep=head())
+    except UserError:
+        return False
+    return True
 
 
 def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:

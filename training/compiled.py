@@ -142,7 +142,7 @@ def _rehearse_training(state: TrainState, config: TrainConfig, processes: Proces
     """What a step calls of the trained network; gradients and running statistics are thrown away."""
     x, y = _black(config, processes, size=size)
     buffers = [buffer.clone() for buffer in state.model.buffers()]
-    state.model.train()
+    state.train_mode()
     try:
         for _ in range(2 if processes.world_size > 1 else 1):
             with autocast(processes.device, config.training.precision):

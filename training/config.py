@@ -30,6 +30,7 @@ class ModelConfig:
     ckpt_path: str = flag(
         "", "weights to start from: file, run folder, or a published model's clean ones (NAME; NAME:robust)"
     )
+    new_head: bool = flag(False, "1: weights of model.ckpt_path but for the head, which is new: for other classes")
     add_normalization: bool = flag(True, "1: ImageNet mean/std normalisation inside the model")
     not_original: bool = flag(False, "1: replace the PatchStem by a ConvStem")
     updated: bool = flag(False, "1: convnext_iso with stem and width 432")
@@ -100,6 +101,11 @@ class LRConfig:
     lr_peak_epoch: int = flag(10, "epoch at which cosine and cyclic reach the peak", at_least=0)
     step_ratio: float = flag(0.1, "step: factor every step_length epochs", above=0)
     step_length: int = flag(30, "step: epochs between two factors", at_least=1)
+    body_factor: float = flag(
+        1.0,
+        "factor of the learning rate for all but the head; 0: only the head is trained (linear probing)",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +311,15 @@ class TrainConfig(Config):
                 f"lr.lr_peak_epoch: the learning rate would rise to the end of training; expected less than "
                 f"training.epochs={self.training.epochs}, got {self.lr.lr_peak_epoch}. Give --lr.lr_peak_epoch="
                 f"{self.training.epochs // 5}; a run that began so goes on with --training.resume_force=1."
+            )
+        if self.model.new_head and not self.model.ckpt_path:
+            problems.found.append(
+                "model.new_head: expected weights for the rest of the network in model.ckpt_path, got none; model.pretrained=1 "
+                "alone has a new head wherever model.num_classes is not that of timm's weights."
+            )
+        if self.model.freeze_some and not self.lr.body_factor:
+            problems.found.append(
+                "lr.body_factor: 0 freezes all but the head, model.freeze_some=1 another part; expected one of them."
             )
         if self.training.resume == "":
             problems.found.append(

@@ -16,7 +16,7 @@ from training.config import TrainConfig, default_values
 from training.status import is_finished, read_status
 
 # Flags that only the very beginning of a run uses, and its name.
-BEGINNING = {"model.ckpt_path", "model.pretrained", "logging.addendum"}
+BEGINNING = {"model.ckpt_path", "model.new_head", "model.pretrained", "logging.addendum"}
 PRECISION = "training.precision"  # the one flag whose default is the device's
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch import nn
 
@@ -21,24 +23,37 @@ def is_decayed(name: str, parameter: nn.Parameter, *, arch: str) -> bool:
     return parameter.dim() > 1 and not name.endswith(".bias")
 
 
-def parameter_groups(model: nn.Module, *, arch: str, weight_decay: float) -> list[dict]:
-    """Two optimiser groups of the trainable parameters: decayed, and not."""
+def parameter_groups(
+    model: nn.Module, *, arch: str, weight_decay: float, head: Set[str] = frozenset(), body_factor: float = 1.0
+) -> list[dict]:
+    """Two optimiser groups of the trainable parameters: decayed, and not.
+
+    With a `body_factor` other than 1 two of the parameters named in `head`, and two of the others with that `lr_factor`.
+    """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trained if is_decayed(name, p, arch=arch)]
-    exempt = [p for name, p in trained if not is_decayed(name, p, arch=arch)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    groups = []
+    for part, more in ((True, {}), (False, {"lr_factor": body_factor})) if body_factor != 1 else ((None, {}),):
+        members = [(name, p) for name, p in trained if part is None or (name in head) == part]
+        decayed = [p for name, p in members if is_decayed(name, p, arch=arch)]
+        exempt = [p for name, p in members if not is_decayed(name, p, arch=arch)]
+        groups += [
+            {"params": decayed, "weight_decay": weight_decay, **more},
+            {"params": exempt, "weight_decay": 0.0, **more},
+        ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, *, arch: str, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over the groups of `model`; the learning rate is set at every step.
+def build_optimizer(
+    model: nn.Module, *, arch: str, training: TrainingConfig, head: Set[str] = frozenset(), body_factor: float = 1.0
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over the groups of `model`, see `parameter_groups`; the learning rate is set at every step.
 
     Fused: one kernel for all weights, and a step can be skipped on the device.
 
     Raises:
         ValueError: no optimiser has the name `training.optimizer`.
     """
-    groups = parameter_groups(model, arch=arch, weight_decay=training.weight_decay)
+    groups = parameter_groups(model, arch=arch, weight_decay=training.weight_decay, head=head, body_factor=body_factor)
     if training.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, fused=True)
         if training.momentum:

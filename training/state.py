@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ class TrainState:
         attacked: the same network as the attack calls it; `model` itself unless it is compiled.
         optimizer, scaler: of torch; the scaler is disabled unless training runs in float16.
         ema: None without `model.model_ema`.
+        frozen: modules that stay in eval mode while the network trains: those of a body that is not trained.
         step: optimiser steps done, skipped ones included.
         reuses_forward: whether the last evaluation of the attack is the forward pass of training (`training.step.training_loss`).
         statistics: running means and variances of batch normalisation, which a forward pass changes.
@@ -33,6 +34,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: EMA | None
+    frozen: Sequence[nn.Module] = ()
     step: int = 0
     parallel: nn.Module = field(init=False)
     attacked: nn.Module = field(init=False)
@@ -41,9 +43,16 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self.parallel = self.attacked = self.model
-        layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        frozen = {part for module in self.frozen for part in module.modules()}
+        layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm) and module not in frozen]
         both = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
         self.statistics = [buffer for buffer in both if buffer is not None]
+
+    def train_mode(self) -> None:
+        """Put the network into training mode, but for what is frozen."""
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to validate and save: "raw", and "ema" where there is one."""

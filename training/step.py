@@ -74,9 +74,9 @@ def train_step(
     """
     precision, device = config.training.precision, processes.device
     statistics = [(buffer, buffer.clone()) for buffer in state.statistics]
-    state.model.train()
+    state.train_mode()
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         block = i * processes.world_size + processes.rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import partial
 
 from torch import nn
@@ -32,6 +33,22 @@ def freeze_parameters(model: nn.Module, *, early: bool) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(in_stem[name] == early)
     return [name for name, belongs in in_stem.items() if belongs != early]
+
+
+def head_names(model: nn.Module, other: nn.Module) -> set[str]:
+    """Names of the head's tensors: those of another shape in `other`, the same network for another number of classes."""
+    shapes = {name: value.shape for name, value in other.state_dict().items()}
+    return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
+
+
+def freeze_body(model: nn.Module, head: Set[str]) -> list[nn.Module]:
+    """Freeze all parameters but those named in `head`; returns the outermost modules that hold none of these."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head)
+    holders = {name[:end] for name in head for end in (0, *(i for i, c in enumerate(name) if c == "."))}
+    return [
+        module for name, module in model.named_modules() if name not in holders and name.rpartition(".")[0] in holders
+    ]
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

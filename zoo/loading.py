@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,13 @@ def parse_weights(content: Any, *, source: str | Path, key: str | None = None) -
     return replace(_bare(state, str(source)), key=chosen.key)
 
 
-def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> None:
+def load_weights(model: nn.Module, weights: Weights, *, source: str | Path, keep: Collection[str] = ()) -> None:
     """Copy `weights` into `model`, which may be a network or `normalize_model(network)`.
 
     A file without a normaliser fits both (the network's weights are the same). A file with one needs a model with one: its
     network was trained behind it. Position embeddings of another resolution are resampled (bicubic, class token kept).
-    Nothing is copied unless everything fits. `source` is named in errors.
+    Nothing is copied unless everything fits. `source` is named in errors; tensors of the model named in `keep`, such as those of
+    a new head, stay as they are.
 
     Raises:
         UserError: missing or unexpected names, other shapes, values that are no finite numbers, or a normaliser the model
@@ -95,7 +96,8 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path) -> N
         raise UserError(f"{source} holds an input normaliser, the model has none; build it with add_normalization.")
     network = model.model if normalized else model
     expected = network.state_dict()
-    found = with_timm_names(weights.network, network, expected)
+    kept = {name: value for name, value in expected.items() if f"{'model.' * normalized}{name}" in keep}
+    found = {**with_timm_names(weights.network, network, expected), **kept}
     if problems := differences(expected, found, network):
         raise UserError(
             f"{source} does not fit the model ({len(expected)} tensors expected, {len(weights.network)} found): "

@@ -161,7 +161,13 @@ def test_stop_while_validating(many, undisturbed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"training.precision": "fp16"}, {"training.optimizer": "sgd", "training.grad_accum": 2}]
+    "change",
+    [
+        {"training.precision": "fp16"},
+        {"training.optimizer": "sgd", "training.grad_accum": 2},
+        {"lr.body_factor": 0.1},
+        {"lr.body_factor": 0, "training.optimizer": "sgd"},
+    ],
 )
 def test_other_ways_of_training_resume_exactly(many, tmp_path, at_step, change):
     flags = base_flags(many, tmp_path / "a") | RANDOM | {"training.batch_size": 4} | change
