@@ -64,7 +64,6 @@ else
     processes=$(visible_gpus)
 fi
 if [ "$processes" -gt 1 ]; then
-    # Port 0 is a free one: several runs can share a machine.
-    set -- --dist.port=0 "$@" --training.distributed=1 --dist.world_size="$processes"
+    set -- "$@" --training.distributed=1 --dist.world_size="$processes"
 fi
 exec "$PY" train.py "$@"

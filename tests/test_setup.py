@@ -384,7 +384,7 @@ def test_train_passes_the_exit_status_on(project: Project) -> None:
 
 
 def several(processes: int, *flags: str) -> list[str]:
-    return ["train.py", "--dist.port=0", *flags, "--training.distributed=1", f"--dist.world_size={processes}"]
+    return ["train.py", *flags, "--training.distributed=1", f"--dist.world_size={processes}"]
 
 
 def test_ngpu_starts_that_many_processes(project: Project) -> None:

@@ -212,7 +212,7 @@ class DistConfig:
 
     world_size: int = flag(1, "number of processes; a resumed run keeps its global batch", at_least=1, harmless=True)
     address: str = flag("localhost", "address of the first process", harmless=True)
-    port: int = flag(12355, "port of the first process; 0: a free one", at_least=0, at_most=65535, harmless=True)
+    port: int = flag(0, "port of the first process; 0: a free one", at_least=0, at_most=65535, harmless=True)
     timeout_minutes: float = flag(
         10.0, "longest wait of a process for the others; then the run ends", above=0, harmless=True
     )

@@ -160,7 +160,7 @@ def flags(tmp_path_factory):
 def undisturbed(flags, tmp_path_factory) -> Outcome:
     """Two processes on one machine."""
     flags = flags | {"logging.folder": tmp_path_factory.mktemp("undisturbed")}
-    options = {"training.distributed": 1, "dist.world_size": 2, "dist.port": 0}
+    options = {"training.distributed": 1, "dist.world_size": 2}
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = start(flags | options, env=environment, stdout=subprocess.DEVNULL)
     try:

@@ -433,7 +433,7 @@ def test_finished_run_on_other_images(many, tmp_path, capsys):
 
 
 def two(flags):
-    return flags | {"training.distributed": 1, "dist.world_size": 2, "dist.port": 0}
+    return flags | {"training.distributed": 1, "dist.world_size": 2}
 
 
 def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_step):

@@ -212,7 +212,7 @@ def forty_images(tmp_path_factory):
 
 
 def processes(count):
-    return {"training.distributed": 1, "dist.world_size": count, "dist.port": 0}
+    return {"training.distributed": 1, "dist.world_size": count}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +235,19 @@ def test_two_processes_equal_one(forty_images, tmp_path, arch, optimizer, precis
     # 12 validation images over two processes, batches of unequal size: still each counted once.
     for key in ("top1", "loss", "adv_top1", "ema_top1", "train_loss"):
         assert one.epochs[0][key] == pytest.approx(two.epochs[0][key], rel=1e-4), key
+
+
+def test_two_runs_of_two_processes_at_once(images, tmp_path):
+    """Without a port each takes a free one; their names are those that a given port would have."""
+    flags = base_flags(images, tmp_path) | {"training.distributed": 1, "dist.world_size": 2}
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    runs = [
+        subprocess.Popen([sys.executable, "train.py", *argv, f"--data.seed={seed}"], cwd=PROJECT) for seed in (1, 2)
+    ]
+    assert [process.wait(timeout=300) for process in runs] == [0, 0]
+    for seed in (1, 2):
+        given = load_config(TrainConfig, [*argv, f"--data.seed={seed}", "--dist.port=12355"])
+        assert read_status(given.run_folder)["status"] == "finished"
 
 
 def test_error_in_one_of_two_processes_is_said_once(images, tmp_path, capfd):
@@ -356,7 +369,7 @@ def test_bad_images_are_counted_over_processes_and_stop_all(tmp_path, capfd):
     flags = base_flags(images, tmp_path / "runs") | processes(2) | {"training.batch_size": 4}
     assert run(flags).epochs[0]["bad_images"] == 4
     capfd.readouterr()
-    assert run(flags | {"data.max_bad_images": 3, "dist.port": 0}).status == 2
+    assert run(flags | {"data.max_bad_images": 3}).status == 2
     assert capfd.readouterr().err.count("error: data.max_bad_images: 4 images") == 1
 
 
