@@ -54,8 +54,8 @@ class Row:
 
 PUBLISHED = {
     "convnext_iso_cvst": Row("convnext_iso", True, 300, "70.2", "45.9", "HpNbkLTNTBiaeo8", False),
-    "vit_s": Row("vit_s", False, 300, "69.2", "44.0", "XLLnoCnJxp74Zqn"),
-    "vit_s_cvst": Row("vit_s", True, 300, "72.5", "48.1", "agtDw3D7QXbDCmw", True),
+    "vit_s": Row("deit_s", False, 300, "69.2", "44.0", "XLLnoCnJxp74Zqn"),
+    "vit_s_cvst": Row("deit_s", True, 300, "72.5", "48.1", "agtDw3D7QXbDCmw", True),
     "convnext_tiny": Row("convnext_tiny", False, 300, "72.4", "48.6", "XLLnoCnJxp74Zqn"),
     "convnext_tiny_cvst": Row("convnext_tiny", True, 300, "72.7", "49.5", "BFLoMrMdn8iBk7Y", False),
     "vit_m_cvst": Row("vit_m", True, 50, "72.4", "48.8", "q2mkEYtq5Zjpa4e"),
@@ -263,6 +263,15 @@ def test_weights_of_clean_training_fit_the_run_that_starts_from_them(name: str) 
     # Published weights are asked for where there are any.
     assert clean.model.pretrained == ARCHITECTURES[clean.model.arch].pretrained
     assert "ours" in header(name)[""]
+
+
+@pytest.mark.usefixtures("meta")
+def test_vit_s_starts_from_deit_s_and_fits_what_was_released_as_vit_s() -> None:
+    for name in ("vit_s", "vit_s_cvst"):
+        start = ARCHITECTURES[load(f"clean/{name}").model.arch]
+        assert start.builder == "deit_small_patch16_224.fb_in1k"
+        assert "issue 8" in header(f"clean/{name}")["Choices"] and "issue 8" in header(name)["Choices"]
+        assert shapes(built(load(name))) == shapes(built(load(name, "--model.arch=vit_s")))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
