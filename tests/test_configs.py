@@ -80,7 +80,7 @@ STATED = {
     "resolution": {"min_res", "max_res"},
     "data": {"seed", "augmentations", "min_scale", "flip"},
     "lr": {"lr", "lr_schedule_type", "lr_peak_epoch"},
-    "training": {"epochs", "batch_size", "optimizer", "weight_decay", "label_smoothing", "precision"},
+    "training": {"epochs", "batch_size", "global_batch", "optimizer", "weight_decay", "label_smoothing", "precision"},
     "validation": {"resolution", "crop_pct", "batch_size", "precision"},
     "adv": {"attack", "norm", "eps"},
     "logging": {"log_level", "save_freq"},
@@ -92,6 +92,7 @@ RECIPE = {
     "data.augmentations": 1,
     "lr.lr_schedule_type": "cosine",
     "training.batch_size": 80,
+    "training.global_batch": 640,
     "training.optimizer": "adamw",
     "training.weight_decay": 0.05,
     "training.label_smoothing": 0.1,
@@ -247,6 +248,7 @@ def test_published_launcher_is_accepted_and_says_what_the_file_of_its_model_says
         "logging.folder",
         "logging.addendum",
         "training.distributed",
+        "training.global_batch",
         "dist.world_size",
     }
 
@@ -373,6 +375,7 @@ def test_evaluation_in_the_header_is_of_the_radius_trained_for(name: str) -> Non
 def test_cost_in_the_header_follows_from_the_file(name: str) -> None:
     config, text = load(name), header(name)["Cost"]
     batch = GPUS * config.training.batch_size * config.training.grad_accum
+    assert batch == config.training.global_batch
     # In forward passes: a gradient of the images costs one, one of images and weights two.
     attack = {"none": 0, "fgsm": 2, "apgd": 2 * config.adv.n_iter + 1}[config.adv.attack]
     forwards, epochs = attack + 3, config.training.epochs

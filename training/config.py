@@ -170,6 +170,12 @@ class TrainingConfig:
     )
     grad_clip: float = flag(0.0, "largest L2 norm of the gradient; 0: no clipping", at_least=0)
     grad_accum: int = flag(1, "forward passes summed into one optimiser step", at_least=1)
+    global_batch: int = flag(
+        0,
+        "images of a step that lr.lr is meant for; another number is told at the start; 0: any",
+        at_least=0,
+        harmless=True,
+    )
     resume: str = flag(
         "auto",
         "auto: go on from the run folder's state, if any; none: start anew; or a run folder, or state file",
@@ -359,20 +365,6 @@ class TrainConfig(Config):
                 if f"{name}.precision" not in self.given
             },
         )
-
-    def notes_for(self, device_type: str) -> list[str]:
-        """Sentences for the user: flags that were given and have no effect, a precision that was not given and is not fp16.
-
-        The config is the one that `on` returned.
-        """
-        idle, precision = idle_flags(self), self.training.precision
-        notes = [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & self.given)]
-        if "training.precision" not in self.given:
-            if precision != self.on(device_type).training.precision:
-                notes.append(f"training.precision: {precision}, with which this run began")
-            elif device_type == "cpu":
-                notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
-        return notes
 
     def uncounted(self) -> set[str]:
         """Flags that cannot alter what this run computes: the weights, or with eval_only the numbers of validation."""

@@ -18,6 +18,7 @@ from common.processes import Processes
 from common.provenance import provenance
 from data.loader import Batch, dead_worker
 from data.source import facts_of
+from training.advice import notes_for
 from training.build import build_mixup, build_parts
 from training.checkpoint import Checkpointer, StateFiles
 from training.compiled import prepare_networks, prepare_size
@@ -61,7 +62,9 @@ class Trainer:
         self.origin = (
             "" if not self.resumes else saved["run"]["origin"] if start.own else config.training.resume.rstrip("/")
         )
-        notes = [*start.notes, *config.notes_for(processes.device.type)]
+        steps = config.training.epochs * self.loader.steps_per_epoch
+        advice = notes_for(config, processes.device.type, global_batch=self.images_per_step, steps=steps)
+        notes = [*start.notes, *advice]
         self.progress = Progress()
         if self.resumes:
             notes += check_run(

@@ -1,0 +1,85 @@
+"""What a run says of its flags at its start."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.flags import load_config
+from tests.training.helpers import base_flags, run
+from training.advice import notes_for
+from training.config import TrainConfig
+
+DATA = ("--data.train_dataset=images", "--data.val_dataset=images", "--training.precision=fp32")
+
+
+def notes(*flags: str, steps: int = 100_000) -> list[str]:
+    config = load_config(TrainConfig, [*DATA, *flags])
+    return notes_for(config, "cpu", global_batch=config.global_batch, steps=steps)
+
+
+def test_nothing_is_said_of_flags_that_go_together():
+    assert notes() == notes("--adv.attack=apgd", "--adv.eps=0.1", "--model.model_ema=1") == []
+
+
+def test_an_attack_that_was_forgotten():
+    (note,) = notes("--adv.eps=0.1", "--adv.n_iter=5")
+    assert note == (
+        "adv.attack is none, so this run trains on clean images although it is given adv.eps, adv.n_iter; adversarial "
+        "training takes --adv.attack=apgd, and --adv.attack=none says that none is meant"
+    )
+    assert notes("--adv.eps=0.1", "--adv.attack=none") == notes("--adv.eps=0.1", "--training.eval_only=1") == []
+    assert "adv.n_iter has no effect" in notes("--adv.n_iter=5", "--adv.attack=none")[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedies"),
+    [
+        (
+            ["--training.batch_size=80"],
+            "takes 80; give --training.grad_accum=8, or a learning rate in proportion, --lr.lr=0.000125",
+        ),
+        (["--training.batch_size=80", "--training.grad_accum=2"], "takes 160; give --training.grad_accum=8, or"),
+        (["--training.batch_size=96"], "takes 96; give a learning rate in proportion, --lr.lr=0.00015"),
+        (["--training.batch_size=1280"], "takes 1280; give a learning rate in proportion, --lr.lr=0.002"),
+        (
+            ["--training.distributed=1", "--dist.world_size=2", "--training.batch_size=80"],
+            "give --training.grad_accum=4, or",
+        ),
+    ],
+)
+def test_another_global_batch_than_the_learning_rate_is_meant_for(flags, remedies):
+    (note,) = notes("--training.global_batch=640", *flags)
+    assert note.startswith(
+        "training.global_batch: the learning rate is meant for 640 images a step, and this run takes "
+    )
+    assert remedies in note
+
+
+def test_the_same_global_batch_is_no_news_and_the_flag_no_other_run():
+    same = ("--training.batch_size=80", "--training.grad_accum=8")
+    assert notes("--training.global_batch=640", *same) == []
+    named = [load_config(TrainConfig, [*DATA, *same, *more]).run_name for more in ([], ["--training.global_batch=1"])]
+    assert named[0] == named[1]
+
+
+@pytest.mark.parametrize(("steps", "share", "decay"), [(66, "99%", 0.965), (20_010, "14%", 0.99988), (1, "100%", 0.1)])
+def test_an_average_that_is_the_initial_network(steps, share, decay):
+    (note,) = notes("--model.model_ema=1", steps=steps)
+    assert note == (
+        f"model.ema_decay: after the run's {steps} steps {share} of the average are still the initial weights; give "
+        f"--model.ema_warmup=1, or --model.ema_decay={decay:g}"
+    )
+    assert decay**steps <= 0.1 and notes("--model.model_ema=1", f"--model.ema_decay={decay}", steps=steps) == []
+    assert notes("--model.model_ema=1", "--model.ema_warmup=1", steps=steps) == []
+
+
+def test_a_run_says_it_once(images, tmp_path, capsys):
+    flags = base_flags(images, tmp_path) | {"adv.eps": 0.1, "training.global_batch": 64, "model.model_ema": 1}
+    run(flags)
+    errors = capsys.readouterr().err
+    for words in (
+        "trains on clean images although it is given adv.eps",
+        "--training.grad_accum=8",
+        "after the run's 3 steps 100%",
+    ):
+        assert errors.count(words) == 1

@@ -1,0 +1,70 @@
+"""What a run says of its flags at its start: those without effect, and what they are unlikely to be meant for."""
+
+from __future__ import annotations
+
+import math
+
+from training.config import TrainConfig
+from training.idle import idle_flags
+
+INITIAL_SHARE = 0.1  # of the initial weights in the average at the run's end, from which on it is told
+
+
+def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps: int) -> list[str]:
+    """Sentences for the user.
+
+    Args:
+        config: as `TrainConfig.on` returned it.
+        global_batch: images of a step, of all processes.
+        steps: of the whole run.
+    """
+    idle, given, precision = idle_flags(config), set(config.given), config.training.precision
+    notes = []
+    if unattacked := _without_attack(config):
+        given -= set(unattacked)
+        notes.append(
+            f"adv.attack is none, so this run trains on clean images although it is given {', '.join(unattacked)}; adversarial "
+            "training takes --adv.attack=apgd, and --adv.attack=none says that none is meant"
+        )
+    notes += [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & given)]
+    if "training.precision" not in given:
+        if precision != config.on(device_type).training.precision:
+            notes.append(f"training.precision: {precision}, with which this run began")
+        elif device_type == "cpu":
+            notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
+    if not config.training.eval_only:
+        notes += [*_on_batch(config, global_batch), *_on_average(config, steps)]
+    return notes
+
+
+def _without_attack(config: TrainConfig) -> list[str]:
+    """Flags of an attack that were given where none was chosen, nor declined."""
+    if config.adv.attack != "none" or "adv.attack" in config.given or config.training.eval_only:
+        return []
+    return sorted(name for name in config.given if name.startswith("adv."))
+
+
+def _on_batch(config: TrainConfig, global_batch: int) -> list[str]:
+    meant, training = config.training.global_batch, config.training
+    if meant in (0, global_batch):
+        return []
+    accum, rest = divmod(meant, training.batch_size * config.dist.processes)
+    remedies = [f"--training.grad_accum={accum}"] if not rest else []
+    remedies.append(f"a learning rate in proportion, --lr.lr={config.lr.lr * global_batch / meant:.3g}")
+    return [
+        f"training.global_batch: the learning rate is meant for {meant} images a step, and this run takes {global_batch}; give "
+        + ", or ".join(remedies)
+    ]
+
+
+def _on_average(config: TrainConfig, steps: int) -> list[str]:
+    m = config.model
+    if not m.model_ema or m.ema_warmup or (share := m.ema_decay**steps) <= INITIAL_SHARE:
+        return []
+    rest = 1 - INITIAL_SHARE ** (1 / steps)
+    unit = 10.0 ** (math.floor(math.log10(rest)) - 1)
+    decay = 1 - math.ceil(rest / unit) * unit  # two digits of what it takes in at a step
+    return [
+        f"model.ema_decay: after the run's {steps} steps {share:.0%} of the average are still the initial weights; give "
+        f"--model.ema_warmup=1, or --model.ema_decay={decay:.10g}"
+    ]
