@@ -26,7 +26,8 @@
 #     PYTHON              the Python to use (see setup_env.sh)
 #     PORT                of the rendezvous on the first node; by default 20000 to 29999, by the job's number
 #     IFACE               the network interface, such as ib0, for rendezvous, NCCL and gloo; by default they choose
-#     STOP_SECONDS=300    the stop is asked for so long before the time limit (Slurm may be a minute early)
+#     STOP_SECONDS=300    the stop is asked for so long before the time limit (Slurm may be a minute early); torchrun waits as
+#                         long for its processes after SIGTERM
 #     MAX_RESTARTS=3      starts within one job after crashes, each only if the last one got further
 #     MAX_REQUEUES=100    how often the job has been restarted, by this script or Slurm, when it is no more requeued
 #     RUN_SLURM_ROOT      the project's root, where sbatch was not called from there
@@ -369,6 +370,8 @@ set_up() {
     export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
     # timm 1.0.9 uses what newer versions of PyTorch call deprecated: nothing a user can act on.
     export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script}"
+    # torchrun kills what it has sent SIGTERM after 30 seconds, also while it saves. PyTorch 2.6 does not know this variable.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$STOP_SECONDS}"
     PY=$(bash setup_env.sh)
 }
 

@@ -433,6 +433,16 @@ def test_job_starts_torchrun_on_its_node(cluster: Cluster) -> None:
     assert not cluster.requeues()
 
 
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [({}, "300"), ({"STOP_SECONDS": "900"}, "900"), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, "60")],
+)
+def test_torchrun_waits_for_a_slow_save(cluster: Cluster, settings: Mapping[str, str], seconds: str) -> None:
+    train = 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > "$LOGS/patience"; ' + FINISHES[0]
+    assert cluster.job(trains=(train,), **settings).returncode == 0
+    assert (cluster.logs / "patience").read_text() == f"{seconds}\n"
+
+
 def test_several_nodes_meet_on_the_first(cluster: Cluster) -> None:
     nodes = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n7,n8", "STUB_ALL_NODES": "1"}
     trains = ("sleep 0.3; status finished 8; exit 0", "exit 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ from torch import Tensor
 from common.errors import UserError, cause_of
 from common.files import damaged_record, writable, write_atomically
 from training.console import warn
+from training.stop import PATIENCE
 
 LAST, PREVIOUS = "last.pt", "last.previous.pt"
 _NEXT = "last.next.pt"
@@ -34,10 +36,11 @@ class DamagedState(UserError):
 
 
 class Write(NamedTuple):
-    """What became of one write: the state's step, and why it failed (None: it is on disk)."""
+    """What became of one write: the state's step, why it failed (None: it is on disk), and how long it took with the copy."""
 
     step: int
     error: str | None
+    seconds: float
 
 
 class StateFiles:
@@ -69,9 +72,10 @@ class StateFiles:
         self.wait()
         if type(state.get("step")) is not int:
             raise TypeError(f'state["step"]: expected an int, got {state.get("step")!r}')
+        begin = time.monotonic()
         snapshot = _snapshot(state, "state")
         # Not a daemon: a state that is being written is finished even if the process is ending.
-        self._writer = threading.Thread(target=self._write, args=(snapshot,), name="training state")
+        self._writer = threading.Thread(target=self._write, args=(snapshot, begin), name="training state")
         self._writer.start()
 
     def wait(self) -> None:
@@ -83,13 +87,13 @@ class StateFiles:
         """The writes that ended since the last call, oldest first."""
         return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
-    def _write(self, state: dict[str, Any]) -> None:
+    def _write(self, state: dict[str, Any], begin: float) -> None:
         error = None
         try:
             self._replace_last(state)
         except Exception as failure:  # nobody is above this thread to catch it: the outcome carries it
             error = cause_of(failure)
-        self._outcomes.append(Write(state["step"], error))
+        self._outcomes.append(Write(state["step"], error, time.monotonic() - begin))
 
     def _replace_last(self, state: dict[str, Any]) -> None:
         for name, tensor in _tensors(state, "state"):
@@ -117,10 +121,20 @@ class Checkpointer:
         minutes, steps: between two states; 0: none by time, or by steps.
         step: optimiser step at which the run starts.
         stored: step of the newest state on disk, 0 without one; the attribute `stored_step` goes on from it.
+        patience: seconds from SIGTERM to SIGKILL, where a launcher sends both; a save that may take longer is told once.
     """
 
-    def __init__(self, files: StateFiles | None, *, minutes: float, steps: int, step: int, stored: int) -> None:
-        self._files, self._minutes, self._steps = files, minutes, steps
+    def __init__(
+        self,
+        files: StateFiles | None,
+        *,
+        minutes: float,
+        steps: int,
+        step: int,
+        stored: int,
+        patience: float | None = None,
+    ) -> None:
+        self._files, self._minutes, self._steps, self._patience = files, minutes, steps, patience
         self._saved_at, self._saved_step = time.monotonic(), step
         self.stored_step = stored
 
@@ -146,12 +160,21 @@ class Checkpointer:
         for outcome in self._files.outcomes():
             if outcome.error is None:
                 self.stored_step = outcome.step
+                self._warn_if_slow(outcome.seconds)
             else:
                 warn(
                     f"the training state of step {outcome.step} cannot be written ({outcome.error}); training goes on, and the "
                     f"state of step {self.stored_step} stays."
                 )
         return self.stored_step != before
+
+    def _warn_if_slow(self, seconds: float) -> None:
+        if self._patience is not None and 2 * seconds > self._patience:  # a stop may find another one being written
+            warn(
+                f"a training state takes {seconds:.2g} s to save, and torchrun kills {self._patience:g} s after SIGTERM: start "
+                f"it with {PATIENCE}={math.ceil(4 * seconds)}, or stop the run by its file `stop`."
+            )
+            self._patience = None
 
 
 def read_state(path: Path) -> dict[str, Any]:

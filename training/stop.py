@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 STOPPED = 75  # exit status: ended on request with everything saved (EX_TEMPFAIL of sysexits.h: try again later)
 # Signals closer together are one request: a Ctrl-C reaches a process and comes from its parent too.
 REPEAT_SECONDS = 1.0
+PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # variable of torchrun: seconds from SIGTERM to SIGKILL; 2.15 knows it, 2.6 does not
 STOP_FILE_SECONDS = 1.0  # between two looks at the stop file, which may lie on a slow network disk
 
 
@@ -36,6 +37,11 @@ def end_of_job(margin_minutes: float) -> float | None:
     """When to stop so that everything is saved before Slurm ends the job, in Unix seconds; None outside of Slurm."""
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     return int(end) - 60 * margin_minutes if end.isdigit() else None
+
+
+def patience_of_torchrun() -> float:
+    """Seconds that torchrun gives its processes after SIGTERM."""
+    return float(os.environ.get(PATIENCE, 30))
 
 
 class StopRequest:

@@ -31,7 +31,7 @@ from training.resume import STATE_FORMAT, STOP_FILE, Start, accumulation, check_
 from training.run_folder import NoRunFolder, RunFolder
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.step import train_step
-from training.stop import StopRequest, end_of_job
+from training.stop import StopRequest, end_of_job, patience_of_torchrun
 from training.validation import PREFIX, Validator
 
 
@@ -98,6 +98,7 @@ class Trainer:
             steps=config.logging.ckpt_steps,
             step=self.state.step,
             stored=saved["step"] if self.resumes and start.own else 0,
+            patience=patience_of_torchrun() if processes.from_launcher else None,
         )
 
     @property

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import multiprocessing
 import os
@@ -5,6 +6,8 @@ import pickle
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 
@@ -12,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig
 
 from common.errors import UserError
+from tests.helpers.processes import wait_until
 from training import checkpoint
 from training.checkpoint import LAST, PREVIOUS, DamagedState, StateFiles, newest_state, read_state
+from training.stop import PATIENCE
 
 
 def write(folder, *states):
@@ -535,3 +541,38 @@ def test_a_write_is_finished_while_the_process_ends(tmp_path):
     process.start()
     process.join()
     assert newest_state(tmp_path)[0]["step"] == 4
+
+
+# --- a launcher that does not wait for ever -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("patience", "told"), [(0.5, True), (30.0, False), (None, False)])
+def test_a_save_for_which_torchrun_would_not_wait_is_told_once(tmp_path, monkeypatch, capsys, patience, told):
+    original = checkpoint.write_atomically
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda *args: (time.sleep(0.3), original(*args)))
+    writer = checkpoint.Checkpointer(StateFiles(tmp_path), minutes=0, steps=0, step=0, stored=0, patience=patience)
+    for step in (1, 2):
+        writer.save(step, lambda step=step: {"step": step})
+        assert writer.has_stored(wait=True) and writer.stored_step == step
+    assert capsys.readouterr().err.count("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=2, or") == told
+
+
+@pytest.mark.slow
+def test_torchrun_waits_as_long_as_it_is_told(tmp_path):
+    """What its variable is called, and that it rules; see `training.stop.PATIENCE`."""
+    if "shutdown_timeout" not in {field.name for field in dataclasses.fields(LaunchConfig)}:
+        pytest.skip("this PyTorch waits 30 s")
+    script = tmp_path / "save.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "def save(*_):\n    time.sleep(4)\n    open(sys.argv[1] + '.saved', 'w')\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\nopen(sys.argv[1], 'w')\ntime.sleep(60)\n"
+    )
+    for seconds, saved in (("1", False), ("20", True)):
+        ready = tmp_path / seconds
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script), str(ready)]
+        launcher = subprocess.Popen(command, env=os.environ | {PATIENCE: seconds}, stderr=subprocess.DEVNULL)
+        wait_until(ready.exists)
+        launcher.terminate()
+        launcher.wait(timeout=60)
+        assert ready.with_suffix(".saved").exists() == saved
