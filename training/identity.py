@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
     named, note = config.run_folder, ""
     if named.exists() or config.training.resume == "none" or config.training.eval_only:
         return named, ""
-    for folder, run in _runs_of_these_flags(config):
+    for folder, params in _runs_of_these_flags(config):
+        run = params[PROVENANCE_KEY]
         batch = run["global_batch"]
         state = Path(asked := config.training.resume.rstrip("/")).resolve()
         if asked not in ("auto", run.get("origin")) and folder.resolve() not in (state, state.parent):
@@ -57,8 +58,23 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
     return named, note
 
 
-def _runs_of_these_flags(config: TrainConfig) -> list[tuple[Path, Mapping[str, Any]]]:
-    """Folders in `logging.folder` whose runs differ in the global batch at most, with their provenance.
+def shorter_run(config: TrainConfig) -> tuple[Path, int, int] | None:
+    """A run that differs in `training.epochs` alone, and has fewer: its folder, its epochs, and those done.
+
+    Of several the one that has come farthest, of those whose global batch these processes can share.
+    """
+    found = []
+    for folder, params in _runs_of_these_flags(config, but=frozenset({"training.epochs"})):
+        status = read_status(folder) or {}
+        done, epochs, together = status.get("epoch", 0), params["training"]["epochs"], config.training.batch_size
+        shared = params[PROVENANCE_KEY]["global_batch"] % (together * config.dist.processes) == 0
+        if status.get("step", 0) > 0 and shared and epochs < config.training.epochs:
+            found.append((status["step"], folder, epochs, done))
+    return max(found)[1:] if found else None
+
+
+def _runs_of_these_flags(config: TrainConfig, *, but: Set[str] = frozenset()) -> list[tuple[Path, Mapping[str, Any]]]:
+    """Folders in `logging.folder` whose runs differ in the global batch, and the flags `but`, at most, with their params.json.
 
     First those that have the name with which their run began, or begin as the run's own would; then the newest first.
     """
@@ -77,14 +93,19 @@ def _runs_of_these_flags(config: TrainConfig) -> list[tuple[Path, Mapping[str, A
             moved = os.path.normpath(params["data"]["train_dataset"]) != os.path.normpath(config.data.train_dataset)
             if moved and "images" not in run:
                 continue
-            if not changed_flags(params, config, global_batch=run["global_batch"], beginning=True):
+            if not changed_flags(params, config, global_batch=run["global_batch"], beginning=True, but=but):
                 name, arch = path.parent.name, config.run_name.split("_")[0]
-                found.append(((name == run.get("folder"), name.startswith(arch), written), path.parent, run))
-    return [(folder, run) for _, folder, run in sorted(found, key=lambda entry: entry[0], reverse=True)]
+                found.append(((name == run.get("folder"), name.startswith(arch), written), path.parent, params))
+    return [(folder, params) for _, folder, params in sorted(found, key=lambda entry: entry[0], reverse=True)]
 
 
 def changed_flags(
-    saved: Mapping[str, Mapping[str, Any]], config: TrainConfig, *, global_batch: int, beginning: bool = False
+    saved: Mapping[str, Mapping[str, Any]],
+    config: TrainConfig,
+    *,
+    global_batch: int,
+    beginning: bool = False,
+    but: Set[str] = frozenset(),
 ) -> list[str]:
     """ "flag: old → new" for each flag that alters the numbers.
 
@@ -93,8 +114,9 @@ def changed_flags(
         config: flags of this start.
         global_batch: of the run; micro-batches that make the same one are no change.
         beginning: flags that only the beginning of a run uses count too.
+        but: flags that do not count.
     """
-    ignored = config.uncounted() | (set() if beginning else BEGINNING)
+    ignored = config.uncounted() | but | (set() if beginning else BEGINNING)
     if global_batch == config.global_batch:
         ignored |= {"training.grad_accum"}
     if PRECISION not in config.given and not beginning:

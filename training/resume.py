@@ -18,14 +18,16 @@ from data.source import facts_of
 from training.build import open_sources
 from training.checkpoint import LAST, PREVIOUS, DamagedState, newest_state, read_state
 from training.config import TrainConfig
-from training.identity import changed_flags, find_folder, other_images
+from training.identity import changed_flags, find_folder, other_images, shorter_run
 from training.progress import Progress
+from training.schedule import lr_at
 from training.state import TrainState
 from training.status import is_finished, mark_status
 
 STATE_FORMAT = 1  # of a training state; changes when an older one cannot be read any more
 # What a training state holds; see `Trainer`.
 STATE_KEYS = {"format", "step", "train", "config", "run", "progress", "log"}
+EPOCHS = "training.epochs: "  # how `changed_flags` begins where that flag has changed
 STOP_FILE = "stop"  # file in the run folder that asks for a stop
 PATIENCE = 15.0  # seconds that a run which is ending has to leave its folder
 
@@ -102,6 +104,8 @@ def _take(config: TrainConfig) -> Start:
     start.folder, start.lock = folder, lock
     if not start.finished:
         start.notes[:0] = [note] if note else []
+        if start.state is None and config.training.resume == "auto" and not config.training.eval_only:
+            start.notes += _how_to_extend(config)
         if start.own:
             mark_status(folder, "running")
     return start
@@ -127,15 +131,39 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
         raise UserError(f"training.resume: expected a run folder with {LAST} or a state file, got {path}.")
     state, source, notes = found
     changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
-    if changed and not config.training.resume_force:
+    epochs = state["config"]["training"]["epochs"]
+    longer = config.training.epochs > epochs  # which is what this flag was given for
+    if [flag for flag in changed if not (longer and flag.startswith(EPOCHS))] and not config.training.resume_force:
         raise UserError(
             f"training.resume: flags that alter the numbers are not those of {source}: {'; '.join(changed)}. Give them as they "
             "were, or --training.resume_force=1 to go on with the new ones."
         )
     notes += [f"going on with changed flags: {'; '.join(changed)}"] if changed else []
+    if longer:
+        notes.append(_learning_rates(config, state["step"] / state["run"]["steps_per_epoch"], epochs))
     own = folder.exists() and source.parent.resolve() == folder.resolve()
     _check_epochs(state, source, config, own=own)
     return Start(state, source, own, own and is_finished(folder), notes)
+
+
+def _how_to_extend(config: TrainConfig) -> list[str]:
+    """A sentence where a run of these flags has been trained for fewer epochs."""
+    if (found := shorter_run(config)) is None:
+        return []
+    folder, epochs, done = found
+    return [
+        f"{folder} holds this run with training.epochs={epochs}, {done} of them done, and this one begins at epoch 0; to go on "
+        f"from there give --training.resume={folder}: {_learning_rates(config, done, epochs)}"
+    ]
+
+
+def _learning_rates(config: TrainConfig, progress: float, epochs: int) -> str:
+    """What going on for more epochs does to the learning rate; `progress` in epochs, of a run of `epochs`."""
+    before, now = (lr_at(min(progress, e), lr=config.lr, epochs=e) for e in (epochs, config.training.epochs))
+    return (
+        f"the learning rate goes on at {now:.3g}, where the schedule of {config.training.epochs} epochs has it; that of {epochs} "
+        f"had come to {before:.3g}"
+    )
 
 
 def _check_epochs(state: Mapping[str, Any], source: Path, config: TrainConfig, *, own: bool) -> None:

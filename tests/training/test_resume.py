@@ -25,8 +25,9 @@ from common.flags import load_config
 from tests.helpers.processes import wait_until
 from tests.training.helpers import Outcome, base_flags, largest_difference, read_outcome, run, write_images
 from training.checkpoint import LAST, PREVIOUS, read_state
-from training.config import TrainConfig
+from training.config import LRConfig, TrainConfig
 from training.identity import find_folder
+from training.schedule import lr_at
 from training.status import read_status
 from training.stop import STOPPED
 
@@ -306,6 +307,33 @@ def test_two_starts_of_a_new_run(many, tmp_path, monkeypatch, capsys):
     assert "another run is working" in capsys.readouterr().err and [*tmp_path.iterdir()] == [folder]
     assert (folder / "log").read_text() == "of the first"
     locks[0].close()
+
+
+@pytest.mark.parametrize("left", ["finished", "stopped"])
+def test_more_epochs_name_the_run_that_they_extend(many, tmp_path, at_step, capsys, left):
+    """In the first lines, with the command, and what the learning rate does then."""
+    flags = base_flags(many, tmp_path) | RANDOM | CLEAN | {"lr.lr": 1e-3, "training.epochs": 4}
+    at_step({7: signalled} if left == "stopped" else {})
+    folder, done = (stopped(flags), 1) if left == "stopped" else (run(flags).folder, 4)
+    more = flags | {"training.epochs": 8}
+    anew = run(more)
+    errors = capsys.readouterr().err
+    rates = [lr_at(done, lr=LRConfig(lr=1e-3, lr_peak_epoch=0), epochs=epochs) for epochs in (8, 4)]
+    assert (
+        f"{folder} holds this run with training.epochs=4, {done} of them done, and this one begins at epoch 0; to go on from there "
+        f"give --training.resume={folder}: the learning rate goes on at {rates[0]:.3g}, where the schedule of 8 epochs has it; "
+        f"that of 4 had come to {rates[1]:.3g}"
+    ) in errors
+    assert anew.steps[0]["step"] == 1
+    extended = run(more | {"training.resume": folder, "logging.addendum": "longer"})
+    errors = capsys.readouterr().err
+    assert "training.epochs: 4 → 8" in errors and "begins at epoch 0" not in errors
+    first = extended.steps[0]
+    assert first["step"] == (8 if left == "stopped" else 21)
+    assert first["lr"] == anew.steps[first["step"] - 1]["lr"] and extended.steps[-1]["step"] == 40
+    # Fewer are refused, and another flag beside it too.
+    assert run(flags | {"training.resume": folder, "training.epochs": 3}).status == 2
+    assert run(more | {"training.resume": folder, "training.grad_clip": 1}).status == 2
 
 
 def test_more_epochs_by_force_go_on_at_the_same_epoch(many, tmp_path, at_step):
