@@ -117,7 +117,7 @@ split_line() { # its index among those that count
     split "${lines[$1]}" || refuse "ARRAY: expected flags with closed quotes, '$ARRAY' has this line: ${lines[$1]}"
 }
 
-# Every start of a job would begin where the flag says, and not where the last one ended.
+# Every start of a job would begin anew. One that began at another run's state goes on from its own.
 check_resume() {
     local value=auto
     while [ $# -gt 0 ]; do
@@ -127,9 +127,8 @@ check_resume() {
         esac
         shift
     done
-    if [ "$value" != auto ] && [ "$MAX_RESTARTS,$MAX_REQUEUES" != 0,0 ]; then
-        refuse "--training.resume=$value would begin there again after every requeue: leave it out, or set MAX_RESTARTS=0" \
-            "MAX_REQUEUES=0."
+    if [ "$value" = none ] && [ "$MAX_RESTARTS,$MAX_REQUEUES" != 0,0 ]; then
+        refuse "--training.resume=none would begin anew after every requeue: leave it out, or set MAX_RESTARTS=0 MAX_REQUEUES=0."
     fi
 }
 
