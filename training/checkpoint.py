@@ -21,7 +21,7 @@ from torch import Tensor
 from common.errors import UserError, cause_of
 from common.files import damaged_record, writable, write_atomically
 from training.console import warn
-from training.stop import PATIENCE
+from training.stop import PATIENCE_VARIABLE
 
 LAST, PREVIOUS = "last.pt", "last.previous.pt"
 _NEXT = "last.next.pt"
@@ -172,7 +172,7 @@ class Checkpointer:
         if self._patience is not None and 2 * seconds > self._patience:  # a stop may find another one being written
             warn(
                 f"a training state takes {seconds:.2g} s to save, and torchrun kills {self._patience:g} s after SIGTERM: start "
-                f"it with {PATIENCE}={math.ceil(4 * seconds)}, or stop the run by its file `stop`."
+                f"it with {PATIENCE_VARIABLE}={math.ceil(4 * seconds)}, or stop the run by its file `stop`."
             )
             self._patience = None
 

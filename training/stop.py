@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STOPPED = 75  # exit status: ended on request with everything saved (EX_TEMPFAIL of sysexits.h: try again later)
 # Signals closer together are one request: a Ctrl-C reaches a process and comes from its parent too.
 REPEAT_SECONDS = 1.0
-PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # variable of torchrun: seconds from SIGTERM to SIGKILL; 2.15 knows it, 2.6 does not
+PATIENCE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's seconds from SIGTERM to SIGKILL; not in PyTorch 2.6
 STOP_FILE_SECONDS = 1.0  # between two looks at the stop file, which may lie on a slow network disk
 
 
@@ -41,7 +41,7 @@ def end_of_job(margin_minutes: float) -> float | None:
 
 def patience_of_torchrun() -> float:
     """Seconds that torchrun gives its processes after SIGTERM."""
-    return float(os.environ.get(PATIENCE, 30))
+    return float(os.environ.get(PATIENCE_VARIABLE, 30))
 
 
 class StopRequest:

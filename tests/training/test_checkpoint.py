@@ -21,7 +21,7 @@ from common.errors import UserError
 from tests.helpers.processes import wait_until
 from training import checkpoint
 from training.checkpoint import LAST, PREVIOUS, DamagedState, StateFiles, newest_state, read_state
-from training.stop import PATIENCE
+from training.stop import PATIENCE_VARIABLE
 
 
 def write(folder, *states):
@@ -559,7 +559,7 @@ def test_a_save_for_which_torchrun_would_not_wait_is_told_once(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_torchrun_waits_as_long_as_it_is_told(tmp_path):
-    """What its variable is called, and that it rules; see `training.stop.PATIENCE`."""
+    """What its variable is called, and that it rules; see `training.stop.PATIENCE_VARIABLE`."""
     if "shutdown_timeout" not in {field.name for field in dataclasses.fields(LaunchConfig)}:
         pytest.skip("this PyTorch waits 30 s")
     script = tmp_path / "save.py"
@@ -571,7 +571,7 @@ def test_torchrun_waits_as_long_as_it_is_told(tmp_path):
     for seconds, saved in (("1", False), ("20", True)):
         ready = tmp_path / seconds
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script), str(ready)]
-        launcher = subprocess.Popen(command, env=os.environ | {PATIENCE: seconds}, stderr=subprocess.DEVNULL)
+        launcher = subprocess.Popen(command, env=os.environ | {PATIENCE_VARIABLE: seconds}, stderr=subprocess.DEVNULL)
         wait_until(ready.exists)
         launcher.terminate()
         launcher.wait(timeout=60)
