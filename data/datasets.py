@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
-from data.folders import open_path
+from data.folders import hidden, open_path
 from data.memory import Once, alone, load_into_memory
 from data.shards import open_shards
 from data.source import Request, Source, StreamSource, some
@@ -111,8 +111,12 @@ class _Torchvision(Source):
         labels = dataset.targets if hasattr(dataset, "targets") else [label for label, _ in dataset.index]
         names = dataset.classes if hasattr(dataset, "classes") else dataset.all_categories
         names = [name if isinstance(name, str) else ", ".join(name) for name in names]
-        super().__init__(np.asarray(labels).reshape(len(dataset), -1)[:, 0], names)
-        self._spec, self._dataset, self._files = spec, dataset, getattr(dataset, "samples", None)
+        labels, files = np.asarray(labels).reshape(len(dataset), -1)[:, 0], getattr(dataset, "samples", None)
+        if files:
+            shown = [i for i, (path, _) in enumerate(files) if not hidden(os.path.relpath(path, dataset.root))]
+            labels, files = labels[shown], [files[i] for i in shown]
+        super().__init__(labels, names)
+        self._spec, self._dataset, self._files = spec, dataset, files
 
     def image(self, i: int) -> bytes | Image.Image:
         return Path(self._files[i][0]).read_bytes() if self._files else self._dataset[i][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from common.errors import UserError
 from data.source import Request, Source, some
 
 _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation")}
+_HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # . and .. are not
 _THREADS = 16
 
 
@@ -61,7 +63,7 @@ def _open_folder(path: Path, request: Request) -> Source:
     if not names:
         raise UserError(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
     lost = sorted(
-        e.name for e in os.scandir(root) if e.name[0] != "." and e.is_symlink() and not os.path.exists(e.path)
+        e.name for e in os.scandir(root) if not hidden(e.name) and e.is_symlink() and not os.path.exists(e.path)
     )
     if lost:  # each may be a class
         raise UserError(f"expected class folders in {root}, found links that lead nowhere: {some(lost)}.")
@@ -76,7 +78,7 @@ def _open_folder(path: Path, request: Request) -> Source:
 
 def _loose_images(folder: Path) -> str:
     """What a folder without class folders holds, and what to do about it."""
-    loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(folder))
+    loose = sum(_is_image(entry.name) for entry in os.scandir(folder))
     return _unsorted_imagenet(folder) or f"and {loose} loose images."
 
 
@@ -111,8 +113,17 @@ def _split_folder(path: Path, request: Request) -> Path:
 
 def _folders(path: Path) -> list[str]:
     here = [os.path.realpath(path)]
-    entries = [entry for entry in os.scandir(path) if entry.name[0] != "." and _is_folder(entry)]
+    entries = [entry for entry in os.scandir(path) if not hidden(entry.name) and _is_folder(entry)]
     return sorted(e.name for e in entries if not (e.is_symlink() and _leads_back(os.path.realpath(e.path), here)))
+
+
+def hidden(path: str) -> bool:
+    """Whether a file, or a folder on the way to it, is hidden: macOS, for one, puts a `._name.JPEG` beside each file."""
+    return _HIDDEN.search(path) is not None
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMG_EXTENSIONS) and not hidden(path)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -146,15 +157,20 @@ def _images_below(root: str, folder: str) -> list[str]:
         f"{below}/{name}"
         for below, names in sorted(_walk(root, folder, above))
         for name in sorted(names)
-        if name.lower().endswith(IMG_EXTENSIONS)
+        if _is_image(name)
     ]
 
 
 def _walk(root: str, folder: str, above: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) for `root`/`folder` and all below. `above`: real paths on the way to it, and its own."""
+    """(folder, names of its files) for `root`/`folder` and all below it that is not hidden.
+
+    `above`: real paths on the way to it, and its own.
+    """
     names, folders = [], []
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
+            if hidden(entry.name):
+                continue
             if not _is_folder(entry):
                 if _is_file_or_lost(entry):
                     names.append(entry.name)
@@ -202,7 +218,7 @@ def _open_tar(path: Path, request: Request) -> Source:
                 raise tarfile.ReadError(f"at byte {tar.offset}, there is neither a header nor the mark of the end")
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a complete, uncompressed tar file ({error}).") from error
-    images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]
+    images = [file for file in _tar_files(members, request) if _is_image(file[0])]
     folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
     # A tar made from outside a data set's folder has that folder's name in front of everything.
     splits = {name for names in _SPLIT_FOLDERS.values() for name in names}

@@ -78,6 +78,17 @@ class TestFolder:
         assert source.class_names == ["a", "b", "c"]
         assert np.bincount(source.labels).tolist() == [2, 2, 1]
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_hidden_files_are_no_images(self, tmp_path: Path, packed: bool) -> None:
+        """macOS's ._ files, and the copies that editors keep."""
+        root = write_folder(tmp_path / "set", {"a": 2, "b/..deep": 0, "b": 1})
+        for name in ("._loose.png", "a/._000.png", "a/.hidden.JPEG", "b/.ipynb_checkpoints/000.png", "b/..deep/1.png"):
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_bytes(b"\0\5\x16\7")
+        source = opened(pack(tmp_path / "set.tar", root) if packed else root)
+        keys = [source.key(i).removeprefix("./") for i in range(len(source))]
+        assert keys == ["a/000.png", "a/001.png", "b/000.png"] and source.class_names == ["a", "b"]
+
     def test_names_that_are_not_ascii(self, tmp_path: Path) -> None:
         write_folder(tmp_path, {"Käse": 1})
         (tmp_path / "Käse" / "000.png").rename(tmp_path / "Käse" / "über – 1.png")
@@ -405,6 +416,7 @@ class TestDigits:
 class TestTorchvision:
     def test_image_folder_gives_bytes(self, tmp_path: Path) -> None:
         write_folder(tmp_path / "train", {"a": 1, "b": 2})
+        (tmp_path / "train" / "a" / "._000.png").write_bytes(b"of macOS, no image")
         source = opened("torch/image_folder", root=str(tmp_path))
         assert contents(source) == contents(opened(tmp_path)) and source.name(0) == str(tmp_path / "train/a/000.png")
 

@@ -47,6 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def images(tmp_path: Path) -> Path:
     write_folder(tmp_path / "images", {"a": 5, "b": 6, "c": 7})
     (tmp_path / "images" / "b" / "large.jpg").write_bytes(encoded(50, 200, 120, "JPEG"))
+    (tmp_path / "images" / "b" / "._large.jpg").write_bytes(b"of macOS, no image")
     return tmp_path / "images"
 
 
@@ -69,6 +70,7 @@ class TestPrepare:
         assert isinstance(found, ShardSource) and found.class_names == plain.class_names == ["a", "b", "c"]
         expected = {plain.key(i): plain.read(i) for i in range(len(plain))}
         assert {found.key(i): found.read(i) for i in range(len(found))} == expected
+        assert json.loads((shards / "train.manifest.json").read_text())["left_out"] == []
         order = [found.key(i) for i in range(len(found))]
         assert order != sorted(order) and len(list(shards.glob("*.tar"))) == 5  # shuffled
         assert found.size(3) == len(found.image(3)) and order[3] in found.name(3)
