@@ -11,8 +11,10 @@ DataLoader's error, and the run resumes exactly.
 from __future__ import annotations
 
 import atexit
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -37,6 +39,7 @@ from data.pipeline import FAST, PillowPipeline, Pipeline, TransformError, train_
 from data.source import Source, StreamSource
 from data.transforms import eval_transform
 
+_SHARED_MEMORY = "/dev/shm"  # docker gives a container 64 MB of it
 _MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
 
 Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
@@ -57,7 +60,18 @@ def print_warning(text: str) -> None:
 def dead_worker(error: BaseException) -> str | None:
     """What DataLoader says of a worker process that has ended; None where this is another error."""
     texts = [str(e) for e in (error.__cause__, error) if isinstance(e, RuntimeError)]  # the cause has the signal
-    return next((text.split(". ")[0] for text in texts if text.startswith("DataLoader worker")), None)
+    said = next((text.split(". ")[0] for text in texts if text.startswith("DataLoader worker")), None)
+    if said is not None and "Bus error" in said:  # what Linux answers to a write into shared memory that there is not
+        return f"{said}: {_full_shared_memory()}"
+    return said
+
+
+def _full_shared_memory() -> str:
+    size = shutil.disk_usage(_SHARED_MEMORY).total / 2**20
+    return (
+        f"{_SHARED_MEMORY}, the shared memory through which loader workers hand over images, is full, at {size:.0f} MB in all; "
+        "give the container more (docker run --shm-size=16g, or --ipc=host), or take fewer workers, or none (num_workers=0)"
+    )
 
 
 class Batch(NamedTuple):
@@ -196,7 +210,7 @@ class TrainLoader:
             **self._workers,
         )
         came, wanted = 0, self.steps_per_epoch * self._accum
-        for batch in islice(_stream_batches(loader), wanted):
+        for batch in islice(_batches_of(loader), wanted):
             came += 1
             if came > start_step * self._accum:
                 yield batch
@@ -362,7 +376,21 @@ def _collate(batches: list[Batch]) -> Batch:
     x, y, index, failures, draws = zip(*batches, strict=True)
     draws = [some for some in draws if some is not None]
     failures = [failure for some in failures for failure in some]
-    return Batch(torch.cat(x), torch.cat(y), torch.cat(index), failures, concatenated(draws) if draws else None)
+    batch = Batch(torch.cat(x), torch.cat(y), torch.cat(index), failures, concatenated(draws) if draws else None)
+    if get_worker_info() is not None:
+        _share(batch)
+    return batch
+
+
+def _share(batch: Batch) -> None:
+    """Put a worker's batch where the main process can read it; the queue would do the same, but there an error is a hang."""
+    try:
+        for tensor in (batch.x, batch.y, batch.index, *(batch.draws or ())):
+            tensor.share_memory_()
+    except RuntimeError as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise UserError(f"{_full_shared_memory()}.") from error
 
 
 def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoader:
@@ -381,6 +409,8 @@ def _batches_of(loader: DataLoader) -> Iterator[Batch]:
             batches = iter(loader)
         workers = multiprocessing.active_children()
         yield from batches
+    except UserError as error:  # from a worker it comes with tracebacks before its message
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
     except (OSError, EOFError) as error:
         if loader.num_workers and (death := _death(workers)):
             raise RuntimeError(death) from error
@@ -407,18 +437,11 @@ def _death(workers: list[multiprocessing.Process], *, seconds: float = 5.0) -> s
     return None
 
 
-def _stream_batches(loader: DataLoader) -> Iterator[Batch]:
-    try:
-        yield from _batches_of(loader)
-    except UserError as error:  # from a worker it comes with tracebacks before its message
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
-
-
 def _whole_stream(
     loader: DataLoader, source: StreamSource, came: Tensor, on_warning: Callable[[str], None] | None
 ) -> Iterator[Batch]:
     """The batches, and a warning after them where fewer samples `came` than the stream says it has."""
-    yield from _stream_batches(loader)
+    yield from _batches_of(loader)
     if on_warning is not None and came.sum() < len(source):
         on_warning(
             f"{source.spec} announces {len(source)} images, {int(came.sum())} came, and only these count. Shards end early, or "

@@ -302,6 +302,35 @@ class TestDeadWorkers:
 
         assert "is killed by signal: Killed" in death_in(batches, kill=True)
 
+    def test_worker_that_dies_of_full_shared_memory_is_told_what_to_give(self) -> None:
+        died = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that")
+        said = dead_worker(died)
+        assert said.startswith("DataLoader worker (pid 7) is killed by signal: Bus error: /dev/shm, the shared memory ")
+        assert "docker run --shm-size=16g" in said and "(num_workers=0)" in said
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_full_shared_memory_is_one_sentence_and_no_hang(
+        self, training: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(tensor: torch.Tensor) -> None:
+            raise RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+            )
+
+        def read() -> str:
+            monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+            options = {"batch_size": 2, "num_workers": 2}
+            loader = (
+                basic(Pictures(8), **options).epoch(0, 8) if training else EvalLoader(Pictures(8), size=8, **options)
+            )
+            with pytest.raises(UserError) as caught:
+                list(loader)
+            return str(caught.value)
+
+        said = in_a_child(read)
+        assert said.startswith("/dev/shm, the shared memory ") and "\n" not in said
+        assert "docker run --shm-size=16g" in said and "(num_workers=0)" in said
+
     def test_death_that_shows_after_the_broken_connection_is_told(self) -> None:
         def read() -> str | None:
             with pytest.raises(RuntimeError) as caught:
