@@ -35,6 +35,7 @@ class Verdicts:
     Attributes:
         clean_pred: (B,) int64 prediction without attack.
         broken_by: per image the attack that broke it, "clean" where misclassified without attack, "" where it withstood all.
+        adv_pred: (B,) int64 prediction on the image that broke it; where none did, `clean_pred`.
         x_adv: (B, C, H, W) float32 on the CPU: the adversarial image, the image itself where none was found.
         attack_seconds: time inside each attack.
         rejoined: number of images that the fast copy took for broken and the network did not: they were attacked again.
@@ -42,6 +43,7 @@ class Verdicts:
 
     clean_pred: Tensor
     broken_by: list[str]
+    adv_pred: Tensor
     x_adv: Tensor
     attack_seconds: dict[str, float] = field(default_factory=dict)
     rejoined: int = 0
@@ -91,7 +93,7 @@ def attack_chunk(
         check_classes(logits.shape[1], attacks)
         clean_pred = logits.argmax(dim=1).cpu()
         broken_by = ["" if right else "clean" for right in (clean_pred == y).tolist()]
-        verdicts = Verdicts(clean_pred, broken_by, x.clone(), dict.fromkeys(attacks, 0.0))
+        verdicts = Verdicts(clean_pred, broken_by, clean_pred.clone(), x.clone(), dict.fromkeys(attacks, 0.0))
         settings = {"norm": norm, "eps": eps, "seed": seed, "device": device, "num_classes": logits.shape[1]}
         run = partial(_run_attacks, model, x, y, verdicts, attacks=attacks, settings=settings, progress=progress)
         suspects = run(fast, range(len(x)), tf32=tf32)
@@ -130,10 +132,12 @@ def _run_attacks(
         with float32_matmul(tf32=tf32):
             found = perturb(engine, name, x[places].to(device), y[places].to(device), seed=settings["seed"])
             fooled = fast is not None and _logits(attacked, found).argmax(dim=1).cpu() != y[places]
-        wrong = _logits(model, found).argmax(dim=1).cpu() != y[places]  # waits for the GPU
+        predicted = _logits(model, found).argmax(dim=1).cpu()  # waits for the GPU
+        wrong = predicted != y[places]
         verdicts.attack_seconds[name] += time.perf_counter() - begin
         suspects.update(places[fooled & ~wrong].tolist())
         verdicts.x_adv[places[wrong]] = found.cpu()[wrong]
+        verdicts.adv_pred[places[wrong]] = predicted[wrong]
         for i in places[wrong].tolist():
             verdicts.broken_by[i] = name
     return suspects

@@ -23,6 +23,7 @@ SHOWN_DIFFERENCES = 6
 NOTHING = "nothing"  # in the place of a value that one of two identities lacks
 # What a record must hold to count as one; those of `LISTS` an entry for each image.
 LISTS = ("positions", "labels", "clean_pred", "broken_by")
+LATER_LISTS = ("adv_pred",)  # records of earlier versions lack them
 RECORD_KEYS = {*LISTS, "chunk", "unreadable", "attack_seconds", "rejoined", "check", "images_kept"}
 RECORD_KEYS |= {"seconds", "started", "device"}
 
@@ -112,7 +113,7 @@ def _check(record: Any, stem: str, chunks: int) -> None:
     number = record["chunk"]
     if type(number) is not int or not 0 <= number < chunks or f"{number:05d}" != stem:
         raise ValueError("not a record of this chunk")
-    lists = [record[name] for name in LISTS]
+    lists = [record[name] for name in (*LISTS, *LATER_LISTS) if name in record]
     if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
         raise ValueError("its lists are not equally long")
 

@@ -26,6 +26,7 @@ from evaluation.config import ATTACKS, EvalConfig
 from evaluation.images import ImageList
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
+from evaluation.records import LATER_LISTS, LISTS
 from evaluation.stopping import METHOD, anytime_interval
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
@@ -197,13 +198,17 @@ def read_report(evaluation: Evaluation, *, chunks: int, ci: float | None) -> dic
 
 
 def verdicts_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
-    """One line an image: position, path, label, prediction without attack, and what broke it."""
+    """One line an image: position, path, label, prediction without attack, what broke it, and the prediction then.
+
+    The last one is empty in records of earlier versions, which did not keep it.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "path", "label", "clean_pred", "broken_by"])
+    writer.writerow(["index", "path", "label", "clean_pred", "broken_by", "adv_pred"])
     for record in records:
-        for position, *verdict in zip(*(record[key] for key in ("positions", "labels", "clean_pred", "broken_by"))):
-            writer.writerow([position, keys[position], *verdict])
+        positions = record["positions"]
+        lists = [record.get(name, [""] * len(positions)) for name in (*LISTS[1:], *LATER_LISTS)]
+        writer.writerows([position, keys[position], *verdict] for position, *verdict in zip(positions, *lists))
     return text.getvalue()
 
 

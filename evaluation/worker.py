@@ -81,7 +81,7 @@ class _Worker:
         started, begin = time.time(), time.perf_counter()
         model, fast = self._load_network(evaluation)
         chunk = self.images[evaluation.network].read(evaluation.positions(number), evaluation.preprocessing)
-        verdicts, check = Verdicts(chunk.y, [], chunk.x), None
+        verdicts, check = Verdicts(chunk.y, [], chunk.y, chunk.x), None
         if len(chunk.y):  # an image can be decoded
             threat = {"norm": evaluation.norm, "eps": evaluation.eps, "device": self.device}
             settings = {"seed": self.config.eval.seed, "attacks": self.config.eval.chosen, "progress": note}
@@ -97,6 +97,7 @@ class _Worker:
             "images_kept": self._keep_images(evaluation, number, chunk, verdicts),
             "clean_pred": verdicts.clean_pred.tolist(),
             "broken_by": verdicts.broken_by,
+            "adv_pred": verdicts.adv_pred.tolist(),
             "attack_seconds": verdicts.attack_seconds,
             "rejoined": verdicts.rejoined,
             "check": check,

@@ -88,6 +88,8 @@ def test_equals_the_package_image_by_image(norm, attacks, short):
     robust = torch.tensor([broken == "" for broken in verdicts.broken_by])
     assert torch.equal(robust, y_adv == y)
     assert verdicts.broken_by[0] == "clean" and verdicts.clean_pred[1:].equal(y[1:])
+    with torch.no_grad():
+        assert torch.equal(verdicts.adv_pred, model(x_adv).argmax(1)) and torch.equal(verdicts.adv_pred == y, robust)
     assert 0 < robust.sum() < len(x) - 1  # neither all nor none: the comparison means something
 
 
@@ -160,7 +162,7 @@ def test_check_names_what_is_wrong():
     x_adv[1, 0, 0, 0] += 0.02 * (1 if x[1, 0, 0, 0] < 0.5 else -1)  # outside the ball
     x_adv[2, 0, 0, 0], x[2, 0, 0, 0] = -0.005, 0.0  # outside the box
     x_adv[4, 0, 0, 0] = float("nan")
-    verdicts = Verdicts(clean_pred=y, broken_by=["clean", "", "", "square", "", ""], x_adv=x_adv)
+    verdicts = Verdicts(clean_pred=y, broken_by=["clean", "", "", "square", "", ""], adv_pred=y, x_adv=x_adv)
     check = check_adversarial(model, x, verdicts, y, norm="Linf", eps=0.01, device=CPU)
     assert check["outside_ball"] == [1, 4] and check["outside_box"] == [2, 4]
     assert check["not_misclassified"] == [3] and check["not_finite"] == [4]

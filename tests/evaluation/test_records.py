@@ -260,6 +260,7 @@ WHOLE = json.dumps(record(2)).encode()
         json.dumps({k: v for k, v in record(2).items() if k != "broken_by"}).encode(),
         json.dumps(record(2) | {"positions": None}).encode(),
         json.dumps(record(2) | {"broken_by": ["square"]}).encode(),
+        json.dumps(record(2) | {"adv_pred": [3]}).encode(),
     ],
 )
 def test_a_damaged_record_is_open_again(opened, capsys, content):

@@ -215,6 +215,22 @@ def test_only_open_chunks_run_again(trained, images, tmp_path, capsys):
     assert records[0].stat().st_mtime_ns == kept
 
 
+def test_records_of_earlier_versions_go_on(trained, images, tmp_path):
+    assert evaluate(trained, images, tmp_path, "--eval.eps=0.5") == 0
+    written = rows(only(tmp_path, "verdicts.csv"))
+    for row in written:
+        assert (row["adv_pred"] == row["label"]) == (row["broken_by"] == "")
+        assert row["broken_by"] != "clean" or row["adv_pred"] == row["clean_pred"]
+    record = sorted(tmp_path.rglob("chunks/*.json"))[1]  # of the images 3, 4 and 5
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "adv_pred"}))
+    only(tmp_path, "report.json").unlink()
+    before = record.stat().st_mtime_ns
+    assert evaluate(trained, images, tmp_path, "--eval.eps=0.5") == 0
+    assert record.stat().st_mtime_ns == before
+    expected = [row | ({"adv_pred": ""} if row["index"] in ("3", "4", "5") else {}) for row in written]
+    assert rows(only(tmp_path, "verdicts.csv")) == expected
+
+
 def test_another_evaluation_in_the_folder_is_refused(trained, images, tmp_path, capsys):
     assert evaluate(trained, images, tmp_path, "--eval.n_ex=2") == 0
     capsys.readouterr()
