@@ -27,6 +27,7 @@ from evaluation.images import ImageList
 from evaluation.pictures import draw_accuracy, draw_examples
 from evaluation.plan import Evaluation, show_eps
 from evaluation.records import LATER_LISTS, LISTS
+from evaluation.reliability import flags
 from evaluation.stopping import METHOD, anytime_interval
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
@@ -35,7 +36,7 @@ SUSPICIOUS = 0.3  # percentage points between the same evaluation here and there
 FAR_BELOW = 20.0  # percentage points below the validation of a network's own run
 AT_CHANCE = 0.05  # probability at least with which guessing reaches an accuracy
 NEAR_CHANCE = 0.1  # most by which it is above that of guessing
-NEEDED = {"robust_ci95", "chunks", "ci", "run", "published"}  # of a report, for it not to be made again
+NEEDED = {"robust_ci95", "chunks", "ci", "run", "published", "flags"}  # of a report, for it not to be made again
 
 Record = Mapping[str, Any]
 
@@ -51,8 +52,9 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
     Returns:
         Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson, or with
         `eval.ci` one that is valid where stopping depends on what was found); `max_perturbation` and `pixel_range` found;
-        `check`: positions of images that fail the check at the end; `seconds`: time during which at least one chunk ran,
-        restarts included; `worker_seconds`, `gpu_seconds`: summed over workers.
+        `check`: positions of images that fail the check at the end; `flags`: sentences, signs that robustness is overestimated;
+        `seconds`: time during which at least one chunk ran, restarts included; `worker_seconds`, `gpu_seconds`: summed over
+        workers.
     """
     broken_by = [broken for record in records for broken in record["broken_by"]]
     n, points, identity = len(broken_by), config.eval.ci, evaluation.identity
@@ -88,6 +90,7 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         "max_perturbation": max(check["max_perturbation"] for _, check in checks),
         "pixel_range": [min(low for low, _ in ranges), max(high for _, high in ranges)],
         "check": {name: [positions[i] for positions, check in checks for i in check[name]] for name in CHECKS},
+        "flags": list(flags(records, identity["attack"]["attacks"])),
         "images_kept": sum(record["images_kept"] for record in records),
         "rejoined": sum(record["rejoined"] for record in records),
         "seconds": round(_covered([(r["started"], r["started"] + r["seconds"]) for r in records]), 2),
@@ -339,6 +342,7 @@ def comparison_text(report: Mapping[str, Any]) -> str:
 def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> Iterator[str]:
     """What a reader of the numbers should know."""
     yield from _warnings_of_accuracy(report)
+    yield from report["flags"]
     low, high = report["robust_ci95"]
     if report["ci"] and 50 * (high - low) > report["ci"]:
         yield f"all {report['n']} images are not enough for {report['ci']:g} points to each side"

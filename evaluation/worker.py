@@ -21,6 +21,7 @@ from evaluation.config import EvalAttackConfig, EvalConfig
 from evaluation.images import Chunk, ImageList
 from evaluation.plan import Evaluation
 from evaluation.records import StateFolder
+from evaluation.reliability import examine
 from zoo.runs import load_trained
 
 SHOWN = 8  # images kept for the picture
@@ -81,13 +82,15 @@ class _Worker:
         started, begin = time.time(), time.perf_counter()
         model, fast = self._load_network(evaluation)
         chunk = self.images[evaluation.network].read(evaluation.positions(number), evaluation.preprocessing)
-        verdicts, check = Verdicts(chunk.y, [], chunk.y, chunk.x), None
+        verdicts, check, signs = Verdicts(chunk.y, [], chunk.y, chunk.x), None, None
         if len(chunk.y):  # an image can be decoded
             threat = {"norm": evaluation.norm, "eps": evaluation.eps, "device": self.device}
             settings = {"seed": self.config.eval.seed, "attacks": self.config.eval.chosen, "progress": note}
             tf32 = self.config.eval.precision == "tf32"
             verdicts = attack_chunk(model, chunk.x, chunk.y, fast=fast, tf32=tf32, **settings, **threat)
             check = check_adversarial(model, chunk.x, verdicts, chunk.y, **threat)
+            gradients = self.config.eval.chosen != ("square",)
+            signs = examine(model, chunk.x, chunk.y, device=self.device, gradients=gradients)
         return {
             "chunk": number,
             "positions": chunk.positions.tolist(),
@@ -101,6 +104,7 @@ class _Worker:
             "attack_seconds": verdicts.attack_seconds,
             "rejoined": verdicts.rejoined,
             "check": check,
+            "reliability": signs,
             "started": started,
             "seconds": time.perf_counter() - begin,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",

@@ -52,6 +52,7 @@ def report(**changed: Any) -> dict[str, Any]:
         "arithmetic": {"precision": "fp32", "compile": False},
         "devices": {"cpu": 1},
         "check": {},
+        "flags": [],
     }
     transform = {"crop_pct": 0.875, "resize": "bicubic", "from": "the default"}
     run = {"norm": None, "eps": None, "clean_acc": None}

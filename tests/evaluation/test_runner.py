@@ -160,6 +160,7 @@ def test_report(trained, images, finished):
     assert report["check"] == dict.fromkeys(("outside_ball", "outside_box", "not_misclassified", "not_finite"), [])
     assert 0 < report["max_perturbation"] <= 0.1 * (1 + 1e-4) and 0 <= report["pixel_range"][0]
     assert len(report["network"]["sha256"]) == len(report["data"]["images"]) == 64
+    assert report["flags"] == []
     assert report["network"]["arch"] == "convnext_micro" and report["engine"].startswith("pyautoattack")
     assert report["arithmetic"]["threads"] == 1 and report["devices"] == {"cpu": 2}
     assert 0 < report["seconds"] <= report["worker_seconds"] * 1.01 and report["gpu_seconds"] == 0
@@ -242,6 +243,19 @@ def test_another_evaluation_in_the_folder_is_refused(trained, images, tmp_path, 
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert evaluate(trained, images, tmp_path, "--eval.n_ex=2") == 2
     assert "another run" in capsys.readouterr().err
+
+
+def test_signs_of_masked_gradients_are_said(trained, images, tmp_path, capsys):
+    """Logits so large that the softmax saturates: the cross-entropy of what is classified right has no gradient any more."""
+    weights = torch.load(trained.folder / "weights_2.pt", weights_only=True)
+    weights |= {name: 1e6 * weights[name] for name in ("head.fc.weight", "head.fc.bias") if name in weights}
+    torch.save(weights, tmp_path / "large.pt")
+    flags = [f"--eval.model_in={tmp_path / 'large.pt'}", "--eval.attacks=apgd-ce", "--model.num_classes=4"]
+    assert evaluate(trained, images, tmp_path / "out", *flags) == 0
+    report = json.loads(only(tmp_path / "out", "report.json").read_text())
+    right, (sentence,) = round(report["clean_acc"] * 8), report["flags"]
+    assert sentence.startswith(f"the gradient of the cross-entropy is exactly 0 on {right} of 8 clean images")
+    assert f"px: {sentence}." in capsys.readouterr().err
 
 
 def test_list_of_networks_in_a_file(trained, images, tmp_path):

@@ -1,0 +1,73 @@
+"""Signs that AutoAttack overestimates a network's robustness: those that its authors' package warns of (its `checks.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from common.precision import float32_matmul
+
+TOLERANCE = 1e-5  # between equal outputs, and of a sum of probabilities
+SQUARE_SHARE = 0.002  # of the images, which Square may break after the other attacks without being a sign
+
+
+def examine(model: nn.Module, x: Tensor, y: Tensor, *, device: torch.device, gradients: bool) -> dict[str, Any]:
+    """Look at the network's outputs, twice, and at its gradients on clean images. The random state stays as it is.
+
+    Args:
+        model: (B, C, H, W) in [0, 1] → logits (B, K); in eval mode on `device`.
+        x: (B, C, H, W) float32 in [0, 1], on the host.
+        y: (B,) int64.
+        device: where the network is.
+        gradients: look at them, too: they need memory, and a network that Square alone attacks need not have any.
+
+    Returns:
+        `zero_gradients`: on how many images the gradient of the cross-entropy is exactly 0, None without `gradients`; `random`:
+        whether two passes differ; `probabilities`: whether the outputs are in [0, 1] and sum to 1.
+    """
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), float32_matmul(tf32=False), torch.set_grad_enabled(gradients):
+        x = x.to(device).detach().requires_grad_(gradients)
+        before, outputs = model(x).detach(), model(x)
+        zero = None
+        if gradients:
+            (gradient,) = torch.autograd.grad(cross_entropy(outputs, y.to(device), reduction="sum"), x)
+            zero = int((gradient == 0).flatten(1).all(1).sum())
+        outputs = outputs.detach()
+    scale = max(1.0, outputs.abs().max().item())
+    in_range = outputs.min() >= -TOLERANCE and outputs.max() <= 1 + TOLERANCE
+    return {
+        "zero_gradients": zero,
+        "random": (outputs - before).abs().max().item() > TOLERANCE * scale,
+        "probabilities": bool(in_range and ((outputs.sum(1) - 1).abs() <= TOLERANCE).all()),
+    }
+
+
+def flags(records: Sequence[Mapping[str, Any]], attacks: Sequence[str]) -> Iterator[str]:
+    """A sentence for each sign in an evaluation's records; those of earlier versions have no `reliability`."""
+    broken_by = [broken for record in records for broken in record["broken_by"]]
+    by_gradients, by_square = [name for name in attacks if name != "square"], broken_by.count("square")
+    if by_gradients and by_square > SQUARE_SHARE * len(broken_by):
+        yield (
+            f"Square, without gradients, broke {by_square} of {len(broken_by)} images that {', '.join(by_gradients)} missed: a "
+            "sign of masked gradients; an attack adapted to the network may find more"
+        )
+    found = [(record["reliability"], len(record["positions"])) for record in records if record.get("reliability")]
+    zeros = [(each["zero_gradients"], n) for each, n in found if each["zero_gradients"] is not None]
+    if zero := sum(count for count, _ in zeros):
+        n = sum(n for _, n in zeros)
+        yield (
+            f"the gradient of the cross-entropy is exactly 0 on {zero} of {n} clean images ({zero / n:.1%}), where attacks by "
+            "gradients see nothing"
+        )
+    if any(each["random"] for each, _ in found):
+        yield (
+            "two forward passes of the same images differ: the network is random, which AutoAttack's standard version is not made "
+            'for (its version "rand" averages over passes)'
+        )
+    if found and all(each["probabilities"] for each, _ in found):
+        yield "the outputs are in [0, 1] and sum to 1, as probabilities do; the attacks expect logits"
