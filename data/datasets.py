@@ -68,19 +68,30 @@ def open_source(
     """
     request = Request(spec, split, root, split_name or _SPLIT_NAMES[split])
     source = _opener(request)(request)
-    if class_names is not None and source.class_names is not None and class_names != source.class_names:
-        unknown = sorted(set(source.class_names) - set(class_names))
-        if unknown:
-            raise UserError(
-                f"{spec} has classes that the training set does not have: {some(unknown)}. Expected names among its "
-                f"{len(class_names)} classes: {some(class_names)}."
-            )
-        source.relabel([class_names.index(name) for name in source.class_names], class_names)
+    if class_names is not None:
+        match_classes(source, class_names, spec)
     if not in_memory:
         return source
     if isinstance(source, StreamSource):
         raise UserError(f"{spec} is a stream, which cannot be kept in memory. Use a folder, or leave in_memory off.")
     return load_into_memory(source, request, once=once, progress=progress)
+
+
+def match_classes(source: Source | StreamSource, class_names: list[str], spec: str) -> None:
+    """Number the classes of `source`, opened as `spec`, by the places of their names among `class_names`, if they have names.
+
+    Raises:
+        UserError: one of them is not among these.
+    """
+    if source.class_names is None or class_names == source.class_names:
+        return
+    unknown = sorted(set(source.class_names) - set(class_names))
+    if unknown:
+        raise UserError(
+            f"{spec} has classes that the training set does not have: {some(unknown)}. Expected names among its "
+            f"{len(class_names)} classes: {some(class_names)}."
+        )
+    source.relabel([class_names.index(name) for name in source.class_names], class_names)
 
 
 class _Digits(Source):

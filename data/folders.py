@@ -15,6 +15,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common.errors import UserError
+from data.labels import Classes, read_assignment
 from data.source import Request, Source, some
 
 _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation")}
@@ -23,6 +24,8 @@ _THREADS = 16
 
 
 class _Folder(Source):
+    of_folders = True
+
     def __init__(self, root: Path, samples: list[tuple[str, int]], class_names: list[str]) -> None:
         """`samples`: paths below `root`, and labels."""
         super().__init__([label for _, label in samples], class_names)
@@ -184,6 +187,8 @@ def _walk(root: str, folder: str, above: list[str]) -> Iterator[tuple[str, list[
 
 
 class _Tar(Source):
+    of_folders = True
+
     def __init__(self, path: Path, members: list[tuple[str, int, int]], classes: list[str]) -> None:
         class_names = sorted(set(classes))
         numbers = {name: number for number, name in enumerate(class_names)}
@@ -276,6 +281,35 @@ def open_listed(spec: str, keys: Sequence[str], class_names: list[str]) -> Sourc
         )
     numbers = {name: number for number, name in enumerate(class_names)}
     return _Folder(root, [(key, numbers[key.split("/")[0]]) for key in keys], class_names)
+
+
+def open_labelled(spec: str, path: Path, classes: Classes) -> Source:
+    """The images of a folder that the file `path` lists with their classes (`read_assignment`), in its order; others are left out.
+
+    Raises:
+        UserError: no such folder or file, a bad line, or one of an image that is not in the folder.
+    """
+    root = Path(spec).expanduser()
+
+    def exists(key: str) -> bool:
+        return (root / key).is_file()
+
+    try:
+        if not root.is_dir():
+            found = "a file" if root.is_file() else "nothing"
+            raise UserError(f"expected a folder with the listed images, found {found} at {root}.")
+        listed = read_assignment(path, classes, exists)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            missing = [key for key, there in zip(listed, threads.map(exists, listed)) if not there]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or root} ({error.strerror or error}).") from error
+    if missing:
+        raise UserError(
+            f"{listed[missing[0]][1]}: expected an image in {root}, there is no {missing[0]}; missing in all: {len(missing)}."
+        )
+    source = _Folder(root, [(key, label) for key, (label, _) in listed.items()], classes.names)
+    source.classes = np.unique(source.labels).tolist()
+    return source
 
 
 def class_folders(spec: str) -> list[str]:

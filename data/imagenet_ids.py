@@ -1,4 +1,4 @@
-"""The 5,000 ImageNet validation images on which RobustBench evaluates, read from its package without importing it."""
+"""ImageNet's classes, and the 5,000 validation images on which RobustBench evaluates, from its package, which is not imported."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def robustbench_ids() -> ImageIds:
     except (OSError, ValueError) as error:
         raise UserError(f"the installed robustbench has no readable list of images in {folder} ({error}).") from error
     return ImageIds(keys=keys, class_names=sorted(numbers, key=numbers.__getitem__))
+
+
+def imagenet_classes() -> list[str]:
+    """The 1,000 classes (WordNet's numbers, n01440764 …) in the order of networks' outputs, which is that of their names."""
+    from timm.data import ImageNetInfo  # imports much
+
+    return ImageNetInfo().label_names()
 
 
 def looks_like_imagenet(class_folders: list[str]) -> bool:

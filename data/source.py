@@ -25,13 +25,17 @@ class Source:
     """Images with random access. A subclass says where image i is; all labels are known from the start.
 
     `labels` is int64 (N,). `class_names` is None where the data set only numbers its classes; `num_classes` is then
-    the largest label + 1.
+    the largest label + 1. `classes` are the numbers of those that it has: of all, until `relabel` puts them among others.
+    `of_folders`: its classes are folders, numbered by their sorted names.
     """
+
+    of_folders = False
 
     def __init__(self, labels: Sequence[int] | np.ndarray, class_names: list[str] | None) -> None:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = class_names
         self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
+        self.classes = list(range(self.num_classes))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,15 +62,17 @@ class Source:
     def relabel(self, numbers: Sequence[int], class_names: list[str]) -> None:
         """Class c becomes `numbers[c]`, its place among `class_names`."""
         self.labels = np.asarray(numbers, dtype=np.int64)[self.labels]
-        self.class_names, self.num_classes = class_names, len(class_names)
+        self.class_names, self.num_classes, self.classes = class_names, len(class_names), sorted(set(numbers))
 
 
 class StreamSource:
     """Samples that can only be read in order, through a reader of timm (`wds/`, `tfds/`, `hfids/`).
 
     `shards` is the number of files to deal to ranks and workers, or None where any number of them can share. These
-    readers decode themselves: of broken images wds/ warns and skips them, the others stop.
+    readers decode themselves: of broken images wds/ warns and skips them, the others stop. `classes` as in `Source`.
     """
+
+    of_folders = False
 
     def __init__(
         self,
@@ -80,13 +86,15 @@ class StreamSource:
         self.spec, self._make_reader, self._length, self.shards = spec, make_reader, length, shards
         self.class_names, self.num_classes = class_names, num_classes
         self._numbers: Sequence[int] = range(num_classes)
+        self.classes = list(self._numbers)
 
     def __len__(self) -> int:
         return self._length
 
     def relabel(self, numbers: Sequence[int], class_names: list[str]) -> None:
         """Class c becomes `numbers[c]`, its place among `class_names`."""
-        self._numbers, self.class_names, self.num_classes = numbers, class_names, len(class_names)
+        self._numbers, self.classes = numbers, sorted(set(numbers))
+        self.class_names, self.num_classes = class_names, len(class_names)
 
     def samples(
         self, *, training: bool, batch_size: int, seed: int, rank: int, world_size: int, num_workers: int
@@ -125,7 +133,7 @@ class Collected(Source):
         if len(samples) < (expected := min(count, len(stream))):
             raise UserError(f"{stream.spec}: expected {expected} images, {len(samples)} came.")
         super().__init__([label for _, label in samples], stream.class_names)
-        self.num_classes, self._spec = stream.num_classes, stream.spec
+        self.num_classes, self.classes, self._spec = stream.num_classes, stream.classes, stream.spec
         self._images = [_png(image) for image, _ in samples]
 
     def image(self, i: int) -> bytes:

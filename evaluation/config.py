@@ -39,6 +39,27 @@ class EvalDataConfig:
     root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)")
     val_split: str = flag("", "name of the split for timm's readers; empty: validation")
     num_workers: int = flag(0, "decoding processes of each worker; 0: the worker decodes itself", at_least=0)
+    classes: str = flag(
+        "name",
+        "index: folder k is class k, from 0 on where there is a folder 0, else from 1 on; name: matched by name, or sorted",
+        choices=("name", "index"),
+    )
+    class_map: str = flag(
+        "", 'file with the class of each folder: JSON {"folder": number or name}, or lines "folder class"'
+    )
+    labels: str = flag(
+        "", 'file with the images of a folder without class folders and their classes: lines "file,class"'
+    )
+
+    @property
+    def own_classes(self) -> list[str]:
+        """The flags that say which class is which."""
+        given = {
+            "data.classes=index": self.classes == "index",
+            "data.class_map": self.class_map,
+            "data.labels": self.labels,
+        }
+        return [name for name, value in given.items() if value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +149,11 @@ class EvalConfig(Config):
         for norm, radius in zip(norms, eps):
             with problems.caught(), blame("eval.eps"):
                 check_radius(norm, radius, size=min(settings.img_size, default=224))
+        own_classes = self.data.own_classes + (["eval.ids=robustbench"] if settings.ids == "robustbench" else [])
+        if len(own_classes) > 1:
+            problems.found.append(
+                f"data: expected at most one of {', '.join(own_classes)}; each says which class is which."
+            )
         if settings.gpus not in ("auto", "none") and not re.fullmatch(r"\d+(,\d+)*", settings.gpus):
             problems.found.append(f"eval.gpus: expected auto, none, or GPU numbers such as 0,1; got {settings.gpus!r}.")
         return problems.found

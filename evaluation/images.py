@@ -8,6 +8,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from common.errors import UserError, blame
 from common.seeding import derive_seed
-from data.datasets import open_source
+from data.datasets import match_classes, open_source
 from data.decoding import DECODE_ERRORS, decode
-from data.folders import class_folders, open_listed
-from data.imagenet_ids import looks_like_imagenet, robustbench_ids
+from data.folders import class_folders, open_labelled, open_listed
+from data.imagenet_ids import CLASSES, imagenet_classes, looks_like_imagenet, robustbench_ids
+from data.labels import Classes, classes_by_index, classes_by_map, named_by_numbers
 from data.loader import EvalLoader, spread_indices
-from data.source import Collected, Source, StreamSource
+from data.source import Collected, Source, StreamSource, some
 from evaluation.config import EvalDataConfig
 from zoo.description import Preprocessing
 
@@ -129,8 +131,9 @@ def open_images(
     (folders, tars), in a shuffled one that never changes; streams keep theirs, because no more of them is read than needed.
     So fewer images are always the beginning of more.
 
-    Labels are matched by class name where the run recorded its classes; else the data set must have as many classes as the
-    head, because class folders are numbered by their sorted names and a missing one would shift all that follow.
+    Labels are matched by class name where the run recorded its classes, and where a network with 1,000 classes gets ImageNet's, or
+    some of them; or they are as `data.classes`, `data.class_map` or `data.labels` say. Else the data set must have as many
+    classes as the head, because class folders are numbered by their sorted names and a missing one would shift all that follow.
 
     Args:
         data: where the images are.
@@ -142,13 +145,16 @@ def open_images(
     Raises:
         UserError: no such data set, images or classes missing, or other classes than the network's.
     """
-    listed = _listed(data, ids, class_names)
-    source = listed or _whole(data, n_ex, class_names)
+    listed = _listed(data, "all" if data.own_classes else ids, class_names)
+    imagenet = imagenet_classes() if class_names is None and num_classes == CLASSES else None
+    source = listed or _whole(data, n_ex, Classes(num_classes, class_names or imagenet), class_names)
     found = source.num_classes
     if found > num_classes or (source.class_names is not None and found != num_classes):
+        others = set(source.class_names or ()) - set(imagenet or ())
+        hint = f"; not ImageNet's are {some(sorted(others))}" if imagenet and 0 < len(others) < found else ""
         raise UserError(
             f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {found}; class folders are numbered "
-            "by their names, so every class needs one (an empty folder will do)."
+            f"by their names, so every class needs one (an empty folder will do), or give data.class_map{hint}."
         )
     order = np.arange(len(source))
     if not isinstance(source, Collected) and sorted_by_class(source):
@@ -182,11 +188,33 @@ def _listed(data: EvalDataConfig, ids: str, class_names: list[str] | None) -> So
     return source
 
 
-def _whole(data: EvalDataConfig, n_ex: int, class_names: list[str] | None) -> Source:
+def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[str] | None) -> Source:
+    """All images; `class_names`: those that the run recorded."""
+    if data.labels:
+        with blame("data.labels"):
+            return open_labelled(data.val_dataset, Path(data.labels), classes)
     with blame("data.val_dataset"):
-        source = open_source(
-            data.val_dataset, split="val", root=data.root, split_name=data.val_split, class_names=class_names
-        )
+        source = open_source(data.val_dataset, split="val", root=data.root, split_name=data.val_split)
+        names = source.class_names
+        if data.own_classes and names is None:
+            raise UserError(
+                f"expected class folders for {data.own_classes[0]}, {data.val_dataset} has no names of classes."
+            )
+        if not data.own_classes and names is not None and not classes.know(names) and named_by_numbers(source):
+            raise UserError(
+                f"expected class folders named as the network's classes, found {len(names)} numbers ({some(names)}), whose order "
+                "as names need not be that of the classes; give --data.classes=index if folder k is class k, or "
+                "--data.class_map=FILE that says which class each is."
+            )
+    if data.class_map:
+        with blame("data.class_map"):
+            source.relabel(classes_by_map(names, Path(data.class_map), classes), classes.names)
+    elif data.classes == "index":
+        with blame("data.classes"):
+            source.relabel(classes_by_index(names, classes), classes.names)
+    elif class_names is not None or (names is not None and classes.know(names)):
+        with blame("data.val_dataset"):
+            match_classes(source, classes.names, data.val_dataset)
     if isinstance(source, StreamSource):
         return Collected(source, n_ex or len(source))
     return source

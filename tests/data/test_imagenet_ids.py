@@ -14,7 +14,7 @@ import pytest
 from common.errors import UserError
 from data.datasets import open_source
 from data.folders import class_folders, open_listed
-from data.imagenet_ids import ImageIds, looks_like_imagenet, robustbench_ids
+from data.imagenet_ids import ImageIds, imagenet_classes, looks_like_imagenet, robustbench_ids
 from data.source import Source
 from tests.data import encoded, write_folder
 
@@ -65,6 +65,7 @@ class TestList:
     def test_what_it_holds(self, ids: ImageIds) -> None:
         assert len(ids.keys) == len(set(ids.keys)) == 5000
         assert len(ids.class_names) == 1000 and ids.class_names == sorted(set(ids.class_names))
+        assert ids.class_names == imagenet_classes()
         assert (ids.class_names[0], ids.class_names[999]) == ("n01440764", "n15075141")  # tench, toilet tissue
         assert {key.split("/")[0] for key in ids.keys} <= set(ids.class_names)
         files = [key.split("/")[1] for key in ids.keys]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data.imagenet_ids import ImageIds
+from data.imagenet_ids import ImageIds, imagenet_classes
 from data.source import Source
 from data.transforms import eval_transform
 from evaluation.config import EvalDataConfig
@@ -192,6 +192,93 @@ class TestLabels:
             UserError, match=f"^eval.ids: .*trained on 999 classes, .*lacks 1, such as {ids.class_names[5]}"
         ):
             opened(imagenet, num_classes=999, class_names=ids.class_names[:5] + ids.class_names[6:])
+
+
+def write_classes(folder: Path, names: list[str]) -> Path:
+    """A class folder with one image, the same one, for each name."""
+    folder.mkdir(parents=True)
+    (folder / "image").write_bytes(encoded(0))
+    for name in names:
+        (folder / name).mkdir()
+        os.link(folder / "image", folder / name / "0.png")
+    (folder / "image").unlink()
+    return folder
+
+
+class TestOwnClasses:
+    @pytest.mark.parametrize("base", [0, 1])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_imagenetv2s_folders(self, tmp_path: Path, base: int, packed: bool) -> None:
+        folder = write_classes(tmp_path / "imagenetv2", [str(i + base) for i in range(1000)])
+        if packed:
+            with tarfile.open(tmp_path / "set.tar", "w") as tar:
+                tar.add(folder, arcname="set")
+            folder = tmp_path / "set.tar"
+        for names in (None, imagenet_classes()):
+            with pytest.raises(UserError, match="^data.val_dataset: .*found 1000 numbers") as error:
+                opened(folder, num_classes=1000, class_names=names)
+            assert "--data.classes=index" in str(error.value) and "--data.class_map=FILE" in str(error.value)
+            found = opened(folder, num_classes=1000, class_names=names, classes="index")
+            assert found.labels == [int(Path(key).parent.name) - base for key in found.keys]
+
+    def test_numbers_that_are_the_names_of_the_networks_classes(self, tmp_path: Path) -> None:
+        """As of a network that was trained on such folders."""
+        names = sorted(str(i) for i in range(12))
+        folder = write_classes(tmp_path / "set", names)
+        found = opened(folder, num_classes=12, class_names=names)
+        assert found.labels == [names.index(key.split("/")[0]) for key in found.keys]
+        shutil.rmtree(folder / "10")
+        with pytest.raises(UserError, match="found 11 numbers"):
+            opened(folder, num_classes=11)
+
+    def test_few_numbers_are_names_like_others(self, tmp_path: Path) -> None:
+        found = opened(write_classes(tmp_path / "set", ["1", "2", "3"]), num_classes=3)
+        assert found.labels == [int(key[0]) - 1 for key in found.keys]
+        with pytest.raises(UserError, match="found 3 numbers"):
+            opened(write_classes(tmp_path / "other", ["1", "10", "2"]), num_classes=3)
+
+    def test_some_of_imagenets_classes_are_matched_by_name(self, tmp_path: Path) -> None:
+        wnids = imagenet_classes()
+        few = write_classes(tmp_path / "few", wnids[7::100])
+        found = opened(few, num_classes=1000)
+        assert sorted(found.labels) == list(range(7, 1000, 100)) == found.source.classes
+        assert all(wnids[label] == key.split("/")[0] for key, label in zip(found.keys, found.labels))
+        (few / "zebra").mkdir()
+        with pytest.raises(
+            UserError, match="^model.num_classes: the head has 1000 .* has 11;.*not ImageNet's are zebra"
+        ):
+            opened(few, num_classes=1000)
+        shutil.rmtree(few / "zebra")
+        with pytest.raises(UserError, match="^model.num_classes: the head has 50 classes, data.val_dataset has 10;"):
+            opened(few, num_classes=50)  # of another network
+
+    def test_a_map_of_folders(self, copy: Path, tmp_path: Path) -> None:
+        (tmp_path / "map.json").write_text('{"blue": 3, "green": "b", "grey": 3, "red": 0}')
+        found = opened(copy, class_names=["a", "b", "c", "d"], class_map=tmp_path / "map.json")
+        expected = {"blue": 3, "green": 1, "grey": 3, "red": 0}
+        assert found.labels == read(found).y.tolist() == [expected[key.split("/")[0]] for key in found.keys]
+        with pytest.raises(
+            UserError, match="^data.class_map: .*map.json, entry 2: expected a class from 0 to 999, or a"
+        ):
+            opened(copy, num_classes=1000, class_map=tmp_path / "map.json")
+
+    def test_a_list_of_labels(self, copy: Path, tmp_path: Path) -> None:
+        """Images without class folders, for a network that knows ImageNet's names."""
+        (tmp_path / "labels.csv").write_text("file,label\n1.png,n15075141\n0.png,999\n")
+        found = opened(copy / "blue", num_classes=1000, labels=tmp_path / "labels.csv")
+        assert sorted(found.keys) == ["0.png", "1.png"] and found.labels == [999, 999]
+        with pytest.raises(
+            UserError, match="^data.labels: .*labels.csv, line 2: expected a class from 0 to 3 for 1.png, got 'n15"
+        ):
+            opened(copy / "blue", labels=tmp_path / "labels.csv")
+        with pytest.raises(UserError, match="^data.labels: expected a folder .*found nothing at"):
+            opened(copy / "nowhere", labels=tmp_path / "labels.csv")
+
+    def test_index_needs_numbers_below_the_classes(self, images: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="^data.classes: expected class folders named by numbers, found blue, "):
+            opened(images, classes="index")
+        with pytest.raises(UserError, match="^data.classes: .*from 0 to 3, .*found 4"):
+            opened(write_classes(tmp_path / "set", list("01234")), classes="index")
 
 
 class TestRead:
