@@ -47,7 +47,6 @@ class ShardSource(Source):
     def __init__(self, folder: Path, manifest: dict[str, Any], index: dict[str, np.ndarray]) -> None:
         super().__init__(index["label"], manifest["class_names"])
         self.num_classes = manifest["num_classes"]
-        self.classes = list(range(self.num_classes))
         if not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
             raise ValueError(f"its labels are not below {self.num_classes}")
         if not 0 <= index["shard"].min() <= index["shard"].max() < len(manifest["shards"]):

@@ -25,7 +25,7 @@ class Source:
     """Images with random access. A subclass says where image i is; all labels are known from the start.
 
     `labels` is int64 (N,). `class_names` is None where the data set only numbers its classes; `num_classes` is then
-    the largest label + 1. `classes` are the numbers of those that it has: of all, until `relabel` puts them among others.
+    the largest label + 1. `classes` are the numbers of those that it has, sorted; without names, that occur.
     `of_folders`: its classes are folders, numbered by their sorted names.
     """
 
@@ -34,8 +34,8 @@ class Source:
     def __init__(self, labels: Sequence[int] | np.ndarray, class_names: list[str] | None) -> None:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = class_names
-        self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
-        self.classes = list(range(self.num_classes))
+        self.classes = np.unique(self.labels).tolist() if class_names is None else list(range(len(class_names)))
+        self.num_classes = self.classes[-1] + 1
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -28,6 +28,23 @@ from evaluation.config import ATTACKS
 FEWEST_CLASSES = {"apgd-t": 4}
 
 
+class Among(nn.Module):
+    """A network whose predictions are taken from some of its classes."""
+
+    def __init__(self, network: nn.Module, classes: Sequence[int]) -> None:
+        """Logit i is that of the class `classes[i]` of `network`; they are in order."""
+        super().__init__()
+        self.network = network
+        self.register_buffer("classes", torch.tensor(classes), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.restricted(self.network(x))
+
+    def restricted(self, logits: Tensor) -> Tensor:
+        """(B, K) of the network → (B, len(classes))."""
+        return logits.index_select(1, self.classes)
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """What AutoAttack found for B images.
@@ -153,8 +170,8 @@ def check_classes(num_classes: int, attacks: Sequence[str]) -> None:
     for name in attacks:
         if name not in able:
             raise UserError(
-                f"eval.attacks: {name} needs at least {FEWEST_CLASSES[name]} classes, the network has {num_classes}; give "
-                f"--eval.attacks={','.join(able)}."
+                f"eval.attacks: {name} needs at least {FEWEST_CLASSES.get(name, 2)} classes, there are {num_classes}"
+                + (f"; give --eval.attacks={','.join(able)}." if able else ".")
             )
 
 

@@ -84,6 +84,11 @@ class EvalAttackConfig:
     crop_pct: float | None = flag(
         None, "centre crop after resizing to img_size/crop_pct; unset: the network's own", above=0, at_most=1
     )
+    among: str = flag(
+        "all",
+        "the classes that attacked images may be taken for: all of the network's, or those of the data set",
+        choices=("dataset", "all"),
+    )
     seed: int = flag(0, "seed of AutoAttack", at_least=0, at_most=2**32 - 1)
     out: str = flag("", "folder of state and reports; empty: eval/ beside the weights")
     save_adv: bool = flag(False, "1: keep the adversarial images (float32, npz), one file a chunk")

@@ -21,7 +21,7 @@ from data.decoding import DECODE_ERRORS, decode
 from data.folders import class_folders, open_labelled, open_listed
 from data.imagenet_ids import CLASSES, imagenet_classes, looks_like_imagenet, robustbench_ids
 from data.labels import Classes, classes_by_index, classes_by_map, named_by_numbers
-from data.loader import EvalLoader, spread_indices
+from data.loader import EvalLoader, print_warning, spread_indices
 from data.source import Collected, Source, StreamSource, some
 from evaluation.config import EvalDataConfig
 from zoo.description import Preprocessing
@@ -212,6 +212,8 @@ def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[
     elif data.classes == "index":
         with blame("data.classes"):
             source.relabel(classes_by_index(names, classes), classes.names)
+        if 0 not in map(int, names) and len(names) < classes.count:
+            print_warning("data.classes=index: there is no folder 0, so folder k is class k − 1.")
     elif class_names is not None or (names is not None and classes.know(names)):
         with blame("data.val_dataset"):
             match_classes(source, classes.names, data.val_dataset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +39,9 @@ class Evaluation:
 
     `network` is its name in tables, `description` the network that `weights` holds, complete; `class_names` those of its outputs,
     where known; `published` the published model it is, if any; `run` what its own run says of it; `preprocessing` what images go
-    through, with their size; `n` the number of images; `batch_size` that of a chunk; `folder` has state and report; `identity` is
-    everything the verdicts depend on, as plain values.
+    through, with their size; `classes` the numbers of the classes that the data set has; `among` those that predictions are taken
+    from, None for all of the network's; `n` the number of images; `batch_size` that of a chunk; `folder` has state and report;
+    `identity` is everything the verdicts depend on, as plain values.
     """
 
     network: str
@@ -51,6 +53,8 @@ class Evaluation:
     eps: float
     preprocessing: Preprocessing
     run: RunFacts
+    classes: tuple[int, ...]
+    among: tuple[int, ...] | None
     n: int
     batch_size: int
     folder: Path
@@ -65,6 +69,21 @@ class Evaluation:
     def group(self) -> tuple[str, int]:
         """The same for all threat models of a network at one size."""
         return self.network, self.img_size
+
+    @property
+    def outputs(self) -> int:
+        """How many classes predictions are taken from."""
+        return self.description.num_classes if self.among is None else len(self.among)
+
+    @property
+    def choice(self) -> str:
+        """What predictions are taken from where the data set has not all classes; else nothing."""
+        if len(self.classes) == self.description.num_classes:
+            return ""
+        return (
+            f"; the images have {len(self.classes)} of the network's {self.description.num_classes} classes, predictions are among "
+            f"{'all' if self.among is None else 'these'} (eval.among={'all' if self.among is None else 'dataset'})"
+        )
 
     @property
     def chunks(self) -> int:
@@ -112,12 +131,12 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         check_classes(trained.description["num_classes"], settings.chosen)
         plan.images[name] = open_for(trained.description["num_classes"], trained.class_names)
         plan.evaluations.extend(_plan_network(settings, name, found, trained, plan, numbers))
-        images = {e.preprocessing: None for e in plan.evaluations if e.network == name}
         beats = "; these weights validated better than their moving average" if trained.run.beats_average else ""
-        for used in images:
-            print(f"{name}: {used}, {_fed(trained.model)}{beats}", file=sys.stderr)
+        own = {f"{e.preprocessing}{e.choice}": e.preprocessing for e in plan.evaluations if e.network == name}
+        for text in own:
+            print(f"{name}: {text}, {_fed(trained.model)}{beats}", file=sys.stderr)
         for note in trained.notes:
-            seen = _seen_both_ways(trained.model, plan.images[name], next(iter(images)))
+            seen = _seen_both_ways(trained.model, plan.images[name], next(iter(own.values())))
             print_warning(f"{name}: {note} (--model.add_normalization=1).{seen}")
     return plan
 
@@ -152,6 +171,11 @@ def _plan_network(
     """The evaluations of one network; `numbers` completes their identities."""
     images, own = plan.images[name], found.preprocessing or trained.preprocessing
     version = {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(settings.chosen, "+".join(settings.chosen))
+    classes, among, restricted = tuple(images.source.classes), None, {}
+    if settings.among == "dataset" and len(classes) < trained.description["num_classes"]:
+        check_classes(len(classes), settings.chosen)
+        among, version = classes, f"{version}_among{len(classes)}"
+        restricted = {"among": {"classes": len(classes), "sha256": hashlib.sha256(repr(classes).encode()).hexdigest()}}
     for size in settings.img_size or (own.img_size,):
         crop = {} if settings.crop_pct is None else {"crop_pct": settings.crop_pct, "crop_mode": "center"}
         used = replace(own, img_size=size, **crop)
@@ -176,6 +200,8 @@ def _plan_network(
                 eps=eps,
                 preprocessing=used,
                 run=trained.run,
+                classes=classes,
+                among=among,
                 n=len(images),
                 batch_size=settings.batch_size,
                 folder=plan.root / folder_name(name) / folder,
@@ -183,6 +209,7 @@ def _plan_network(
                     "network": {"sha256": trained.sha256, **trained.description},
                     "data": data,
                     "transform": transform,
+                    **restricted,
                     **numbers,
                     "attack": {"norm": norm, "eps": eps, **numbers["attack"]},
                 },

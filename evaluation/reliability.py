@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from common.precision import float32_matmul
+from evaluation.autoattack import Among
 
 TOLERANCE = 1e-5  # between equal outputs, and of a sum of probabilities
 SQUARE_SHARE = 0.002  # of the images, which Square may break after the other attacks without being a sign
@@ -19,7 +20,7 @@ def examine(model: nn.Module, x: Tensor, y: Tensor, *, device: torch.device, gra
     """Look at the network's outputs, twice, and at its gradients on clean images. The random state stays as it is.
 
     Args:
-        model: (B, C, H, W) in [0, 1] → logits (B, K); in eval mode on `device`.
+        model: (B, C, H, W) in [0, 1] → logits (B, K); in eval mode on `device`. Of an `Among` all outputs are looked at.
         x: (B, C, H, W) float32 in [0, 1], on the host.
         y: (B,) int64.
         device: where the network is.
@@ -31,11 +32,14 @@ def examine(model: nn.Module, x: Tensor, y: Tensor, *, device: torch.device, gra
     """
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus), float32_matmul(tf32=False), torch.set_grad_enabled(gradients):
+        whole, restricted = (
+            (model.network, model.restricted) if isinstance(model, Among) else (model, lambda logits: logits)
+        )
         x = x.to(device).detach().requires_grad_(gradients)
-        before, outputs = model(x).detach(), model(x)
+        before, outputs = whole(x).detach(), whole(x)
         zero = None
         if gradients:
-            (gradient,) = torch.autograd.grad(cross_entropy(outputs, y.to(device), reduction="sum"), x)
+            (gradient,) = torch.autograd.grad(cross_entropy(restricted(outputs), y.to(device), reduction="sum"), x)
             zero = int((gradient == 0).flatten(1).all(1).sum())
         outputs = outputs.detach()
     scale = max(1.0, outputs.abs().max().item())

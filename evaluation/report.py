@@ -36,7 +36,15 @@ SUSPICIOUS = 0.3  # percentage points between the same evaluation here and there
 FAR_BELOW = 20.0  # percentage points below the validation of a network's own run
 AT_CHANCE = 0.05  # probability at least with which guessing reaches an accuracy
 NEAR_CHANCE = 0.1  # most by which it is above that of guessing
-NEEDED = {"robust_ci95", "chunks", "ci", "run", "published", "flags"}  # of a report, for it not to be made again
+NEEDED = {
+    "robust_ci95",
+    "chunks",
+    "ci",
+    "run",
+    "published",
+    "flags",
+    "classes",
+}  # of a report, for it not to be made again
 
 Record = Mapping[str, Any]
 
@@ -79,6 +87,12 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
         "transform": {**identity["transform"], "from": evaluation.preprocessing.source},
         "run": asdict(evaluation.run),
         **identity["attack"],
+        "among": "all" if evaluation.among is None else "dataset",
+        "classes": {
+            "network": evaluation.description.num_classes,
+            "dataset": len(evaluation.classes),
+            "among": evaluation.outputs,
+        },
         "n": n,
         "clean_acc": clean,
         "acc_after": acc_after,
@@ -359,7 +373,7 @@ def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> Iterato
 def _warnings_of_accuracy(report: Mapping[str, Any]) -> Iterator[str]:
     """Where the clean accuracy says that the network does not see what it was trained on, or the radius is not its own."""
     clean, n, run, used = report["clean_acc"], report["n"], report["run"], report["transform"]
-    chance = 1 / report["network"]["num_classes"]
+    chance = 1 / report["classes"]["among"]
     shown = f"{report['data']['img_size']} px, crop {used['crop_pct']:g}, {used['resize']} ({used['from']})"
     before = run["clean_acc"]
     if before is not None and 100 * (before - clean) > FAR_BELOW:

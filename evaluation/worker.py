@@ -16,7 +16,7 @@ from torch import nn
 from common.errors import UserError, blame
 from common.files import write_atomically
 from common.precision import float32_matmul
-from evaluation.autoattack import Verdicts, attack_chunk, check_adversarial
+from evaluation.autoattack import Among, Verdicts, attack_chunk, check_adversarial
 from evaluation.config import EvalAttackConfig, EvalConfig
 from evaluation.images import Chunk, ImageList
 from evaluation.plan import Evaluation
@@ -83,14 +83,16 @@ class _Worker:
         model, fast = self._load_network(evaluation)
         chunk = self.images[evaluation.network].read(evaluation.positions(number), evaluation.preprocessing)
         verdicts, check, signs = Verdicts(chunk.y, [], chunk.y, chunk.x), None, None
+        classes = torch.arange(evaluation.outputs) if evaluation.among is None else torch.tensor(evaluation.among)
+        y = torch.searchsorted(classes, chunk.y)  # as the attacks number them
         if len(chunk.y):  # an image can be decoded
             threat = {"norm": evaluation.norm, "eps": evaluation.eps, "device": self.device}
             settings = {"seed": self.config.eval.seed, "attacks": self.config.eval.chosen, "progress": note}
             tf32 = self.config.eval.precision == "tf32"
-            verdicts = attack_chunk(model, chunk.x, chunk.y, fast=fast, tf32=tf32, **settings, **threat)
-            check = check_adversarial(model, chunk.x, verdicts, chunk.y, **threat)
+            verdicts = attack_chunk(model, chunk.x, y, fast=fast, tf32=tf32, **settings, **threat)
+            check = check_adversarial(model, chunk.x, verdicts, y, **threat)
             gradients = self.config.eval.chosen != ("square",)
-            signs = examine(model, chunk.x, chunk.y, device=self.device, gradients=gradients)
+            signs = examine(model, chunk.x, y, device=self.device, gradients=gradients)
         return {
             "chunk": number,
             "positions": chunk.positions.tolist(),
@@ -98,9 +100,9 @@ class _Worker:
             "unreadable": chunk.unreadable,
             "pixels_sha256": hashlib.sha256(chunk.x.numpy().tobytes()).hexdigest(),
             "images_kept": self._keep_images(evaluation, number, chunk, verdicts),
-            "clean_pred": verdicts.clean_pred.tolist(),
+            "clean_pred": classes[verdicts.clean_pred].tolist(),
             "broken_by": verdicts.broken_by,
-            "adv_pred": verdicts.adv_pred.tolist(),
+            "adv_pred": classes[verdicts.adv_pred].tolist(),
             "attack_seconds": verdicts.attack_seconds,
             "rejoined": verdicts.rejoined,
             "check": check,
@@ -136,7 +138,8 @@ class _Worker:
         return count
 
     def _load_network(self, evaluation: Evaluation) -> tuple[nn.Module, nn.Module | None]:
-        key = (evaluation.weights, evaluation.description, evaluation.img_size if self.config.eval.compile else None)
+        key = (evaluation.weights, evaluation.description, evaluation.among)
+        key += (evaluation.img_size if self.config.eval.compile else None,)
         if self._network is None or self._network[0] != key:
             self._network = None  # before the next one takes memory
             if self.config.eval.compile:
@@ -150,6 +153,8 @@ class _Worker:
             model = trained.model.to(self.device).float().eval().requires_grad_(False)
             if evaluation.identity["arithmetic"]["channels_last"]:
                 model = model.to(memory_format=torch.channels_last)
+            if evaluation.among is not None:
+                model = Among(model, evaluation.among).to(self.device)
             fast = fast_copy(model, self.config.eval, size=evaluation.img_size, device=self.device)
             self._network = key, model, fast
         return self._network[1:]

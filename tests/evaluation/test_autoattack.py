@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.precision import float32_matmul
 from evaluation.autoattack import (
     ATTACKS,
+    Among,
     Verdicts,
     attack_chunk,
     check_adversarial,
@@ -167,6 +168,19 @@ def test_check_names_what_is_wrong():
     assert check["outside_ball"] == [1, 4] and check["outside_box"] == [2, 4]
     assert check["not_misclassified"] == [3] and check["not_finite"] == [4]
     assert check["max_perturbation"] != check["max_perturbation"] or check["max_perturbation"] >= 0.0199
+
+
+def test_some_of_the_classes_are_a_network_with_a_smaller_head(short):
+    classes = [1, 2, 4, 5, 7, 9]
+    model, x, _ = case()
+    smaller = Net().eval()
+    smaller.head.data = smaller.head.data[classes]
+    with torch.no_grad():
+        y = smaller(x).argmax(1)
+    settings = {"norm": "Linf", "eps": 0.01, "seed": 0, "device": CPU}
+    expected, found = (attack_chunk(each, x, y, **settings) for each in (smaller, Among(model, classes)))
+    assert found.broken_by == expected.broken_by and len(set(found.broken_by)) > 1
+    assert torch.equal(found.adv_pred, expected.adv_pred) and torch.allclose(found.x_adv, expected.x_adv)
 
 
 def test_few_classes(short):

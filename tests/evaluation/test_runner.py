@@ -141,7 +141,7 @@ def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, capsys
     write_folder(tmp_path / "images", {"a": 2, "b": 2, "c": 2})
     flags = [f"--eval.model_in={tmp_path / 'w.pt'}", f"--data.val_dataset={tmp_path / 'images'}", "--eval.img_size=32"]
     assert runner_aa_eval.main(flags) == 2
-    assert "eval.attacks: apgd-t needs at least 4 classes, the network has 3" in capsys.readouterr().err
+    assert "eval.attacks: apgd-t needs at least 4 classes, there are 3;" in capsys.readouterr().err
     assert not (tmp_path / "eval").exists()
 
 
@@ -256,6 +256,47 @@ def test_signs_of_masked_gradients_are_said(trained, images, tmp_path, capsys):
     right, (sentence,) = round(report["clean_acc"] * 8), report["flags"]
     assert sentence.startswith(f"the gradient of the cross-entropy is exactly 0 on {right} of 8 clean images")
     assert f"px: {sentence}." in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def three_classes(images, tmp_path_factory):
+    """The validation images without those of the class 1, green."""
+    folder = tmp_path_factory.mktemp("three") / "val"
+    shutil.copytree(images / "val", folder, ignore=shutil.ignore_patterns("green"))
+    return folder
+
+
+def test_predictions_among_the_classes_of_the_data_set(trained, three_classes, tmp_path, capsys):
+    flags = ["--eval.attacks=apgd-ce,square", "--eval.save_adv=1", "--eval.eps=0.3"]
+    network = load_trained(trained.folder / "weights_2.pt", load_config(EvalConfig, argv(trained, "", "")).model).model
+    for choice, classes in (("all", [0, 1, 2, 3]), ("dataset", [0, 2, 3])):
+        assert evaluate(trained, three_classes, tmp_path, *flags, f"--eval.among={choice}") == 0
+        said = f"the images have 3 of the network's 4 classes, predictions are among {'all' if choice == 'all' else 'these'}"
+        assert said in capsys.readouterr().err
+        folder = next(tmp_path.rglob("*_among3" if choice == "dataset" else "*_apgd-ce+square"))
+        report = json.loads((folder / "report.json").read_text())
+        identity = json.loads((folder / "identity.json").read_text())
+        assert ("among" in identity) == (choice == "dataset") and report["among"] == choice
+        assert report["classes"] == {"network": 4, "dataset": 3, "among": len(classes)}
+        assert report["check"]["not_misclassified"] == report["flags"] == []
+        written = {int(row["index"]): row for row in rows(folder / "verdicts.csv")}
+        for file in sorted(folder.glob("chunks/*.npz")):
+            with np.load(file) as kept, torch.no_grad():
+                for name, column in (("x", "clean_pred"), ("x_adv", "adv_pred")):
+                    predicted = network(torch.from_numpy(kept[name]))[:, classes].argmax(1)
+                    found = [int(written[position][column]) for position in kept["positions"].tolist()]
+                    assert found == [classes[i] for i in predicted]
+        assert {row["label"] for row in written.values()} == {"0", "2", "3"}
+        assert {row["broken_by"] for row in written.values()} & {"apgd-ce", "square"}
+
+
+def test_too_few_classes_of_the_data_set_are_refused(trained, three_classes, tmp_path, capsys):
+    assert evaluate(trained, three_classes, tmp_path / "out", "--eval.among=dataset") == 2
+    assert "apgd-t needs at least 4 classes, there are 3; give --eval.attacks=apgd-ce,fab" in capsys.readouterr().err
+    one = Path(shutil.copytree(three_classes / "red", tmp_path / "one" / "red")).parent
+    assert evaluate(trained, one, tmp_path / "out", "--eval.among=dataset") == 2
+    assert "apgd-ce needs at least 2 classes, there are 1." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_list_of_networks_in_a_file(trained, images, tmp_path):
