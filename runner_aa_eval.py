@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 from common.errors import UserError
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from evaluation.config import EvalConfig
     from evaluation.workqueue import TaskFailed, prepare_workers
 
+    warnings.filterwarnings("ignore", ".*torch.jit.*", FutureWarning)  # of timm, about itself
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # end workers on the way out
     try:
         first, rest = argv[:1], argv[1:]

@@ -29,6 +29,10 @@ class EvalModelConfig(NetworkDescription):
     weights_key: str | None = flag(
         None, "key of one network in a file with several [a moving average, else the only one]"
     )
+    mean: tuple[float, ...] | None = flag(
+        None, "with model.std: normaliser of a network whose file has none, three numbers"
+    )
+    std: tuple[float, ...] | None = flag(None, "see model.mean", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class EvalAttackConfig:
     ci: float | None = flag(
         None,
         "stop once the 95 % interval under every norm is this many points to each side; unset: n_ex images",
-        above=0,
+        at_least=0.05,
     )
     batch_size: int = flag(100, "images attacked together: a chunk; part of the result's identity", at_least=1)
     img_size: tuple[int, ...] = flag((), "image sizes in pixels, by commas; unset: the network's own", at_least=8)

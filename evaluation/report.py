@@ -29,6 +29,7 @@ from evaluation.plan import Evaluation, show_eps
 from evaluation.records import LATER_LISTS, LISTS
 from evaluation.reliability import flags
 from evaluation.stopping import METHOD, anytime_interval
+from zoo.published import EPS
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
 PUBLISHED_IMAGES = 5000
@@ -136,7 +137,7 @@ def compare_with_published(
     differs = list(_differs_from_published(evaluation, report, images))
     found = {"name": model.name, "differs": differs, "external": model.external if report["norm"] == "Linf" else None}
     if numbers is None or numbers.autoattack is None:
-        return found | {"differs": ["no number is published at this image size"], "clean": None, "autoattack": None}
+        return found | {"differs": ["no number under AutoAttack is published"], "clean": None, "autoattack": None}
     found |= {"clean": numbers.clean, "autoattack": numbers.autoattack if robust is None else robust}
     if not differs:
         found["difference"] = round(100 * report["robust_acc"] - robust, 2)
@@ -151,7 +152,8 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any], i
     if model.unlike:
         yield model.unlike
     if all(model.autoattack(report["norm"], report["eps"], size) is None for size in model.results):
-        yield f"{report['norm']} {show_eps(report['eps'])} instead of Linf 4/255"
+        norm = report["norm"] if report["norm"] in model.other_norms else "Linf"
+        yield f"{report['norm']} {show_eps(report['eps'])} instead of {norm} {show_eps(EPS[norm])}"
     if missing := [attack for attack in ATTACKS if attack not in report["attacks"]]:
         yield f"without {', '.join(missing)}"
     if not images.robustbench:
@@ -160,6 +162,8 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any], i
         yield f"{report['n'] + unreadable} of RobustBench's 5,000 images"
     if len(images) > 1 and images.common_size is not None:
         yield f"images that were all made {images.common_size} before, as those of ImageNet-C are"
+    if "weights_key" in report["network"]:
+        yield f"weights_key={report['network']['weights_key']}"
     for name, value in {"use_blurpool": False, **model.description}.items():
         if value is not None and (found := report["network"].get(name)) != value:
             yield f"{name}={int(found) if isinstance(found, bool) else found}"
@@ -359,7 +363,7 @@ def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> Iterato
     yield from report["flags"]
     low, high = report["robust_ci95"]
     if report["ci"] and 50 * (high - low) > report["ci"]:
-        yield f"all {report['n']} images are not enough for {report['ci']:g} points to each side"
+        yield f"all {report['n']} images of the evaluation (eval.n_ex) are not enough for {report['ci']:g} points to each side"
     if save_adv and (kept := report["images_kept"]) < report["n"]:
         yield f"adversarial images are kept of {kept} of {report['n']} images; start again for the others"
     if failures := _failures(report):

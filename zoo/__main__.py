@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from zoo.submission import FIELDS, PLACEHOLDER, check_report, form_text, model_i
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit status."""
     arguments = parser().parse_args(argv)
+    warnings.filterwarnings("ignore", ".*torch.jit.*", FutureWarning)  # of timm, about itself
     try:
         arguments.run(arguments)
     except UserError as error:
@@ -26,6 +28,18 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted; the same command goes on.", file=sys.stderr)
         return 130
     return 0
+
+
+def pixels(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise ValueError
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     export = command("export", export_model, "safetensors and config.json, for timm and the Hugging Face Hub")
     export.add_argument("name", help="of a published model, or a path")
     export.add_argument("--to", type=Path, required=True)
-    export.add_argument("--img-size", type=int, help="pixels that it is meant for (default: the network's own)")
-    export.add_argument("--crop-pct", type=float, help="of the evaluation transform (default: the network's own)")
+    export.add_argument("--img-size", type=pixels, help="pixels that it is meant for (default: the network's own)")
+    export.add_argument("--crop-pct", type=share, help="of the evaluation transform (default: the network's own)")
     export.add_argument("--push", metavar="REPOSITORY", help="upload to <owner>/<name> of the Hugging Face Hub")
     zero_shot = command("zero-shot", write_classifier, "a CLIP model of open_clip as ImageNet classifier")
     zero_shot.add_argument("model", help="open_clip's name, or hf-hub:<owner>/<repository>")

@@ -44,7 +44,7 @@ def import_open_clip() -> ModuleType:
         return importlib.import_module("open_clip")
     except ImportError as error:
         raise UserError(
-            f"CLIP models need the package open_clip_torch ({error}). Try: pip install open_clip_torch."
+            f"CLIP models need the package open_clip_torch ({error}). Try: pip install 'open_clip_torch<3' (3 needs timm 1.0.17)."
         ) from error
 
 

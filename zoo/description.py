@@ -21,6 +21,8 @@ class NetworkDescription:
     num_classes: int | None = None
     use_blurpool: bool | None = None
     weights_key: str | None = None  # of a file with several networks: the key of one, by dots if nested
+    mean: tuple[float, ...] | None = None  # with std: a normaliser for images in [0, 1], where the file has none
+    std: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class RunFacts:
     beats_average: bool = False  # raw weights that validated better than their moving average
 
 
+ASKED_ONLY = ("weights_key", "mean", "std")  # fields of `NetworkDescription` that nothing but a user says
 # Field of `NetworkDescription` → section of a run's params.json that holds it, and its type.
 DESCRIPTION = {
     "arch": ("model", str),

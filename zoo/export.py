@@ -21,6 +21,7 @@ from common.files import writable, write_atomically
 from common.provenance import PROVENANCE_KEY
 from utils_architecture import ARCHITECTURES, TIMM_PREFIX
 from zoo.description import DESCRIPTION, EXPORT_KEY, EXPORTED
+from zoo.inference import FC_NORM
 from zoo.loading import has_normalizer
 from zoo.runs import TrainedModel
 
@@ -58,11 +59,14 @@ def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct
     description, mean, std = trained.description, [0.0] * 3, [1.0] * 3
     if has_normalizer(trained.model):
         normalize = trained.model.normalize
-        mean, std = ([round(v, 6) for v in values.flatten().tolist()] for values in (normalize.mean, normalize.std))
+        mean, std = (
+            [float(str(v)) for v in values.flatten().float().numpy()] for values in (normalize.mean, normalize.std)
+        )
     sections: dict[str, dict[str, Any]] = {PROVENANCE_KEY: {"classes": trained.class_names}}
     for name, (section, _) in DESCRIPTION.items():
         sections.setdefault(section, {})[name] = description[name]
     timm_cfg = getattr(network, "pretrained_cfg", None) or {}
+    pool = {"global_pool": "avg"} if FC_NORM in network.state_dict() else {}
     return {
         "architecture": timm_name(description) or description["arch"],
         "num_classes": description["num_classes"],
@@ -71,14 +75,14 @@ def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct
             "fixed_input_size": False,
             "interpolation": trained.preprocessing.interpolation,
             "crop_pct": crop_pct,
-            "crop_mode": "squash" if trained.preprocessing.crop_mode == "squash" else "center",
+            "crop_mode": trained.preprocessing.crop_mode,
             "mean": mean,
             "std": std,
             "num_classes": description["num_classes"],
             **{key: timm_cfg[key] for key in ("first_conv", "classifier", "pool_size") if key in timm_cfg},
         },
         EXPORT_KEY: sections,
-    }
+    } | ({"model_args": pool, **pool} if pool else {})
 
 
 def timm_name(description: Mapping[str, Any]) -> str | None:
@@ -115,6 +119,6 @@ def push(folder: Path, repository: str) -> str:
     try:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[EXPORTED, CONFIG, CARD])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the Hub's library and the one below it raise a dozen kinds
         raise UserError(f"--push: cannot upload to {repository} ({error}); try `hf auth login`.") from error
     return str(address)

@@ -199,7 +199,10 @@ class _Blueprint:
         """Of the images that the position embeddings in `weights` are for; None without any."""
         positions = self._named(weights).get(POSITIONS)
         side = grid_side(self.network, positions) if positions is not None else 0
-        return side * self.network.patch_embed.patch_size[0] if side else None
+        if not side:
+            return None
+        embed = self.network.patch_embed
+        return side * (embed.img_size[0] // embed.grid_size[0])
 
     def _named(self, weights: Weights) -> Mapping[str, Tensor]:
         """The weights by the names of today."""

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,17 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from common.errors import UserError
-from zoo.reading import SHOWN_NAMES, Array, Foreign, listed, modules_state, read_content
+from zoo.reading import NORMALIZERS, SHOWN_NAMES, Array, Foreign, listed, modules_state, read_content, three_numbers
 
 # Words in the keys of a training state: a moving average lies under the first, no network under the others.
 AVERAGES = {"ema", "swa", "averaged", "shadow"}
 NO_NETWORKS = {"optim", "optimizer", "optimizers", "opt", "sched", "scheduler", "schedulers", "scaler"}
 SHADOWS = "shadow_params"  # key of torch_ema: a moving average as a list, in the order of model.parameters()
 _DEEPEST = 20  # key of a training state under which a network is looked for
-# Names of a normaliser's mean and std, in a module or in the model itself: ours, many others', MadryLab's.
-NORMALIZERS = (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"))
 IGNORED_TYPES = (bool, int, float, str, bytes, type(None))  # beside the tensors of a state dict
 COUNTER = "num_batches_tracked"  # of batch normalisation: no number of the network depends on it
 STATISTICS = ("running_mean", "running_var")  # of batch normalisation, which are no parameters
+_FEW = 3  # tensors: a mapping with more of them is a network, whatever else is in it
 _LARGEST = 2**30  # numbers of a tensor: a file may claim more than it holds, by a view that repeats them
 INNER_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # anywhere in names
 ATTACKER = "attacker."  # under which MadryLab's models hold a second copy of themselves
@@ -47,6 +46,7 @@ class Weights:
     normalizer: dict[str, Tensor] | None  # `mean` and `std` of images in [0, 1], [1, 3, 1, 1], if there was one
     key: str = ""  # of the training state that they were under, by dots; empty: a file of nothing but weights
     sha256: str = ""  # of the file
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of timm's training script, where the file has them
 
 
 def read_weights(path: str | Path, *, key: str | None = None) -> Weights:
@@ -74,9 +74,17 @@ def parse_weights(content: Any, *, source: str | Path, key: str | None = None) -
     # A normaliser may be kept beside the network, where there may be other statistics.
     for name in itertools.chain(*_normalizers(chosen.beside)):
         value = chosen.beside.get(name)
-        if isinstance(value, Tensor) and (value.numel() == 3 or "." not in name):
+        value = value if isinstance(value, Tensor) and "." not in name else three_numbers(value)
+        if value is not None:
             state[name] = value
-    return replace(_bare(state, str(source)), key=chosen.key)
+    return replace(_bare(state, str(source)), key=chosen.key, arguments=_timm_arguments(content))
+
+
+def _timm_arguments(content: Any) -> dict[str, Any]:
+    """The command line that timm's training script keeps in its checkpoints under `args`; empty where there is none."""
+    args = content.get("args") if isinstance(content, Mapping) else None
+    found = args.state if isinstance(args, Foreign) else args
+    return found if isinstance(found, dict) and {"model", "mean", "std", "crop_pct"} <= found.keys() else {}
 
 
 def load_weights(model: nn.Module, weights: Weights, *, source: str | Path, keep: Collection[str] = ()) -> None:
@@ -104,7 +112,7 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path, keep
             f"{listed(problems)}. Do arch, not_original, updated and num_classes describe this checkpoint?"
         )
     # Such weights come from a run that diverged or a damaged file; they would show as the accuracy of a guess.
-    if broken := [name for name, value in found.items() if not value.isfinite().all()]:
+    if broken := [n for n, value in found.items() if not value.to(expected[n].dtype).isfinite().all()]:
         raise UserError(f"{source} holds values that are not finite: {listed(broken)}.")
     if POSITIONS in expected and found[POSITIONS].shape != expected[POSITIONS].shape:
         grid, side = network.patch_embed.grid_size, grid_side(network, found[POSITIONS])
@@ -247,10 +255,11 @@ def _with_names(found: list[_Found]) -> list[_Found]:
 
 def _not_weights(content: Mapping[Any, Any]) -> str:
     """The first entry that no state dict has, in words; empty if there is none."""
+    few = sum(isinstance(value, Tensor) for value in content.values()) <= _FEW
     for name, value in content.items():
         if not isinstance(name, str):
             return f"the key {name!r}"
-        if not isinstance(value, (Tensor, Foreign, *IGNORED_TYPES)):
+        if not isinstance(value, (Tensor, Foreign, *IGNORED_TYPES)) and few:
             return f"{name}, a {type(value).__name__}"
     return ""
 
@@ -263,8 +272,11 @@ def _choose(found: list[_Found], content: Any, key: str | None, where: str) -> _
             shown += f" (and {odd})" if (odd := _not_weights(content)) else ""
         raise UserError(f"{where} holds no state dict (a mapping of names to tensors); got {shown}.")
     found = [entry for entry in found if entry.is_network] or found
-    if key is not None:
+    if key:
         everywhere, found = found, [entry for entry in found if f"{entry.key}.".startswith(f"{key}.")]
+        for entry in everywhere if not found else ():  # it may be the prefix of one of several in a state dict
+            if inside := {n.removeprefix(f"{key}."): v for n, v in entry.state.items() if n.startswith(f"{key}.")}:
+                found.append(_Found(key, inside, entry.beside))
         if not found:
             raise UserError(f"{where}: expected weights under the key {key}, found only {_keys(everywhere)}.")
     chosen = [entry for entry in found if AVERAGES & _words(entry.key)] or found

@@ -24,6 +24,7 @@ def build_model(
     use_blurpool: bool = False,
     add_normalization: bool = False,
     global_pool: str | None = None,
+    img_size: int | None = None,
 ) -> nn.Module:
     """Images (B, 3, H, W) in [0, 1] → logits (B, num_classes). Arguments as in `get_new_model` and the flags of their names.
 
@@ -54,6 +55,7 @@ def build_model(
         updated=updated,
         drop_path=drop_path,
         global_pool=global_pool,
+        img_size=img_size,
     )
     if use_blurpool:
         add_blurpool(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import pickletools
 import re
@@ -31,6 +32,10 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch.save
 _NUMBERS = re.compile(r"<(f[248]|[iu][248]|c8|c16)|\|([iu]1|b1)")  # codes of NumPy's types
 _DEEPEST_MODULE = 20  # modules in modules of a pickled network
 SHOWN_NAMES = 5
+# Names of a normaliser's mean and std, in a module or in the model itself: ours, MadryLab's, and many others'.
+NORMALIZERS = (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"), ("_mean", "_std"))
+NORMALIZERS += (("image_mean", "image_std"), ("pixel_mean", "pixel_std"))
+STATISTICS = {name for pair in NORMALIZERS for name in pair}
 
 
 class Foreign(dict):
@@ -91,8 +96,8 @@ def read_content(path: Path) -> tuple[Any, str]:
     Raises:
         UserError: no such file, or one that is neither.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # Path.is_file fails for names too long
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise UserError(f"expected a file of weights, got {str(path)!r}, which {what}.")
     data = b""
     try:
@@ -221,6 +226,8 @@ class _Unpickler(pickle.Unpickler):
         for opcode, argument, _ in pickletools.genops(self._file):
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > _LARGEST_MEMO:
                 raise pickle.UnpicklingError(f"memo entry {argument}")
+            if opcode.name == "DUP":  # no pickler writes it, and few of them make a key that takes for ever to hash
+                raise pickle.UnpicklingError("a copy of an object")
         self._file.seek(place)
         return super().load()
 
@@ -285,12 +292,14 @@ def modules_state(content: Foreign, above: tuple[Foreign, ...] = ()) -> dict[str
     ):
         return {}
     state, hidden = {}, content.state.get("_non_persistent_buffers_set", ())
-    for pair in (("mean", "std"), ("mu", "sigma")):  # of a normaliser that has them as plain attributes
-        values = [_three_numbers(content.state.get(name)) for name in pair]
+    for pair in NORMALIZERS:  # of a normaliser that has them as plain attributes
+        values = [three_numbers(content.state.get(name)) for name in pair]
         state |= {} if any(value is None for value in values) else dict(zip(pair, values))
     for kind in ("_parameters", "_buffers"):
-        values = content.state.get(kind) or {}
-        state |= {name: v for name, v in values.items() if isinstance(v, Tensor) and name not in hidden}
+        values = content.state.get(kind)
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, Tensor) and (name not in hidden or name in STATISTICS):
+                state[name] = value
     for name, module in content.state["_modules"].items():
         if isinstance(module, Foreign):
             inner = modules_state(module, (*above, content))
@@ -298,7 +307,9 @@ def modules_state(content: Foreign, above: tuple[Foreign, ...] = ()) -> dict[str
     return state
 
 
-def _three_numbers(value: Any) -> Tensor | None:
+def three_numbers(value: Any) -> Tensor | None:
+    """A list, an array or a tensor of three numbers as a tensor; None of anything else."""
     if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and 0 <= v <= 255 for v in value):
         value = torch.tensor(value, dtype=torch.float32)
+    value = value.tensor if isinstance(value, Array) else value
     return value if isinstance(value, Tensor) and value.numel() == 3 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from common.errors import UserError, blame
 from common.files import read_json
 from common.provenance import PROVENANCE_KEY
 from data.transforms import INTERPOLATIONS
-from utils_architecture import TIMM_PREFIX
+from utils_architecture import IMAGENET_MEAN, IMAGENET_STD, TIMM_PREFIX
 from zoo.description import (
+    ASKED_ONLY,
     DESCRIPTION,
     EXPORT_KEY,
     EXPORTED,
@@ -32,6 +33,7 @@ from zoo.inference import check_description
 from zoo.loading import has_normalizer, load_weights, read_weights
 from zoo.meansparse import add_operators
 from zoo.models import build_model
+from zoo.reading import three_numbers
 
 EPOCH_FILE = re.compile(r"(weights|weights_ema)_(\d+)\.pt")  # of a run folder
 HUB_FILES = (EXPORTED, "pytorch_model.bin")  # of a folder of the Hugging Face Hub
@@ -44,7 +46,7 @@ class TrainedModel:
     model: nn.Module
     path: Path  # the weights file
     sha256: str  # of its content
-    description: dict[str, Any]  # the values of `DESCRIPTION` it was built with; `weights_key` where it was asked for
+    description: dict[str, Any]  # the values of `DESCRIPTION` it was built with, and of `ASKED_ONLY`, where asked for
     class_names: list[str] | None  # of its outputs, in order; None where the run does not say
     preprocessing: Preprocessing = Preprocessing()  # what its images went through in validation
     run: RunFacts = RunFacts()  # what its run says of it
@@ -63,14 +65,15 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         UserError: no such file, a broken params.json, or weights that do not fit the description.
     """
     path = find_weights(Path(model_in))
-    run, of_timm = _run_params(path.parent), _timm_config(path)
+    run, weights = _run_params(path.parent), read_weights(path, key=asked.weights_key)
+    of_timm = _timm_config(path) or _timm_arguments(weights.arguments)
     description = {"arch": of_timm.get("architecture")}
     for name, (section, _) in DESCRIPTION.items():
         value = getattr(asked, name)
         description[name] = run.get(section, {}).get(name, description.get(name)) if value is None else value
-    weights = read_weights(path, key=asked.weights_key)
-    if weights.normalizer is None and asked.add_normalization is not False:
-        weights = replace(weights, normalizer=_normalizer(of_timm))
+    with blame(f"what is said of {path}"):
+        if weights.normalizer is None and asked.add_normalization is not False:
+            weights = replace(weights, normalizer=_normalizer(_own_normalizer(asked) or of_timm))
     by = "the flags, or the params.json beside the file" if run else "the flags"
     found = check_description(weights, description, source=path, by=by)
     description = {name: getattr(found, name) if value is None else value for name, value in description.items()}
@@ -82,17 +85,18 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
             f"{path} holds no input normaliser, so the network gets images as they are, in [0, 1]; if it was trained behind one, "
             "ask for it with add_normalization",
         )
-    model = build_model(**description, global_pool=found.global_pool)
+    # Position embeddings stay as they are: resampled to another grid they would not be the same at their own size again.
+    model = build_model(**description, global_pool=found.global_pool, img_size=found.img_size)
     with blame(str(path)):
         add_operators(model.model if has_normalizer(model) else model, weights.network)
     load_weights(model, weights, source=path)
-    description |= {"weights_key": asked.weights_key} if asked.weights_key is not None else {}
+    description |= {name: value for name in ASKED_ONLY if (value := getattr(asked, name)) is not None}
     return TrainedModel(
         model=model.eval(),
         path=path,
         sha256=weights.sha256,
         description=description,
-        class_names=run.get(PROVENANCE_KEY, {}).get("classes"),
+        class_names=names if isinstance(names := run.get(PROVENANCE_KEY, {}).get("classes"), list) else None,
         preprocessing=_preprocessing(run, of_timm, description["arch"], found.img_size),
         run=_run_facts(path, run),
         notes=notes,
@@ -101,7 +105,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
 
 def find_weights(path: Path) -> Path:
     """The file itself, or the newest weights of a run folder: the moving average, unless the raw weights validated better."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir fails for names too long
         return path
     newest: dict[str, int] = {}
     for file in path.iterdir():
@@ -123,18 +127,21 @@ def find_weights(path: Path) -> Path:
 def _average_is_worse(folder: Path, number: int) -> bool:
     """Whether a run's validation of that epoch says so, by robust accuracy where it was measured."""
     epoch = _epoch(folder, number)
-    key = "adv_top1" if "adv_top1" in epoch else "top1"
-    ema, raw = epoch.get(f"ema_{key}"), epoch.get(key)
-    return isinstance(ema, float) and isinstance(raw, float) and ema < raw
+    for key in ("adv_top1", "top1"):
+        ema, raw = epoch.get(f"ema_{key}"), epoch.get(key)
+        if all(isinstance(value, (int, float)) for value in (ema, raw)) and ema != raw:
+            return raw > ema or ema != ema  # a NaN is equal to nothing
+    return False
 
 
 def _epoch(folder: Path, number: int) -> dict[str, Any]:
     """What a run's log says of an epoch; empty where it does not."""
     found = {}
-    with suppress(OSError, ValueError, AttributeError):
-        for line in (folder / "log").read_text().splitlines():
-            record = json.loads(line)
-            found |= record if record.get("epoch") == number else {}
+    with suppress(OSError):
+        for line in (folder / "log").read_text(errors="replace").splitlines():
+            with suppress(ValueError, AttributeError):  # a damaged line
+                record = json.loads(line)
+                found |= record if record.get("epoch") == number else {}
     return found
 
 
@@ -145,35 +152,73 @@ def _timm_config(path: Path) -> dict[str, Any]:
     if not isinstance(cfg, dict) or "input_size" not in cfg:
         return {}
     architecture = str(content.get("architecture"))
+    options = {**(content.get("model_args") or {}), "global_pool": content.get("global_pool")}
+    odd = {key: value for key, value in options.items() if value not in (None, "", "avg", "token")}
+    if odd:
+        raise UserError(
+            f"{path.parent / 'config.json'}: expected an architecture as timm builds it by itself, got the options {odd}."
+        )
     return cfg | {"architecture": TIMM_PREFIX + architecture if timm.is_model(architecture) else None}
+
+
+def _timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, of the command line of timm's training script: what it leaves open is the architecture's own."""
+    name = str(arguments.get("model"))
+    if not arguments or not timm.is_model(name):
+        return {}
+    own = timm.get_pretrained_cfg(name)
+    cfg = {"input_size": [224], "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | (own.to_dict() if own is not None else {})
+    given = {key: arguments.get(key) for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode", "input_size")}
+    size = arguments.get("img_size")
+    cfg |= {key: value for key, value in given.items() if value} | ({"input_size": [size]} if size else {})
+    if (
+        arguments.get("no_normalize") or arguments.get("normalize") is False
+    ):  # forks for adversarial training have these
+        cfg |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    return cfg | {"architecture": TIMM_PREFIX + name, "from": "timm's arguments in the file"}
+
+
+def _own_normalizer(asked: NetworkDescription) -> dict[str, Any]:
+    if (asked.mean is None) != (asked.std is None):
+        raise UserError("mean, std: expected both of a normaliser, got one.")
+    return {} if asked.mean is None else {"mean": asked.mean, "std": asked.std}
 
 
 def _normalizer(cfg: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """What images are normalised with according to timm's configuration; None: with nothing."""
-    mean, std = (
-        torch.tensor(cfg.get(name, value)).view(1, 3, 1, 1) for name, value in (("mean", [0.0] * 3), ("std", [1.0] * 3))
-    )
-    return None if (mean == 0).all() and (std == 1).all() else {"mean": mean, "std": std}
+    mean, std = (three_numbers(cfg.get(name, value)) for name, value in (("mean", [0.0] * 3), ("std", [1.0] * 3)))
+    if mean is None or std is None or not (std > 0).all():
+        raise UserError(f"expected mean and std of three numbers, got {cfg.get('mean')} and {cfg.get('std')}.")
+    if (mean == 0).all() and (std == 1).all():
+        return None
+    return {"mean": mean.view(1, 3, 1, 1), "std": std.view(1, 3, 1, 1)}
 
 
 def _preprocessing(run: Mapping[str, Any], cfg: Mapping[str, Any], arch: str, positions: int | None) -> Preprocessing:
     """Of the run or the export beside the weights; else timm's for its architectures; else what the position embeddings are for."""
-    validation, source = run.get("validation", {}), "config.json beside the weights"
-    with suppress(KeyError, TypeError, ValueError):
+    validation, source = run.get("validation", {}), cfg.get("from", "config.json beside the weights")
+    with suppress(KeyError, TypeError, ValueError, OverflowError):
         resolution, crop_pct = int(validation["resolution"]), float(validation["crop_pct"])
-        return Preprocessing(resolution, crop_pct, source="the run's params.json")
+        if resolution > 0 and 0 < crop_pct <= 1:
+            return Preprocessing(resolution, crop_pct, source="the run's params.json")
     known = None if cfg or not arch.startswith(TIMM_PREFIX) else timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX))
     if known is not None:
         cfg, source = known.to_dict(), "timm's pretrained_cfg"
         cfg |= {"input_size": [positions]} if positions else {}
     if not cfg:
         return Preprocessing(positions, source="the position embeddings") if positions else Preprocessing()
-    interpolation = cfg.get("interpolation", "bicubic")
+    size, crop_pct = cfg["input_size"], cfg.get("crop_pct") or 0.875
+    size = size[-1] if isinstance(size, (list, tuple)) and len(set(size[-2:])) == 1 else size
+    if type(size) is not int or size < 1 or not isinstance(crop_pct, (int, float)) or not 0 < crop_pct <= 1:
+        raise UserError(
+            f"{source}: expected square images and a crop_pct in (0, 1], got {cfg['input_size']} and {cfg.get('crop_pct')}."
+        )
+    interpolation, mode = cfg.get("interpolation"), cfg.get("crop_mode")
     return Preprocessing(
-        int(cfg["input_size"][-1]),
-        float(cfg.get("crop_pct", 0.875)),
+        size,
+        float(crop_pct),
         interpolation if interpolation in INTERPOLATIONS else "bicubic",
-        "squash" if cfg.get("crop_mode") == "squash" else "center",
+        mode if mode in ("squash", "crop") else "center",
         source,
     )
 

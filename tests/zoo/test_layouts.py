@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import json
 import pickle
 import re
 import struct
@@ -22,7 +23,7 @@ import torchvision
 from torch import nn
 
 from common.errors import UserError
-from utils_architecture import normalize_model
+from utils_architecture import IMAGENET_MEAN, IMAGENET_STD, normalize_model
 from zoo.description import NetworkDescription
 from zoo.inference import describe_weights
 from zoo.loading import read_weights
@@ -504,3 +505,110 @@ def test_torchscript_that_is_called_something_else(tmp_path: Path, monkeypatch: 
         archive.writestr(constants, b"")
     with pytest.raises(UserError, match="cannot be read as weights"):
         read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "arch"), [("vit_tiny_patch16_224", 384, None), ("vit_tiny_patch16_224", 64, None)]
+)
+def test_vit_of_another_resolution_is_exact_at_its_own(tmp_path: Path, name: str, size: int, arch: str | None) -> None:
+    """Position embeddings that are resampled to the usual grid and back would not be the same."""
+    model = network(name, img_size=size)
+    with torch.no_grad():
+        model.pos_embed.copy_(torch.randn_like(model.pos_embed))
+    path = tmp_path / "vit.pth"
+    torch.save(model.state_dict(), path)
+    trained = load_trained(path, NetworkDescription(arch=f"timm_{name}"))
+    assert trained.preprocessing.img_size == size
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.allclose(trained.model(x), model(x), atol=1e-6)
+        assert trained.model(torch.rand(1, 3, 224, 224)).shape == (1, 5)
+
+
+class Kept(nn.Module):
+    """A normaliser that keeps its statistics in the way that `keep` says."""
+
+    def __init__(self, keep: str) -> None:
+        super().__init__()
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        for name, value in (("mean", mean), ("std", std)):
+            if keep == "buffer":
+                self.register_buffer(name, torch.tensor(value), persistent=False)
+            else:
+                setattr(self, f"_{name}" if keep == "list" else name, value.tolist() if keep == "list" else value)
+
+
+@pytest.mark.parametrize("keep", ["buffer", "array", "list"])
+def test_normalisers_of_whole_modules(tmp_path: Path, keep: str) -> None:
+    path = tmp_path / "whole.pth"
+    torch.save(nn.Sequential(Kept(keep), network()), path)
+    weights = read_weights(path)
+    assert weights.normalizer["std"].flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_normaliser_beside_the_network(tmp_path: Path, kind: Any) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": network().state_dict(), "mean": kind([0.5] * 3), "std": kind([0.25] * 3)}, path)
+    assert read_weights(path).normalizer["std"].flatten().tolist() == [0.25] * 3
+
+
+def test_network_beside_other_things_in_one_mapping(tmp_path: Path) -> None:
+    path, state = tmp_path / "w.pth", network().state_dict()
+    torch.save({**state, "history": [1, 2], "optimizer": {"state": {0: torch.rand(3)}}}, path)
+    assert read_weights(path).network.keys() == state.keys()
+    torch.save({**state, "teacher": {name: value * 0 for name, value in state.items()}}, path)
+    with pytest.raises(UserError, match="expected one model, found 2: the file itself, teacher"):
+        read_weights(path)
+    torch.save({**prefixed(state, "encoder_q."), **prefixed(state, "encoder_k."), "queue": torch.rand(4, 4)}, path)
+    assert read_weights(path, key="encoder_k").network.keys() == state.keys()
+
+
+@pytest.mark.parametrize("given", [{}, {"img_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}])
+def test_arguments_of_timms_training_script_are_honoured(tmp_path: Path, given: dict[str, Any]) -> None:
+    options = {"model": "resnet10t", "mean": None, "std": None, "crop_pct": None, "img_size": None, "interpolation": ""}
+    path, model = tmp_path / "model_best.pth.tar", network()
+    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(**options | given)}, path)
+    trained = load_trained(path, NetworkDescription())
+    mean, std = (0.5, 0.25) if given else (torch.tensor(pair).view(3, 1, 1) for pair in (IMAGENET_MEAN, IMAGENET_STD))
+    assert trained.notes == () and trained.preprocessing.source == "timm's arguments in the file"
+    assert (trained.preprocessing.img_size, trained.preprocessing.crop_pct) == ((64, 1.0) if given else (176, 0.875))
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(trained.model(x), model((x - mean) / std), atol=1e-5)
+    assert load_trained(path, NetworkDescription(add_normalization=False)).description["add_normalization"] is False
+
+
+def test_normaliser_that_is_asked_for(tmp_path: Path) -> None:
+    path, model = tmp_path / "w.pth", network()
+    torch.save(model.state_dict(), path)
+    trained = load_trained(path, NetworkDescription(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
+    assert trained.description["mean"] == (0.5, 0.5, 0.5) and trained.notes == ()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(trained.model(x), model((x - 0.5) / 0.25), atol=1e-5)
+    with pytest.raises(UserError, match="mean, std: expected both"):
+        load_trained(path, NetworkDescription(mean=(0.5, 0.5, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"input_size": [3, 64, 96]}, "expected square images"),
+        ({"input_size": "64"}, "expected square images"),
+        ({"crop_pct": 2}, "a crop_pct in .0, 1."),
+        ({"mean": [0.5]}, "mean and std of three numbers"),
+        ({"std": None}, "mean and std of three numbers"),
+        ({"mean": "imagenet"}, "mean and std of three numbers"),
+        ({"model_args": {"act_layer": "gelu"}}, "got the options"),
+        ({"global_pool": "max"}, "got the options"),
+    ],
+)
+def test_odd_configurations_of_the_hub_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    cfg = {"input_size": [3, 64, 64], "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
+    top = {key: change.pop(key) for key in ("model_args", "global_pool") if key in change}
+    content = {"architecture": "resnet10t", "pretrained_cfg": cfg | change, **top}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    torch.save(network().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=words):
+        load_trained(tmp_path, NetworkDescription())
