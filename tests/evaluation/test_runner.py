@@ -715,5 +715,5 @@ def test_says_where_all_images_are_not_enough(trained, images, tmp_path, capsys)
     assert evaluate(trained, images, tmp_path / "out", "--eval.ci=1") == 0
     assert (
         "warning" in (said := capsys.readouterr().err)
-        and "all 8 images are not enough for 1 points to each side" in said
+        and "all 8 images of the evaluation (eval.n_ex) are not enough for 1 points to each side" in said
     )

@@ -110,8 +110,8 @@ def test_model_that_open_clip_cannot_have(open_clip, tmp_path: Path, capsys: pyt
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(UserError, match="need the package open_clip_torch.*pip install open_clip_torch"):
+    with pytest.raises(UserError, match="need the package open_clip_torch.*pip install 'open_clip_torch<3'"):
         import_open_clip()
-    with pytest.raises(UserError, match="pip install open_clip_torch"):
+    with pytest.raises(UserError, match="pip install 'open_clip_torch<3'"):
         locate("delta_clip_h14_336", folder=tmp_path)
     assert sum(model.by == "CLIP" for model in KNOWN.values()) == 7
