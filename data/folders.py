@@ -19,7 +19,7 @@ from data.labels import Classes, read_assignment
 from data.source import Request, Source, some
 
 _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation")}
-_HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|$))")  # . and .. are not
+_HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")  # . and .. are not; the latter is macOS's, in ZIPs
 _THREADS = 16
 
 

@@ -209,7 +209,8 @@ def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[
     if data.class_map:
         with blame("data.class_map"):
             source.relabel(classes_by_map(names, Path(data.class_map), classes), classes.names)
-    elif data.classes == "index":
+    # Numbers that the run recorded are names: they were numbered by their order then.
+    elif data.classes == "index" and (class_names is None or not classes.know(names)):
         with blame("data.classes"):
             source.relabel(classes_by_index(names, classes), classes.names)
         if 0 not in map(int, names) and len(names) < classes.count:

@@ -39,9 +39,9 @@ class Evaluation:
 
     `network` is its name in tables, `description` the network that `weights` holds, complete; `class_names` those of its outputs,
     where known; `published` the published model it is, if any; `run` what its own run says of it; `preprocessing` what images go
-    through, with their size; `classes` the numbers of the classes that the data set has; `among` those that predictions are taken
-    from, None for all of the network's; `n` the number of images; `batch_size` that of a chunk; `folder` has state and report;
-    `identity` is everything the verdicts depend on, as plain values.
+    through, with their size, and `fed` how the network gets them, in words; `classes` the numbers of the classes that the data set
+    has; `among` those that predictions are taken from, None for all of the network's; `n` the number of images; `batch_size` that
+    of a chunk; `folder` has state and report; `identity` is everything the verdicts depend on, as plain values.
     """
 
     network: str
@@ -52,6 +52,7 @@ class Evaluation:
     norm: str
     eps: float
     preprocessing: Preprocessing
+    fed: str
     run: RunFacts
     classes: tuple[int, ...]
     among: tuple[int, ...] | None
@@ -134,14 +135,14 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         beats = "; these weights validated better than their moving average" if trained.run.beats_average else ""
         own = {f"{e.preprocessing}{e.choice}": e.preprocessing for e in plan.evaluations if e.network == name}
         for text in own:
-            print(f"{name}: {text}, {_fed(trained.model)}{beats}", file=sys.stderr)
+            print(f"{name}: {text}, {fed(trained.model)}{beats}", file=sys.stderr)
         for note in trained.notes:
             seen = _seen_both_ways(trained.model, plan.images[name], next(iter(own.values())))
             print_warning(f"{name}: {note} (--model.add_normalization=1).{seen}")
     return plan
 
 
-def _fed(model: nn.Module) -> str:
+def fed(model: nn.Module) -> str:
     """What a network gets to see, in words."""
     if not has_normalizer(model):
         return "as they are, in [0, 1]"
@@ -199,6 +200,7 @@ def _plan_network(
                 norm=norm,
                 eps=eps,
                 preprocessing=used,
+                fed=fed(trained.model),
                 run=trained.run,
                 classes=classes,
                 among=among,

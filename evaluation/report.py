@@ -270,16 +270,21 @@ def write_overview(
     """
     joint = unions(evaluations, reports)
     table = results_table(evaluations, reports, joint)
+    compared = [text for report in reports if (text := comparison_text(report))]
+    told = [
+        f"{evaluation}: {text}."
+        for evaluation, report in zip(evaluations, reports)
+        for text in warnings_of(report, save_adv=save_adv)
+    ]
+    seen = dict.fromkeys(f"{e.network} sees images {e.preprocessing}, {e.fed}." for e in evaluations)
+    sentences = [*seen, *compared, *(f"Warning: {text}" for text in told)]
     with writable("eval.out", root):
         write_json(root / "summary.json", {"evaluations": reports, "unions": joint})
-        write_text(root / "table.md", table + "\n")
+        write_text(root / "table.md", "\n".join([table, "", *(f"- {text}" for text in sentences), ""]))
         draw_accuracy(root / "accuracy.png", {str(e): curve(r) for e, r in zip(evaluations, reports)})
-    print(table)
-    for evaluation, report in zip(evaluations, reports):
-        if text := comparison_text(report):
-            print(text)
-        for text in warnings_of(report, save_adv=save_adv):
-            print_warning(f"{evaluation}: {text}.")
+    print("\n".join([table, *compared]))
+    for text in told:
+        print_warning(text)
     print(f"reports: {root}")
 
 

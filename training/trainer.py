@@ -245,7 +245,7 @@ class Trainer:
             record["overfitting"] = lost
             if self.processes.is_first:
                 warn(f"{lost} The weights before are weights_best.pt.")
-        if trains and self.processes.is_first:
+        if self.processes.is_first:
             for text in self.guard.suspicions(record, images=self.validator.n_images):
                 warn(text)
         self.run_folder.log_epoch(record)

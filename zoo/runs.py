@@ -36,6 +36,7 @@ from zoo.models import build_model
 from zoo.reading import three_numbers
 
 EPOCH_FILE = re.compile(r"(weights|weights_ema)_(\d+)\.pt")  # of a run folder
+TIMM_DEFAULTS = {"input_size": [3, 224, 224], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # where it is told nothing
 HUB_FILES = (EXPORTED, "pytorch_model.bin")  # of a folder of the Hugging Face Hub
 
 
@@ -149,7 +150,7 @@ def _timm_config(path: Path) -> dict[str, Any]:
     """What timm, or an export, says in config.json of the weights beside it, with the architecture as `model.arch`; else empty."""
     content = (path.name in HUB_FILES and read_json(path.parent / "config.json")) or {}
     cfg = content.get("pretrained_cfg", content)
-    if not isinstance(cfg, dict) or "input_size" not in cfg:
+    if not isinstance(cfg, dict) or not TIMM_DEFAULTS.keys() & cfg.keys():
         return {}
     architecture = str(content.get("architecture"))
     options = {**(content.get("model_args") or {}), "global_pool": content.get("global_pool")}
@@ -158,7 +159,7 @@ def _timm_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path.parent / 'config.json'}: expected an architecture as timm builds it by itself, got the options {odd}."
         )
-    return cfg | {"architecture": TIMM_PREFIX + architecture if timm.is_model(architecture) else None}
+    return TIMM_DEFAULTS | cfg | {"architecture": TIMM_PREFIX + architecture if timm.is_model(architecture) else None}
 
 
 def _timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def _timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not arguments or not timm.is_model(name):
         return {}
     own = timm.get_pretrained_cfg(name)
-    cfg = {"input_size": [224], "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | (own.to_dict() if own is not None else {})
+    cfg = TIMM_DEFAULTS | (own.to_dict() if own is not None else {})
     given = {key: arguments.get(key) for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode", "input_size")}
     size = arguments.get("img_size")
     cfg |= {key: value for key, value in given.items() if value} | ({"input_size": [size]} if size else {})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data.datasets import open_source
 from evaluation.images import ImageList
-from evaluation.plan import _fed, _seen_both_ways
+from evaluation.plan import _seen_both_ways, fed
 from utils_architecture import normalize_model
 from zoo.description import Preprocessing
 
@@ -65,7 +65,7 @@ def test_network_that_sees_images_as_they_are_is_left_alone(images: ImageList) -
 
 
 def test_what_the_network_sees_is_said() -> None:
-    assert _fed(Brightness(0.5)) == "as they are, in [0, 1]"
-    assert _fed(normalize_model(Brightness(0.0), [0.5] * 3, [0.25] * 3)) == (
+    assert fed(Brightness(0.5)) == "as they are, in [0, 1]"
+    assert fed(normalize_model(Brightness(0.0), [0.5] * 3, [0.25] * 3)) == (
         "normalised with mean 0.5, 0.5, 0.5 and std 0.25, 0.25, 0.25"
     )

@@ -177,8 +177,9 @@ def test_report(trained, images, finished):
 
 def test_table_and_union(finished):
     out, _ = finished
-    table = (out / "table.md").read_text().splitlines()
+    table, told = (part.splitlines() for part in (out / "table.md").read_text().split("\n\n"))
     assert len(table) == 2 + 4 + 2
+    assert "weights_1 sees images 32 px, crop 1, bicubic (the run's params.json), as they are, in [0, 1]." in told[0]
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["evaluations"]) == 4 and (out / "accuracy.png").read_bytes().startswith(PNG)
     for epoch, union in zip((1, 2), summary["unions"]):

@@ -591,6 +591,18 @@ def test_normaliser_that_is_asked_for(tmp_path: Path) -> None:
         load_trained(path, NetworkDescription(mean=(0.5, 0.5, 0.5)))
 
 
+@pytest.mark.parametrize("cfg", [{"std": list(IMAGENET_STD), "input_size": [3, 64, 64]}, {"mean": list(IMAGENET_MEAN)}])
+def test_what_a_configuration_of_the_hub_leaves_out_is_timms_default(tmp_path: Path, cfg: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet10t", "pretrained_cfg": cfg}))
+    model = network()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    trained = load_trained(tmp_path, NetworkDescription())
+    assert trained.preprocessing.img_size == (64 if "input_size" in cfg else 224)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(trained.model(x), normalize_model(model)(x), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
