@@ -72,6 +72,9 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     for name, (section, _) in DESCRIPTION.items():
         value = getattr(asked, name)
         description[name] = run.get(section, {}).get(name, description.get(name)) if value is None else value
+    if asked.mean is not None and (weights.normalizer is not None or asked.add_normalization is False):
+        why = "the file holds a normaliser" if weights.normalizer is not None else "add_normalization=0 asks for none"
+        raise UserError(f"{path}: mean and std would have no effect, because {why}; leave one of them out.")
     with blame(f"what is said of {path}"):
         if weights.normalizer is None and asked.add_normalization is not False:
             weights = replace(weights, normalizer=_normalizer(_own_normalizer(asked) or of_timm))

@@ -589,6 +589,11 @@ def test_normaliser_that_is_asked_for(tmp_path: Path) -> None:
         assert torch.allclose(trained.model(x), model((x - 0.5) / 0.25), atol=1e-5)
     with pytest.raises(UserError, match="mean, std: expected both"):
         load_trained(path, NetworkDescription(mean=(0.5, 0.5, 0.5)))
+    with pytest.raises(UserError, match="mean and std would have no effect, because add_normalization=0 asks for none"):
+        load_trained(path, NetworkDescription(mean=(0.5,) * 3, std=(0.5,) * 3, add_normalization=False))
+    torch.save(normalize_model(model).state_dict(), path)
+    with pytest.raises(UserError, match="would have no effect, because the file holds a normaliser"):
+        load_trained(path, NetworkDescription(mean=(0.5,) * 3, std=(0.5,) * 3))
 
 
 @pytest.mark.parametrize("cfg", [{"std": list(IMAGENET_STD), "input_size": [3, 64, 64]}, {"mean": list(IMAGENET_MEAN)}])
