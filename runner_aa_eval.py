@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     from evaluation.workqueue import TaskFailed, prepare_workers
 
     warnings.filterwarnings("ignore", ".*torch.jit.*", FutureWarning)  # of timm, about itself
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # the same, for the workers
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # end workers on the way out
     try:
         first, rest = argv[:1], argv[1:]
