@@ -145,13 +145,19 @@ def open_images(
     Raises:
         UserError: no such data set, images or classes missing, or other classes than the network's.
     """
+    imagenet = imagenet_classes() if num_classes == CLASSES else None
+    if imagenet and class_names and _only_words(data, class_names, imagenet):
+        print_warning(
+            f"the network names its classes in words ({some(class_names)}), the folders are ImageNet's; its outputs are taken to be "
+            "in ImageNet's order (else give data.class_map)."
+        )
+        class_names = None
     listed = _listed(data, "all" if data.own_classes else ids, class_names)
-    imagenet = imagenet_classes() if class_names is None and num_classes == CLASSES else None
     source = listed or _whole(data, n_ex, Classes(num_classes, class_names or imagenet), class_names)
     found = source.num_classes
     if found > num_classes or (source.class_names is not None and found != num_classes):
         others = set(source.class_names or ()) - set(imagenet or ())
-        hint = f"; not ImageNet's are {some(sorted(others))}" if imagenet and 0 < len(others) < found else ""
+        hint = f"; not ImageNet's are {some(sorted(others))}" if imagenet and class_names is None and 0 < len(others) < found else ""
         raise UserError(
             f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {found}; class folders are numbered "
             f"by their names, so every class needs one (an empty folder will do), or give data.class_map{hint}."
@@ -161,6 +167,12 @@ def open_images(
         bits = np.random.MT19937(derive_seed("evaluation order", len(source)))
         order = np.random.RandomState(bits).permutation(len(source))  # numpy never changes RandomState's results
     return ImageList(source, order[: n_ex or len(order)].tolist(), data.num_workers, robustbench=listed is not None)
+
+
+def _only_words(data: EvalDataConfig, class_names: list[str], imagenet: list[str]) -> bool:
+    """Whether the data set's folders are ImageNet's classes, and none of the network's names is."""
+    folders = set(class_folders(data.val_dataset))
+    return bool(folders) and folders <= set(imagenet) and not set(class_names) & set(imagenet)
 
 
 def sorted_by_class(source: Source) -> bool:

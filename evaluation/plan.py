@@ -137,8 +137,10 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         for text in own:
             print(f"{name}: {text}, {fed(trained.model)}{beats}", file=sys.stderr)
         for note in trained.notes:
-            seen = _seen_both_ways(trained.model, plan.images[name], next(iter(own.values())))
-            print_warning(f"{name}: {note} (--model.add_normalization=1).{seen}")
+            print_warning(f"{name}: {note}.")
+        if not trained.sure_of_input and found.published is None:
+            if seen := _seen_both_ways(trained.model, plan.images[name], next(iter(own.values()))):
+                print_warning(f"{name}: {seen}")
     return plan
 
 
@@ -153,16 +155,18 @@ def fed(model: nn.Module) -> str:
 
 
 def _seen_both_ways(model: nn.Module, images: ImageList, used: Preprocessing) -> str:
-    """A sentence where many more of a few clean images are right behind ImageNet's normaliser than without it; else empty."""
+    """A sentence where many more of a few clean images are right without the normaliser, or behind ImageNet's; else empty."""
+    normalized = has_normalizer(model)
+    other = model.model if normalized else normalize_model(model)
     chunk = images.read(spread_indices(len(images), TRIED), used)
     with torch.no_grad():
-        without, behind = ((net(chunk.x).argmax(1) == chunk.y) for net in (model, normalize_model(model)))
-    gained, n = (behind & ~without).sum().item() - (without & ~behind).sum().item(), len(chunk.y)
-    if gained < max(CLEAR_GAP * n, 2):
+        right, better = ((net(chunk.x).argmax(1) == chunk.y).sum().item() for net in (model, other))
+    if better - right < max(CLEAR_GAP * len(chunk.y), 2):
         return ""
+    which = ("without its normaliser", "behind it") if normalized else ("behind ImageNet's normaliser", "without it")
     return (
-        f" Most likely it was: behind ImageNet's normaliser {behind.sum().item()} of {n} clean images are right, without it "
-        f"{without.sum().item()}."
+        f"of {len(chunk.y)} clean images {better} are right {which[0]}, {right} {which[1]}; most likely it was trained that way: "
+        f"--model.add_normalization={int(not normalized)}."
     )
 
 

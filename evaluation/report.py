@@ -391,10 +391,13 @@ def _warnings_of_accuracy(report: Mapping[str, Any]) -> Iterator[str]:
             f"or another image size or crop than there; here {shown}"
         )
     elif clean - chance <= NEAR_CHANCE and binomtest(round(clean * n), n, chance, "greater").pvalue > AT_CHANCE:
-        yield (
-            f"clean accuracy {percent(clean)} of {n} images is no better than guessing: most likely a missing or second normaliser "
-            f"(model.add_normalization), classes in another order, or another image size; here {shown}"
+        cause = (
+            f"most likely a missing or second normaliser (model.add_normalization), classes in another order, or another image size; "
+            f"here {shown}"
+            if before is None
+            else f"the validation of its own run found {percent(before)}"
         )
+        yield f"clean accuracy {percent(clean)} of {n} images is no better than guessing: {cause}"
     if run["norm"] == report["norm"] and abs(run["eps"] - report["eps"]) > 1e-9:
         yield f"trained for {run['norm']} {show_eps(run['eps'])}, attacked at {show_eps(report['eps'])}"
 

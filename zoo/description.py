@@ -49,6 +49,7 @@ class RunFacts:
     eps: float | None = None
     clean_acc: float | None = None
     beats_average: bool = False  # raw weights that validated better than their moving average
+    worse_than_raw: bool = False  # a moving average that did not
 
 
 ASKED_ONLY = ("weights_key", "mean", "std")  # fields of `NetworkDescription` that nothing but a user says

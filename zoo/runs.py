@@ -52,6 +52,7 @@ class TrainedModel:
     preprocessing: Preprocessing = Preprocessing()  # what its images went through in validation
     run: RunFacts = RunFacts()  # what its run says of it
     notes: tuple[str, ...] = ()  # sentences for the user
+    sure_of_input: bool = True  # whether the weights or their own run say how images are normalised, not a file beside them
 
 
 def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedModel:
@@ -75,19 +76,23 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
     if asked.mean is not None and (weights.normalizer is not None or asked.add_normalization is False):
         why = "the file holds a normaliser" if weights.normalizer is not None else "add_normalization=0 asks for none"
         raise UserError(f"{path}: mean and std would have no effect, because {why}; leave one of them out.")
+    sure = bool(weights.normalizer or (run and asked.add_normalization is None))
     with blame(f"what is said of {path}"):
         if weights.normalizer is None and asked.add_normalization is not False:
             weights = replace(weights, normalizer=_normalizer(_own_normalizer(asked) or of_timm))
     by = "the flags, or the params.json beside the file" if run else "the flags"
     found = check_description(weights, description, source=path, by=by)
     description = {name: getattr(found, name) if value is None else value for name, value in description.items()}
-    notes = ()
-    says = weights.normalizer or run or of_timm or description["arch"].startswith(ROBUSTBENCH_PREFIX)
+    facts, notes = _run_facts(path, run), ()
+    if facts.worse_than_raw:
+        notes = (f"{path}: the raw weights of the same epoch validated better than this moving average",)
+    sure = sure or description["arch"].startswith(ROBUSTBENCH_PREFIX)
+    says = weights.normalizer or sure or of_timm
     if not says and asked.add_normalization is None:
         # Many publish weights of a network that stood behind a normaliser, of which they show nothing.
-        notes = (
+        notes += (
             f"{path} holds no input normaliser, so the network gets images as they are, in [0, 1]; if it was trained behind one, "
-            "ask for it with add_normalization",
+            "ask for it with add_normalization (--model.add_normalization=1)",
         )
     # Position embeddings stay as they are: resampled to another grid they would not be the same at their own size again.
     model = build_model(**description, global_pool=found.global_pool, img_size=found.img_size)
@@ -100,10 +105,11 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         path=path,
         sha256=weights.sha256,
         description=description,
-        class_names=names if isinstance(names := run.get(PROVENANCE_KEY, {}).get("classes"), list) else None,
+        class_names=names if isinstance(names := run.get(PROVENANCE_KEY, {}).get("classes"), list) else of_timm.get("classes"),
         preprocessing=_preprocessing(run, of_timm, description["arch"], found.img_size),
-        run=_run_facts(path, run),
+        run=facts,
         notes=notes,
+        sure_of_input=sure,
     )
 
 
@@ -162,7 +168,16 @@ def _timm_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path.parent / 'config.json'}: expected an architecture as timm builds it by itself, got the options {odd}."
         )
-    return TIMM_DEFAULTS | cfg | {"architecture": TIMM_PREFIX + architecture if timm.is_model(architecture) else None}
+    names = content.get("label_names") or content.get("labels")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        names = None
+    elif content.get("num_classes") not in (None, len(names)):
+        raise UserError(
+            f"{path.parent / 'config.json'}: expected a name for each of its {content['num_classes']} classes, label_names has "
+            f"{len(names)}."
+        )
+    known = {"architecture": TIMM_PREFIX + architecture if timm.is_model(architecture) else None, "classes": names}
+    return TIMM_DEFAULTS | cfg | known
 
 
 def _timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,9 +247,13 @@ def _run_facts(path: Path, run: Mapping[str, Any]) -> RunFacts:
     adv, facts = run.get("adv", {}), RunFacts()
     if match := EPOCH_FILE.fullmatch(path.name):
         kind, number = match[1], int(match[2])
-        clean = _epoch(path.parent, number).get("ema_top1" if kind == "weights_ema" else "top1")
-        better = kind == "weights" and _average_is_worse(path.parent, number)
-        facts = RunFacts(clean_acc=clean if isinstance(clean, (int, float)) else None, beats_average=better)
+        average, worse = kind == "weights_ema", _average_is_worse(path.parent, number)
+        clean = _epoch(path.parent, number).get("ema_top1" if average else "top1")
+        facts = RunFacts(
+            clean_acc=clean if isinstance(clean, (int, float)) else None,
+            beats_average=worse and not average,
+            worse_than_raw=worse and average,
+        )
     known = isinstance(adv, dict) and adv.get("attack", "none") != "none" and isinstance(adv.get("eps"), (int, float))
     return replace(facts, norm=adv["norm"], eps=adv["eps"]) if known and "norm" in adv else facts
 

@@ -252,6 +252,14 @@ class TestOwnClasses:
         with pytest.raises(UserError, match="^model.num_classes: the head has 50 classes, data.val_dataset has 10;"):
             opened(few, num_classes=50)  # of another network
 
+    def test_names_in_words_beside_imagenets_folders(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        few = write_classes(tmp_path / "few", imagenet_classes()[7::100])
+        words = [f"word {i}" for i in range(1000)]
+        assert sorted(opened(few, num_classes=1000, class_names=words).labels) == list(range(7, 1000, 100))
+        assert "names its classes in words (word 0" in capsys.readouterr().err
+        with pytest.raises(UserError, match="classes that the training set does not have: n0"):
+            opened(few, num_classes=900, class_names=words[:900])
+
     def test_a_map_of_folders(self, copy: Path, tmp_path: Path) -> None:
         (tmp_path / "map.json").write_text('{"blue": 3, "green": "b", "grey": 3, "red": 0}')
         found = opened(copy, class_names=["a", "b", "c", "d"], class_map=tmp_path / "map.json")

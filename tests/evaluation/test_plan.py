@@ -57,11 +57,19 @@ class Flipped(Brightness):
 def test_network_that_stood_behind_a_normaliser_is_noticed(images: ImageList) -> None:
     """Normalised grey images lie around zero; as they are, all of them are bright for this network."""
     text = _seen_both_ways(Flipped(0.0), images, USED)
-    assert "behind ImageNet's normaliser 16 of 16 clean images are right, without it 8." in text
+    assert "of 16 clean images 16 are right behind ImageNet's normaliser, 8 without it" in text
+    assert "--model.add_normalization=1" in text
+
+
+def test_network_that_stood_behind_no_normaliser_is_noticed(images: ImageList) -> None:
+    text = _seen_both_ways(normalize_model(Flipped(0.45), [0.9] * 3, [0.5] * 3), images, USED)
+    assert "of 16 clean images 16 are right without its normaliser, 8 behind it" in text
+    assert "--model.add_normalization=0" in text
 
 
 def test_network_that_sees_images_as_they_are_is_left_alone(images: ImageList) -> None:
     assert _seen_both_ways(Flipped(0.45), images, USED) == ""
+    assert _seen_both_ways(normalize_model(Flipped(0.0)), images, USED) == ""
 
 
 def test_what_the_network_sees_is_said() -> None:

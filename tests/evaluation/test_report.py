@@ -138,6 +138,9 @@ def test_the_accuracy_of_guessing(clean: float, n: int, classes: int, warned: bo
     texts = list(warnings_of(report(clean_acc=clean, n=n, classes={"among": classes})))
     assert bool(texts) == warned
     assert all("is no better than guessing: most likely a missing or second normaliser" in text for text in texts)
+    run = {"norm": None, "eps": None, "clean_acc": clean}
+    texts = list(warnings_of(report(clean_acc=clean, n=n, classes={"among": classes}, run=run)))
+    assert bool(texts) == warned and all("guessing: the validation of its own run found" in text for text in texts)
 
 
 def test_far_below_the_own_run() -> None:

@@ -114,6 +114,20 @@ def test_folder_as_timm_writes_it(tmp_path, old):
     with torch.no_grad():
         assert torch.allclose(trained.model(x), network((x - 0.5) / 0.25), atol=1e-5)
     assert not load_trained(tmp_path, NetworkDescription(add_normalization=False)).description["add_normalization"]
+    assert trained.class_names is None and not trained.sure_of_input
+
+
+def test_names_of_classes_as_timm_writes_them(tmp_path):
+    """Their order is that of the outputs, not that of sorted folders."""
+    network = timm.create_model("resnet18", num_classes=3)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / EXPORTED)
+    content = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    for key in ("label_names", "labels"):
+        (tmp_path / CONFIG).write_text(json.dumps(content | {key: ["pear", "apple", "fig"]}))
+        assert load_trained(tmp_path, NetworkDescription()).class_names == ["pear", "apple", "fig"]
+    (tmp_path / CONFIG).write_text(json.dumps(content | {"label_names": ["pear", "apple"]}))
+    with pytest.raises(UserError, match="a name for each of its 3 classes, label_names has 2"):
+        load_trained(tmp_path, NetworkDescription())
 
 
 def test_upload(tmp_path, monkeypatch):
