@@ -7,6 +7,8 @@ from common.errors import UserError
 # Radius used where no eps is given, in units of pixels in [0, 1] (ImageNet threat models of the paper, Section 2).
 DEFAULT_EPS = {"Linf": 4 / 255, "L2": 2.0, "L1": 75.0}
 NORMS = tuple(DEFAULT_EPS)
+# Steps of 1/255 by which a radius that is meant lets all values change at once; those of `DEFAULT_EPS` are 4, 1.3 and 0.13.
+SMALLEST_STEP = {"Linf": 0.05, "L2": 0.05, "L1": 0.005}
 
 
 def check_radius(norm: str, eps: float, *, size: int) -> None:
@@ -22,3 +24,17 @@ def check_radius(norm: str, eps: float, *, size: int) -> None:
         raise UserError(
             f"pixels are in [0, 1], so at {size} px an {norm} radius is at most {largest:g}; got {eps:g}{hint}."
         )
+
+
+def odd_radius(norm: str, eps: float, *, size: int) -> str:
+    """A sentence where `eps` is so far from what is usual that another norm, or another unit, was likely meant; else empty."""
+    numbers = 3 * size**2
+    if norm == "Linf" and eps >= 0.5:
+        return f"with an Linf radius of {eps:g} every image can become the same grey; {eps:g}/255 may be meant"
+    step = 255 * eps / {"Linf": 1, "L2": numbers**0.5, "L1": numbers}[norm]  # by which all values can change at once
+    if step >= SMALLEST_STEP[norm]:
+        return ""
+    return (
+        f"an {norm} radius of {eps:.3g} at {size} px changes all pixels by {step:.2g}/255 at most; radii of Linf, L2 and L1 differ "
+        f"(usual for {norm}: {DEFAULT_EPS[norm]:.3g} at 224 px)"
+    )

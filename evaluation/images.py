@@ -148,8 +148,8 @@ def open_images(
     imagenet = imagenet_classes() if num_classes == CLASSES else None
     if imagenet and class_names and _only_words(data, class_names, imagenet):
         print_warning(
-            f"the network names its classes in words ({some(class_names)}), the folders are ImageNet's; its outputs are taken to be "
-            "in ImageNet's order (else give data.class_map)."
+            f"the network names its classes in words ({some(class_names)}), the folders are ImageNet's; its outputs are taken to "
+            "be in ImageNet's order (else give data.class_map)."
         )
         class_names = None
     listed = _listed(data, "all" if data.own_classes else ids, class_names)
@@ -157,7 +157,11 @@ def open_images(
     found = source.num_classes
     if found > num_classes or (source.class_names is not None and found != num_classes):
         others = set(source.class_names or ()) - set(imagenet or ())
-        hint = f"; not ImageNet's are {some(sorted(others))}" if imagenet and class_names is None and 0 < len(others) < found else ""
+        hint = (
+            f"; not ImageNet's are {some(sorted(others))}"
+            if imagenet and class_names is None and 0 < len(others) < found
+            else ""
+        )
         raise UserError(
             f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {found}; class folders are numbered "
             f"by their names, so every class needs one (an empty folder will do), or give data.class_map{hint}."

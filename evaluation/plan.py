@@ -14,21 +14,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from attacks.norms import check_radius
+from attacks.norms import check_radius, odd_radius
 from common.errors import UserError, blame
 from common.provenance import installed_version
 from data.loader import print_warning, spread_indices
 from evaluation.autoattack import check_classes, package_name
 from evaluation.config import ATTACKS, EvalAttackConfig, EvalConfig, EvalModelConfig, ModelEntry
 from evaluation.images import ImageList, open_images
-from utils_architecture import normalize_model
+from utils_architecture import IMAGENET_MEAN, IMAGENET_STD, normalize_model
 from zoo.description import Preprocessing, RunFacts
 from zoo.loading import has_normalizer
 from zoo.names import Located, locate
 from zoo.published import Published
 from zoo.runs import TrainedModel, load_trained
 
-TRIED, CLEAR_GAP = 16, 0.25  # images that are classified both with and without a normaliser; share that must change
+TRIED, CLEAR_GAP = 16, 0.25  # clean images that are classified behind other normalisers; share that must gain
+# What else images may be fed as: flags that ask for it → mean and std of the normaliser.
+READINGS = {
+    "--model.add_normalization=0": None,
+    "--model.add_normalization=1": (IMAGENET_MEAN, IMAGENET_STD),
+    "--model.mean=0.5,0.5,0.5 --model.std=0.5,0.5,0.5": ([0.5] * 3, [0.5] * 3),
+    "--model.mean=0,0,0 --model.std=0.00392157,0.00392157,0.00392157": ([0.0] * 3, [1 / 255] * 3),
+}
 # Their versions can change pixels, logits or attacks.
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -136,11 +143,12 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         own = {f"{e.preprocessing}{e.choice}": e.preprocessing for e in plan.evaluations if e.network == name}
         for text in own:
             print(f"{name}: {text}, {fed(trained.model)}{beats}", file=sys.stderr)
-        for note in trained.notes:
-            print_warning(f"{name}: {note}.")
+        radii = [(e.norm, e.eps, e.img_size) for e in plan.evaluations if e.network == name]
+        notes = [*trained.notes, *(odd_radius(norm, eps, size=size) for norm, eps, size in radii)]
         if not trained.sure_of_input and found.published is None:
-            if seen := _seen_both_ways(trained.model, plan.images[name], next(iter(own.values()))):
-                print_warning(f"{name}: {seen}")
+            notes.append(_seen_both_ways(trained.model, plan.images[name], next(iter(own.values()))))
+        for note in filter(None, notes):
+            print_warning(f"{name}: {note}.")
     return plan
 
 
@@ -155,18 +163,20 @@ def fed(model: nn.Module) -> str:
 
 
 def _seen_both_ways(model: nn.Module, images: ImageList, used: Preprocessing) -> str:
-    """A sentence where many more of a few clean images are right without the normaliser, or behind ImageNet's; else empty."""
-    normalized = has_normalizer(model)
-    other = model.model if normalized else normalize_model(model)
+    """A sentence where many more of a few clean images are right without a normaliser, or behind a usual one; else empty."""
+    bare = model.model if has_normalizer(model) else model
+    others = {flags: bare if pair is None else normalize_model(bare, *pair) for flags, pair in READINGS.items()}
     chunk = images.read(spread_indices(len(images), TRIED), used)
     with torch.no_grad():
-        right, better = ((net(chunk.x).argmax(1) == chunk.y).sum().item() for net in (model, other))
-    if better - right < max(CLEAR_GAP * len(chunk.y), 2):
+        right = {
+            flags: (net(chunk.x).argmax(1) == chunk.y).sum().item() for flags, net in {"": model, **others}.items()
+        }
+    flags = max(others, key=right.__getitem__)
+    if right[flags] - right[""] < max(CLEAR_GAP * len(chunk.y), 2):
         return ""
-    which = ("without its normaliser", "behind it") if normalized else ("behind ImageNet's normaliser", "without it")
     return (
-        f"of {len(chunk.y)} clean images {better} are right {which[0]}, {right} {which[1]}; most likely it was trained that way: "
-        f"--model.add_normalization={int(not normalized)}."
+        f"of {len(chunk.y)} clean images {right['']} are right {fed(model)}, and {right[flags]} {fed(others[flags])}; the network "
+        f"was most likely trained that way: {flags}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from attacks.norms import odd_radius
 from training.config import TrainConfig
 from training.idle import idle_flags
 
@@ -26,6 +27,9 @@ def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps
             f"adv.attack is none, so this run trains on clean images although it is given {', '.join(unattacked)}; adversarial "
             "training takes --adv.attack=apgd, and --adv.attack=none says that none is meant"
         )
+    adv = config.adv
+    if adv.attack != "none" and (odd := odd_radius(adv.norm, adv.eps, size=config.resolution.max_res)):
+        notes.append(f"adv.eps: {odd}")
     notes += [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & given)]
     if "training.precision" not in given:
         if precision != config.on(device_type).training.precision:

@@ -70,6 +70,7 @@ def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct
     return {
         "architecture": timm_name(description) or description["arch"],
         "num_classes": description["num_classes"],
+        **({"label_names": trained.class_names} if trained.class_names else {}),
         "pretrained_cfg": {
             "input_size": [3, img_size, img_size],
             "fixed_input_size": False,

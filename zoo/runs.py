@@ -52,7 +52,9 @@ class TrainedModel:
     preprocessing: Preprocessing = Preprocessing()  # what its images went through in validation
     run: RunFacts = RunFacts()  # what its run says of it
     notes: tuple[str, ...] = ()  # sentences for the user
-    sure_of_input: bool = True  # whether the weights or their own run say how images are normalised, not a file beside them
+    sure_of_input: bool = (
+        True  # whether the weights or their own run say how images are normalised, not a file beside them
+    )
 
 
 def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedModel:
@@ -105,7 +107,9 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         path=path,
         sha256=weights.sha256,
         description=description,
-        class_names=names if isinstance(names := run.get(PROVENANCE_KEY, {}).get("classes"), list) else of_timm.get("classes"),
+        class_names=names
+        if isinstance(names := run.get(PROVENANCE_KEY, {}).get("classes"), list)
+        else of_timm.get("classes"),
         preprocessing=_preprocessing(run, of_timm, description["arch"], found.img_size),
         run=facts,
         notes=notes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attacks.norms import DEFAULT_EPS, odd_radius
 from attacks.threat_models import THREAT_MODELS, get_threat_model
 
 
@@ -101,3 +102,19 @@ def test_large_images_in_float32_stay_in_the_ball(norm):
     projected = get_threat_model(norm).project(x_new, x, eps)
     length = get_threat_model(norm).norm(projected.double() - x.double())
     assert (length <= eps * (1 + 2e-5)).all() and (length >= eps * 0.85).all()
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "size", "odd"),
+    [
+        *((norm, eps, 224, "") for norm, eps in DEFAULT_EPS.items()),
+        *((norm, eps, 32, "") for norm, eps in (("Linf", 8 / 255), ("L2", 0.5), ("L1", 12))),
+        ("Linf", 0.3, 28, ""),
+        ("Linf", 1, 224, "1/255 may be meant"),
+        ("Linf", 4 / 255**2, 224, "0.016/255 at most"),
+        ("L2", 4 / 255, 224, "0.01/255 at most; radii of Linf, L2 and L1 differ (usual for L2: 2 at 224 px)"),
+        ("L1", 2, 224, "0.0034/255 at most"),
+    ],
+)
+def test_radius_of_another_norm_or_unit(norm, eps, size, odd):
+    assert odd in odd_radius(norm, eps, size=size) and bool(odd) == bool(odd_radius(norm, eps, size=size))

@@ -21,6 +21,10 @@ def test_nothing_is_said_of_flags_that_go_together():
     assert notes() == notes("--adv.attack=apgd", "--adv.eps=0.1", "--model.model_ema=1") == []
 
 
+def test_radius_of_another_norm():
+    assert "an L2 radius of 0.0157 at 160 px" in notes("--adv.attack=apgd", "--adv.norm=L2", "--adv.eps=4/255")[0]
+
+
 def test_an_attack_that_was_forgotten():
     (note,) = notes("--adv.eps=0.1", "--adv.n_iter=5")
     assert note == (

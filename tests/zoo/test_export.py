@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -47,7 +48,7 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_timm_loads_its_own_architectures(tmp_path, hub, normalized):
-    trained = saved(tmp_path, normalized=normalized)
+    trained = replace(saved(tmp_path, normalized=normalized), class_names=list("edcba"))
     export(trained, tmp_path / "out", img_size=64)
     hub(tmp_path / "out")
     theirs = timm.create_model("hf-hub:me/model", pretrained=True).eval()
@@ -56,6 +57,7 @@ def test_timm_loads_its_own_architectures(tmp_path, hub, normalized):
     with torch.no_grad():
         assert torch.allclose(theirs((x - mean) / std), trained.model(x), atol=1e-5)
     assert theirs.pretrained_cfg["input_size"] == [3, 64, 64] and theirs.num_classes == 5
+    assert theirs.pretrained_cfg["label_names"] == list("edcba")
 
 
 @pytest.mark.parametrize(
