@@ -223,7 +223,9 @@ def _open_tar(path: Path, request: Request) -> Source:
                 raise tarfile.ReadError(f"at byte {tar.offset}, there is neither a header nor the mark of the end")
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a complete, uncompressed tar file ({error}).") from error
-    images = [file for file in _tar_files(members, request) if _is_image(file[0])]
+    images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]
+    shared = os.path.commonprefix([name for name, _, _ in images]).rfind("/") + 1  # the folder of all may be a hidden one
+    images = [file for file in images if not hidden(file[0][shared:])]
     folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
     # A tar made from outside a data set's folder has that folder's name in front of everything.
     splits = {name for names in _SPLIT_FOLDERS.values() for name in names}

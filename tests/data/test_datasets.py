@@ -88,6 +88,10 @@ class TestFolder:
         source = opened(pack(tmp_path / "set.tar", root) if packed else root)
         keys = [source.key(i).removeprefix("./") for i in range(len(source))]
         assert keys == ["a/000.png", "a/001.png", "b/000.png"] and source.class_names == ["a", "b"]
+        if packed:  # in a hidden folder
+            with tarfile.open(tmp_path / "other.tar", "w") as tar:
+                tar.add(root, arcname=".cache/set")
+            assert len(opened(tmp_path / "other.tar")) == 3
 
     def test_names_that_are_not_ascii(self, tmp_path: Path) -> None:
         write_folder(tmp_path, {"Käse": 1})
