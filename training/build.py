@@ -188,10 +188,11 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
                 raise UserError(
                     f"{error} Its head alone is another one: --model.new_head=1 starts with a new one."
                 ) from error
+    factor, frozen = config.lr.body_factor, []
     if m.freeze_some:
-        freeze_parameters(model, early=m.early)
-    factor = config.lr.body_factor
-    frozen = freeze_body(model, head()) if factor == 0 else []
+        frozen = freeze_parameters(model, early=m.early)
+    elif factor == 0:
+        frozen = freeze_body(model, head())
     if asked_for(training.trim_last_block, processes.device) and not training.eval_only:
         trim_last_block(model)
     if training.grad_checkpointing:

@@ -36,7 +36,11 @@ def idle_flags(config: Any) -> dict[str, str]:
         ("training.label_smoothing", augmentations == 1, "mixup (data.augmentations=1)"),
         ("model.ema_decay model.ema_warmup", m.model_ema, "model.model_ema=1"),
         ("model.early", m.freeze_some, "model.freeze_some=1"),
-        ("model.drop_path", lr.body_factor > 0, "lr.body_factor above 0"),
+        (
+            "model.drop_path",
+            lr.body_factor > 0 and not (m.freeze_some and m.early),
+            "a trained body (lr.body_factor above 0, without model.freeze_some=1 or with model.early=0)",
+        ),
         ("data.min_scale data.flip", augmentations != 2, "data.augmentations=0 or 1"),
         ("resolution.start_ramp resolution.end_ramp", ramp, "resolution.min_res below resolution.max_res"),
     ]

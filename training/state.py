@@ -24,7 +24,8 @@ class TrainState:
         attacked: the same network as the attack calls it; `model` itself unless it is compiled.
         optimizer, scaler: of torch; the scaler is disabled unless training runs in float16.
         ema: None without `model.model_ema`.
-        frozen: modules that stay in eval mode while the network trains: those of a body that is not trained.
+        frozen: modules that stay in eval mode while the network trains: those of which nothing is trained.
+        first_weights: file, key in it and SHA-256 of the weights that training starts from (`model.ckpt_path`); None without.
         step: optimiser steps done, skipped ones included.
         reuses_forward: whether the last evaluation of the attack is the forward pass of training (`training.step.training_loss`).
         statistics: running means and variances of batch normalisation, which a forward pass changes.

@@ -12,10 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import UserError
 
 
-def freeze_parameters(model: nn.Module, *, early: bool) -> list[str]:
-    """Freeze all parameters but the stem's (`early`), or only the stem's (not `early`); returns the frozen names.
+def freeze_parameters(model: nn.Module, *, early: bool) -> list[nn.Module]:
+    """Freeze all parameters but the stem's (`early`), or only the stem's (not `early`).
 
     The stem's parameters are those whose name contains `stem`. `requires_grad` is set on every parameter.
+
+    Returns:
+        The outermost modules that have parameters, all of them frozen. They belong into eval mode: in training mode batch
+        normalisation (of a RegNet; a ConvStem has none) would move its statistics, and blocks be left out (`model.drop_path`).
 
     Raises:
         UserError: no name contains `stem` (a ViT with PatchStem, a ResNet), or nothing would be left to train.
@@ -30,9 +34,8 @@ def freeze_parameters(model: nn.Module, *, early: bool) -> list[str]:
         raise UserError(
             "model.freeze_some: with --model.early=0 every parameter is frozen and nothing would be trained."
         )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(in_stem[name] == early)
-    return [name for name, belongs in in_stem.items() if belongs != early]
+    frozen = _freeze_all_but(model, {name for name, belongs in in_stem.items() if belongs == early})
+    return [module for module in frozen if next(module.parameters(), None) is not None]
 
 
 def head_names(model: nn.Module, other: nn.Module) -> set[str]:
@@ -43,9 +46,13 @@ def head_names(model: nn.Module, other: nn.Module) -> set[str]:
 
 def freeze_body(model: nn.Module, head: Set[str]) -> list[nn.Module]:
     """Freeze all parameters but those named in `head`; returns the outermost modules that hold none of these."""
+    return _freeze_all_but(model, head)
+
+
+def _freeze_all_but(model: nn.Module, trained: Set[str]) -> list[nn.Module]:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in head)
-    holders = {name[:end] for name in head for end in (0, *(i for i, c in enumerate(name) if c == "."))}
+        parameter.requires_grad_(name in trained)
+    holders = {name[:end] for name in trained for end in (0, *(i for i, c in enumerate(name) if c == "."))}
     return [
         module for name, module in model.named_modules() if name not in holders and name.rpartition(".")[0] in holders
     ]

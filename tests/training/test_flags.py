@@ -16,6 +16,7 @@ import training.validation
 from common.flags import sections_of
 from tests.training.helpers import Outcome, base_flags, run, write_images
 from training.config import TrainConfig
+from utils_architecture import get_new_model
 
 APGD = {"adv.attack": "apgd", "adv.eps": "8/255"}
 FGSM = {"adv.attack": "fgsm", "adv.eps": "8/255"}
@@ -206,6 +207,17 @@ def test_freeze_some_and_early(images, tmp_path):
     assert changed[0, 1] == set(start)
     assert changed[1, 1] == stem
     assert changed[1, 0] == set(start) - stem
+
+
+@pytest.mark.parametrize("early", [1, 0])
+def test_statistics_of_what_is_frozen_stay(images, tmp_path, early):
+    """A RegNet has batch normalisation in stem and body."""
+    flags = base_flags(images, tmp_path) | {"model.arch": "timm_regnetx_002", "lr.lr_schedule_type": "step"}
+    flags |= {"model.freeze_some": 1, "model.early": early}
+    start = get_new_model("timm_regnetx_002", num_classes=4).state_dict()
+    trained = run(flags).weights
+    moved = {name for name in start if "running" in name and not torch.equal(trained[name], start[name])}
+    assert moved and {"stem" in name for name in moved} == {bool(early)}
 
 
 def test_train_and_val_dataset(images, tmp_path, baseline):

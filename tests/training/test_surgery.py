@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from timm.layers import DropPath
 
 from common.errors import UserError
 from training.surgery import freeze_parameters
@@ -14,13 +15,18 @@ MICRO = ["convnext_micro", "convnext_iso_micro", "vit_micro"]
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("name", MICRO)
 def test_freeze_parameters(name: str, early: bool) -> None:
-    model = normalize_model(get_new_model(name, not_original=True, num_classes=10))
+    model = normalize_model(get_new_model(name, not_original=True, num_classes=10, drop_path=0.3))
     stem_names = {name for name, _ in model.named_parameters() if "stem." in name}
-    frozen = freeze_parameters(model, early=early)
+    modules = {module for frozen in freeze_parameters(model, early=early) for module in frozen.modules()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert (trained if early else set(frozen)) == stem_names != set()
-    assert trained | set(frozen) == {name for name, _ in model.named_parameters()}
-    assert not trained & set(frozen)
+    others = {name for name, _ in model.named_parameters()} - trained
+    assert (trained if early else others) == stem_names != set()
+    for name, module in model.named_modules():
+        inside = {path for path, _ in model.named_parameters() if path.startswith(f"{name}." if name else "")}
+        if inside:
+            assert (module in modules) == (not inside & trained), name
+        elif isinstance(module, DropPath):  # of the body
+            assert (module in modules) == early
 
 
 @pytest.mark.parametrize("early", [True, False])

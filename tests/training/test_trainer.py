@@ -28,6 +28,7 @@ from data.datasets import open_source
 from data.loader import EvalLoader, spread_indices
 from tests.training.helpers import base_flags, largest_difference, read_outcome, run, write_images
 from training.config import TrainConfig
+from training.idle import idle_flags
 from training.launch import launch
 from training.status import read_status
 from training.stop import STOPPED
@@ -339,6 +340,15 @@ def test_check_finds_what_would_stop_the_run(images, tmp_path, capsys, change, w
     assert status == (2 if word else 0)
     assert not word or word in capsys.readouterr().err
     assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_drop_path_of_a_frozen_body_is_idle():
+    def idle(*flags):
+        given = ["--data.train_dataset=images", "--data.val_dataset=images", "--model.drop_path=0.1", *flags]
+        return "model.drop_path" in idle_flags(load_config(TrainConfig, given))
+
+    assert idle("--model.freeze_some=1") and idle("--lr.body_factor=0")
+    assert not idle() and not idle("--model.freeze_some=1", "--model.early=0")
 
 
 def test_help_names_the_switches_and_the_flags(capsys):
