@@ -70,6 +70,12 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def rendezvous(self) -> str | None:
+        """Where the processes met, `address:port`; None where there is only this one."""
+        store = self._bare_store()
+        return f"{store.host}:{store.port}" if isinstance(store, dist.TCPStore) else None
+
     def sum(self, value: Tensor) -> Tensor:
         """All-reduce `value` in place; every process receives the sum."""
         if self.world_size > 1:
@@ -182,13 +188,17 @@ class Processes:
 
     def _connect_again(self) -> dist.Store:
         """The store through a connection of its own, as the first one may be what hangs."""
-        shared = self.store
-        while isinstance(shared, dist.PrefixStore):
-            shared = shared.underlying_store
+        shared = self._bare_store()
         if isinstance(shared, dist.TCPStore):
             shared = connect_store(shared.host, shared.port, timedelta(seconds=ANSWER_SECONDS))
         # torchrun keeps one store for all its restarts.
         return dist.PrefixStore(f"lost/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+
+    def _bare_store(self) -> dist.Store:
+        store = self.store
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        return store
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes; the model itself where there is only one."""

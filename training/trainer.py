@@ -390,14 +390,13 @@ class Trainer:
         }
 
     def _provenance(self) -> dict[str, Any]:
-        rendezvous = f"{self.config.dist.address}:{self.config.dist.port}" if self.processes.world_size > 1 else None
         return provenance() | {
             "given": sorted(self.config.given),
             "origin": self.origin,
             "folder": self.start.folder.name,
             **self.data_facts,
             "processes": self.processes.world_size,
-            "rendezvous": rendezvous,
+            "rendezvous": self.processes.rendezvous,
             "global_batch": self.images_per_step,
             "steps_per_epoch": self.loader.steps_per_epoch,
             "parameters": sum(p.numel() for p in self.state.model.parameters()),

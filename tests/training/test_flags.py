@@ -315,7 +315,7 @@ def test_distributed_world_size_address_and_port(images, tmp_path, capfd):
     outcome = run(two)
     assert (processes(alone), processes(outcome)) == (1, 2)
     assert outcome.params["provenance"]["global_batch"] == 16
-    assert rendezvous(outcome) == f"localhost:{two['dist.port']}"
+    assert rendezvous(alone) is None and rendezvous(outcome).endswith(f":{two['dist.port']}")
     # Address and port are where the first process listens: on an address of another machine it cannot.
     assert run(two | {"dist.address": "192.0.2.1", "dist.port": free_port()}).status == 2
     with socket.socket() as taken:
@@ -324,6 +324,12 @@ def test_distributed_world_size_address_and_port(images, tmp_path, capfd):
         assert run(two | {"dist.address": "127.0.0.1", "dist.port": taken.getsockname()[1]}).status == 2
     errors = capfd.readouterr().err
     assert errors.count("error: dist.address, dist.port") == 2
+
+
+def test_the_port_that_was_free_is_kept(images, tmp_path):
+    two = base_flags(images, tmp_path) | {"training.distributed": 1, "dist.world_size": 2}
+    host, _, port = rendezvous(run(two)).rpartition(":")
+    assert host in ("127.0.0.1", "::1") and int(port) > 0
 
 
 def test_distributed_without_processes_is_one_process(images, tmp_path):
