@@ -174,12 +174,14 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
                 f"{m.arch} ({error})"
             ) from error
 
+    first_weights = None
     if initial and m.ckpt_path:
         with blame("model.ckpt_path"):
             name, kind = split_kind(m.ckpt_path)
             # A published model is downloaded by the first process of each machine, while the others wait.
             path = Path(processes.once_here("weights", lambda: str(locate(name, kind=kind).path)))
             weights = read_weights(path)
+            first_weights = {"file": str(path), "key": weights.key, "sha256": weights.sha256}
             try:
                 load_weights(model, weights, source=path, keep=head() if m.new_head else ())
             except UserError as error:
@@ -207,6 +209,7 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
         scaler=torch.amp.GradScaler(processes.device.type, enabled=training.precision == "fp16"),
         ema=EMA(model, decay=m.ema_decay, warmup=m.ema_warmup) if m.model_ema else None,
         frozen=frozen,
+        first_weights=first_weights,
     )
 
 

@@ -36,6 +36,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: EMA | None
     frozen: Sequence[nn.Module] = ()
+    first_weights: Mapping[str, str] | None = None
     step: int = 0
     parallel: nn.Module = field(init=False)
     attacked: nn.Module = field(init=False)

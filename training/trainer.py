@@ -395,6 +395,7 @@ class Trainer:
             "origin": self.origin,
             "folder": self.start.folder.name,
             **self.data_facts,
+            "first_weights": self.state.first_weights,
             "processes": self.processes.world_size,
             "rendezvous": self.processes.rendezvous,
             "global_batch": self.images_per_step,
@@ -417,6 +418,10 @@ class Trainer:
             aside = f"; goes on after step {self.state.step} from {self.start.source}"
         elif self.run_folder.set_aside:
             aside = f"; the earlier run of this name is now {self.run_folder.set_aside}"
+        if first := self.state.first_weights:
+            aside += (
+                f"; starts from {first['file']}{first['key'] and ', ' + first['key']}, sha256 {first['sha256'][:12]}"
+            )
         return (
             f"{self.run_folder.path.name}: {model.arch}{' with ConvStem' if model.not_original else ''}, {attack}, "
             f"{self.loader.steps_per_epoch} steps an epoch of {self.images_per_step} images on "

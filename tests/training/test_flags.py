@@ -13,6 +13,7 @@ import torch
 
 import training.trainer
 import training.validation
+from common.files import sha256
 from common.flags import sections_of
 from tests.training.helpers import Outcome, base_flags, run, write_images
 from training.config import TrainConfig
@@ -187,12 +188,17 @@ def test_notes_are_kept(images, tmp_path):
     assert b"a note" in events
 
 
-def test_ckpt_path_starts_from_the_weights(images, tmp_path, baseline):
+def test_ckpt_path_starts_from_the_weights(images, tmp_path, baseline, capsys):
     flags = base_flags(images, tmp_path)
     first = baseline()
     path = first.folder / "weights_1.pt"
     validated = run(flags | {"model.ckpt_path": path, "training.eval_only": 1})
     assert validated.epochs[0]["loss"] == pytest.approx(first.epochs[-1]["loss"], rel=1e-6)
+    digest = sha256(path)
+    assert f"; starts from {path}, sha256 {digest[:12]}\n" in capsys.readouterr().out
+    assert validated.params["provenance"]["first_weights"] == {"file": str(path), "key": "", "sha256": digest}
+    run(flags | {"model.ckpt_path": first.folder, "training.eval_only": 1})
+    assert f"; starts from {path}, sha256 {digest[:12]}\n" in capsys.readouterr().out
     assert run(flags | {"training.eval_only": 1, "data.seed": 3}).epochs[0]["loss"] != validated.epochs[0]["loss"]
 
 
