@@ -172,7 +172,8 @@ class Checkpointer:
         if self._patience is not None and 2 * seconds > self._patience:  # a stop may find another one being written
             warn(
                 f"a training state takes {seconds:.2g} s to save, and torchrun kills {self._patience:g} s after SIGTERM: start "
-                f"it with {PATIENCE_VARIABLE}={math.ceil(4 * seconds)}, or stop the run by its file `stop`."
+                f"it with {PATIENCE_VARIABLE}={math.ceil(4 * seconds)}, which PyTorch 2.6 does not know, or stop the run by its "
+                "file `stop`."
             )
             self._patience = None
 

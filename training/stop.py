@@ -41,7 +41,10 @@ def end_of_job(margin_minutes: float) -> float | None:
 
 def patience_of_torchrun() -> float:
     """Seconds that torchrun gives its processes after SIGTERM."""
-    return float(os.environ.get(PATIENCE_VARIABLE, 30))
+    from torch.distributed.launcher.api import LaunchConfig
+
+    asked = os.environ.get(PATIENCE_VARIABLE, 30) if "shutdown_timeout" in LaunchConfig.__annotations__ else 30
+    return float(asked)
 
 
 class StopRequest:

@@ -31,7 +31,7 @@ from training.resume import STATE_FORMAT, STOP_FILE, Start, accumulation, check_
 from training.run_folder import NoRunFolder, RunFolder
 from training.schedule import eps_at, lr_at, resolution_at_epoch
 from training.step import train_step
-from training.stop import StopRequest, end_of_job, patience_of_torchrun
+from training.stop import PATIENCE_VARIABLE, StopRequest, end_of_job, patience_of_torchrun
 from training.validation import PREFIX, Validator
 
 
@@ -296,6 +296,10 @@ class Trainer:
         reason = self.stop_request.here() or "another process was asked to stop"
         if self.config.training.eval_only:
             raise Stopped(f"{reason}: nothing was validated")
+        limit = ""
+        if self.processes.from_launcher:
+            limit = f"; torchrun kills its processes {patience_of_torchrun():g} s after SIGTERM ({PATIENCE_VARIABLE})"
+        self.say(f"{reason}: saving the state of step {self.state.step}{limit}")
         self.save_state(wait=True)
         # torchrun ends all when one has ended; so none ends before everything is saved.
         self.processes.wait()

@@ -410,11 +410,12 @@ def test_without_any_whole_state_nothing_is_started(many, tmp_path, at_step, cap
 # --- asked to stop --------------------------------------------------------------------------------------------------------
 
 
-def test_the_stop_file(many, undisturbed, tmp_path, at_step, monkeypatch):
+def test_the_stop_file(many, undisturbed, tmp_path, at_step, monkeypatch, capsys):
     monkeypatch.setattr("training.stop.STOP_FILE_SECONDS", 0)
     flags = base_flags(many, tmp_path) | RANDOM
     at_step({4: lambda *_: (folder_of(flags) / "stop").touch()})
     training_log = stopped(flags)
+    assert f"the file {training_log / 'stop'}: saving the state of step " in capsys.readouterr().out
     status = read_status(training_log)
     assert status["status"] == "stopped" and 4 <= status["step"] < 10 and not (training_log / "stop").exists()
     assert_same(run(flags), undisturbed)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 
 from common.processes import Processes
 from training import stop
@@ -62,6 +63,13 @@ def test_under_torchrun_sigusr1_is_left_alone(monkeypatch):
     with request(two()[0]):
         assert signal.getsignal(signal.SIGUSR1) == before
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+
+
+def test_patience_of_a_torchrun_that_cannot_be_asked_for_more(monkeypatch):
+    monkeypatch.setenv(stop.PATIENCE_VARIABLE, "300")
+    for known, seconds in (({"shutdown_timeout": int}, 300), ({}, 30)):
+        monkeypatch.setattr(LaunchConfig, "__annotations__", known)
+        assert stop.patience_of_torchrun() == seconds
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
