@@ -92,9 +92,20 @@ def run_process(config: TrainConfig, processes: Processes) -> None:
         if not start.finished:
             train_from(start, config, processes)
         elif processes.is_first:
-            print(f"{start.folder} is finished; --training.resume=none trains it from scratch.")
+            tell_finished(start, config)
     finally:
         start.release()
+
+
+def tell_finished(start: Start, config: TrainConfig) -> None:
+    """Say that the run has come to its end, and what that may hide from the user."""
+    from training.advice import forgotten_attack
+    from training.console import warn
+
+    began = start.origin and f", which began at {start.origin},"
+    print(f"{start.folder}{began} is finished; --training.resume=none trains it from scratch.")
+    if note := forgotten_attack(config):
+        warn(note)
 
 
 def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
@@ -126,19 +137,21 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
 
 def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
     """Raise a UserError with the problems that are `known` and with those that starting this run would meet: data folders,
-    classes, architecture, weights, the state that `training.resume` names, processes.
+    classes, architecture, weights, the state it goes on from, processes. Where there are none, print the notes of its start.
     """
     import torch
 
     from common.files import writable
     from common.processes import Processes, check_processes, check_rendezvous, under_torchrun
+    from training.advice import notes_for
     from training.build import MODEL_FLAGS, build_parts
-    from training.resume import find_start
+    from training.console import warn
+    from training.resume import accumulation, find_start
     from utils_architecture import check_pretrained
     from zoo.names import split_kind
     from zoo.published import find_published
 
-    problems, world_size = Problems(), 1
+    problems, world_size, accum = Problems(), 1, config.training.grad_accum
     with problems.caught():
         with blame("dist.world_size"):
             world_size = check_processes(config.dist.world_size)
@@ -148,9 +161,10 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
     if config.model.pretrained and not config.model.ckpt_path:
         with problems.caught(), blame_arguments(MODEL_FLAGS):
             check_pretrained(config.model.arch)
-    if config.training.resume not in ("auto", "none"):
-        with problems.caught():
-            find_start(config, find_folder(config)[0])
+    with problems.caught():
+        start = find_start(config, *find_folder(config))
+        if start.state is not None and not start.finished:
+            accum = accumulation(start.hand_over(), config, world_size)
     # Nothing is loaded into memory and nothing downloaded for a check.
     weights = config.model.ckpt_path
     published = not Path(weights).exists() and find_published(split_kind(weights)[0]) is not None
@@ -160,12 +174,19 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if published else weights),
     )
     with problems.caught():
-        build_parts(quick, Processes(rank=0, world_size=world_size, device=torch.device("cpu")))
+        processes = Processes(rank=0, world_size=world_size, device=torch.device("cpu"))
+        loader = build_parts(quick, processes, accum=accum).loader
     told = {problem.split(":")[0] for problem in known}
     problems.found = [*known, *(problem for problem in problems.found if problem.split(":")[0] not in told)]
     problems.report()
     with writable("logging.folder", folder := Path(config.logging.folder)):
         folder.mkdir(parents=True, exist_ok=True)
+    if start.finished:
+        return tell_finished(start, config)
+    batch, steps = config.training.batch_size * accum * world_size, config.training.epochs * loader.steps_per_epoch
+    # What becomes of the precision depends on the device, which may be another one than here.
+    for note in [*start.notes, *notes_for(config, "cuda", global_batch=batch, steps=steps)]:
+        warn(note)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,9 @@ def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps
     """
     idle, given, precision = idle_flags(config), set(config.given), config.training.precision
     notes = []
-    if unattacked := _without_attack(config):
-        given -= set(unattacked)
-        notes.append(
-            f"adv.attack is none, so this run trains on clean images although it is given {', '.join(unattacked)}; adversarial "
-            "training takes --adv.attack=apgd, and --adv.attack=none says that none is meant"
-        )
+    if forgotten := forgotten_attack(config):
+        given = {name for name in given if not name.startswith("adv.")}
+        notes.append(forgotten)
     adv = config.adv
     if adv.attack != "none" and (odd := odd_radius(adv.norm, adv.eps, size=config.resolution.max_res)):
         notes.append(f"adv.eps: {odd}")
@@ -38,14 +35,22 @@ def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps
             notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
     if not config.training.eval_only:
         notes += [*_on_batch(config, global_batch), *_on_average(config, steps)]
+        if config.adv.attack != "none" and not config.validation.adv_n_ex:
+            notes.append(
+                "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"
+            )
     return notes
 
 
-def _without_attack(config: TrainConfig) -> list[str]:
-    """Flags of an attack that were given where none was chosen, nor declined."""
-    if config.adv.attack != "none" or "adv.attack" in config.given or config.training.eval_only:
-        return []
-    return sorted(name for name in config.given if name.startswith("adv."))
+def forgotten_attack(config: TrainConfig) -> str | None:
+    """A sentence where flags of an attack were given, and none was chosen, nor declined."""
+    given = sorted(name for name in config.given if name.startswith("adv."))
+    if not given or config.adv.attack != "none" or "adv.attack" in given or config.training.eval_only:
+        return None
+    return (
+        f"adv.attack is none, so this run trains on clean images although it is given {', '.join(given)}; adversarial "
+        "training takes --adv.attack=apgd, and --adv.attack=none says that none is meant"
+    )
 
 
 def _on_batch(config: TrainConfig, global_batch: int) -> list[str]:

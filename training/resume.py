@@ -41,15 +41,17 @@ class Start:
         source: the file it comes from.
         own: it is this run's own, whose folder goes on.
         finished: the run has come to its end already; there is nothing to do.
+        origin: what the run began at, where that is another run's state (`training.resume` then); empty where it began anew.
         notes: sentences for the user.
         lock: keeps other runs out of the run folder, where there is one; on the first process.
-        folder: the run's folder; on the first process.
+        folder: the run's folder; on the first process, as are `origin` and `notes`.
     """
 
     state: dict[str, Any] | None = None
     source: Path | None = None
     own: bool = False
     finished: bool = False
+    origin: str = ""
     notes: list[str] = field(default_factory=list)
     lock: BinaryIO | None = None
     folder: Path | None = None
@@ -94,29 +96,35 @@ def _take(config: TrainConfig) -> Start:
             lock = take_folder(folder, patience=PATIENCE)
             (folder / STOP_FILE).unlink(missing_ok=True)  # meant for a run before this one
     try:
-        start = find_start(config, folder)
+        start = find_start(config, folder, note)
     except UserError as error:
         if lock is not None:
             if config.training.resume == "auto" and not is_finished(folder):
                 mark_status(folder, "failed", str(error))
             lock.close()
         raise
-    start.folder, start.lock = folder, lock
-    if not start.finished:
-        start.notes[:0] = [note] if note else []
-        if start.state is None and config.training.resume == "auto" and not config.training.eval_only:
-            start.notes += _how_to_extend(config)
-        if start.own:
-            mark_status(folder, "running")
+    start.lock = lock
+    if start.own and not start.finished:
+        mark_status(folder, "running")
     return start
 
 
-def find_start(config: TrainConfig, folder: Path) -> Start:
-    """What `training.resume` means for the run whose folder is `folder`; only reads.
+def find_start(config: TrainConfig, folder: Path, note: str) -> Start:
+    """What `training.resume` means for the run whose folder `find_folder` found, with a sentence on it; only reads.
 
     Raises:
         UserError: no state where one was asked for, none that is whole, or flags that alter the numbers have changed.
     """
+    start = _find_start(config, folder)
+    start.folder = folder
+    if not start.finished:
+        start.notes[:0] = [note] if note else []
+        if start.state is None and config.training.resume == "auto" and not config.training.eval_only:
+            start.notes += _how_to_extend(config)
+    return start
+
+
+def _find_start(config: TrainConfig, folder: Path) -> Start:
     asked = config.training.resume
     if asked == "none" or config.training.eval_only:
         return Start()
@@ -143,7 +151,8 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
         notes.append(_learning_rates(config, state["step"] / state["run"]["steps_per_epoch"], epochs))
     own = folder.exists() and source.parent.resolve() == folder.resolve()
     _check_epochs(state, source, config, own=own)
-    return Start(state, source, own, own and is_finished(folder), notes)
+    origin = state["run"]["origin"] if own else asked.rstrip("/")
+    return Start(state, source, own, own and is_finished(folder), origin, notes)
 
 
 def _how_to_extend(config: TrainConfig) -> list[str]:
@@ -176,11 +185,7 @@ def _check_epochs(state: Mapping[str, Any], source: Path, config: TrainConfig, *
 
 def _own_start(config: TrainConfig, folder: Path) -> Start:
     if is_finished(folder):
-        if changed := _changed_since_finished(folder, config):
-            return Start(
-                notes=[f"{folder} is finished with other flags ({'; '.join(changed)}), so this run starts anew"]
-            )
-        return Start(own=True, finished=True)
+        return _finished_start(config, folder)
     found = _newest(folder)
     if found is None:
         return Start()
@@ -189,23 +194,27 @@ def _own_start(config: TrainConfig, folder: Path) -> Start:
     if changed and not config.training.resume_force:
         return Start(notes=[*notes, f"{source} is of other flags ({'; '.join(changed)}), so this run starts anew"])
     _check_epochs(state, source, config, own=True)
-    return Start(state, source, True, False, notes)
+    return Start(state, source, True, False, state["run"]["origin"], notes)
 
 
-def _changed_since_finished(folder: Path, config: TrainConfig) -> list[str]:
-    """Flags that alter the numbers, and with which the finished run was not trained.
+def _finished_start(config: TrainConfig, folder: Path) -> Start:
+    """Where the run of the folder is finished: nothing to do, unless that was with other flags that alter the numbers.
 
     Raises:
         UserError: it was finished on other images than those of `data.train_dataset`, which are opened if that has changed.
     """
+    finished = Start(own=True, finished=True)
     try:
         params = json.loads((folder / "params.json").read_text())
         before, provenance = params["data"]["train_dataset"], params[PROVENANCE_KEY]
         changed = changed_flags(params, config, global_batch=provenance["global_batch"])
+        finished.origin = provenance.get("origin", "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # damaged
-    if changed or os.path.normpath(before) == os.path.normpath(config.data.train_dataset):
-        return changed
+        return finished  # damaged
+    if changed:
+        return Start(notes=[f"{folder} is finished with other flags ({'; '.join(changed)}), so this run starts anew"])
+    if os.path.normpath(before) == os.path.normpath(config.data.train_dataset):
+        return finished
     source, _ = open_sources(dataclasses.replace(config, data=dataclasses.replace(config.data, in_memory=False)))
     differences = other_images(provenance, facts_of(source))
     if differences:
@@ -213,7 +222,7 @@ def _changed_since_finished(folder: Path, config: TrainConfig) -> list[str]:
             f"logging.folder: {folder} holds this run, finished, and {'; '.join(differences)}. Give --logging.addendum=… for a "
             "second run, or --training.resume=none to train this one from scratch."
         )
-    return []
+    return finished
 
 
 def _newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:

@@ -58,10 +58,6 @@ class Trainer:
         self.attack = build_attack(config.adv)
         self.mixup = build_mixup(config)
         self.data_facts = facts_of(parts.train_source)
-        # A run that began at another's state resumes from its own when the same command is given again.
-        self.origin = (
-            "" if not self.resumes else saved["run"]["origin"] if start.own else config.training.resume.rstrip("/")
-        )
         steps = config.training.epochs * self.loader.steps_per_epoch
         advice = notes_for(config, processes.device.type, global_batch=self.images_per_step, steps=steps)
         notes = [*start.notes, *advice]
@@ -81,10 +77,6 @@ class Trainer:
             end_time=end_of_job(config.dist.end_margin_minutes),
         )
         self.validator = Validator(config, processes, parts.val_source, attack=self.attack, stop=self.stop_request)
-        if not config.training.eval_only and not self.keeps_best:
-            notes.append(
-                "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"
-            )
         self.meter = Meter(processes, self.progress)
         self.guard = Guard(config, processes, self.progress)
         epoch = min(self.progress.epochs_done, config.training.epochs - 1)
@@ -384,7 +376,8 @@ class Trainer:
         return {
             **self.data_facts,
             "epochs_done": self.progress.epochs_done,
-            "origin": self.origin,
+            # What began at another's state resumes from its own when the same command is given again.
+            "origin": self.start.origin,
             "steps_per_epoch": self.loader.steps_per_epoch,
             "global_batch": self.images_per_step,
             "grad_accum": self.accum,
@@ -396,7 +389,7 @@ class Trainer:
     def _provenance(self) -> dict[str, Any]:
         return provenance() | {
             "given": sorted(self.config.given),
-            "origin": self.origin,
+            "origin": self.start.origin,
             "folder": self.start.folder.name,
             **self.data_facts,
             "first_weights": self.state.first_weights,
@@ -420,6 +413,8 @@ class Trainer:
         aside = ""
         if self.resumes:
             aside = f"; goes on after step {self.state.step} from {self.start.source}"
+            if self.start.own and self.start.origin:
+                aside += f"; began at {self.start.origin}"
         elif self.run_folder.set_aside:
             aside = f"; the earlier run of this name is now {self.run_folder.set_aside}"
         if first := self.state.first_weights:

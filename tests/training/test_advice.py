@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+import train
 from common.flags import load_config
 from tests.training.helpers import base_flags, run
 from training.advice import notes_for
@@ -77,13 +80,44 @@ def test_an_average_that_is_the_initial_network(steps, share, decay):
     assert notes("--model.model_ema=1", "--model.ema_warmup=1", steps=steps) == []
 
 
-def test_a_run_says_it_once(images, tmp_path, capsys):
+def check(flags: dict[str, Any]) -> None:
+    assert train.main(["--check", *(f"--{name}={value}" for name, value in flags.items() if value is not None)]) == 0
+
+
+def test_a_run_and_its_check_say_it_once(images, tmp_path, capsys):
     flags = base_flags(images, tmp_path) | {"adv.eps": 0.1, "training.global_batch": 64, "model.model_ema": 1}
-    run(flags)
+    for start in (check, run):
+        start(flags)
+        errors = capsys.readouterr().err
+        for words in (
+            "warning: adv.attack is none, so this run trains on clean images although it is given adv.eps",
+            "--training.grad_accum=8",
+            "after the run's 3 steps 100%",
+        ):
+            assert errors.count(words) == 1
+    check(base_flags(images, tmp_path) | {"training.precision": None})
+    assert capsys.readouterr().err == ""  # the device of the job is not known
+
+
+def test_the_check_counts_the_processes_of_the_job(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    check(base_flags(images, tmp_path) | {"training.global_batch": 48, "model.model_ema": 1})
     errors = capsys.readouterr().err
-    for words in (
-        "trains on clean images although it is given adv.eps",
-        "--training.grad_accum=8",
-        "after the run's 3 steps 100%",
-    ):
-        assert errors.count(words) == 1
+    assert "this run takes 24; give --training.grad_accum=2" in errors and "after the run's 1 steps 100%" in errors
+
+
+def test_a_forgotten_attack_where_the_clean_run_is_finished(images, tmp_path, capsys):
+    flags = base_flags(images, tmp_path) | {"training.resume": "auto"}
+    run(flags)
+    for start in (check, run):
+        start(flags | {"adv.eps": 0.1})
+        told = capsys.readouterr()
+        assert "is finished; --training.resume=none" in told.out
+        assert "warning: adv.attack is none, so this run trains on clean images although" in told.err
+    check(flags | {"adv.eps": 0.1, "adv.attack": "none"})
+    assert capsys.readouterr().err == ""
+
+
+def test_an_adversarial_run_without_best_weights():
+    assert "no best weights are kept" in notes("--adv.attack=apgd", "--validation.adv_n_ex=0")[0]

@@ -281,13 +281,19 @@ def test_forced_flags_hold(many, tmp_path, at_step, capsys):
     assert "has 2 epochs behind it" in capsys.readouterr().err
 
 
-def test_a_run_from_another_state_goes_on_from_its_own(many, undisturbed, tmp_path, at_step):
+def test_a_run_from_another_state_goes_on_from_its_own(many, undisturbed, tmp_path, at_step, capsys):
+    """And says where it began, also to a command that does not."""
     at_step({3: signalled, 6: signalled})
     flags = base_flags(many, tmp_path / "a") | RANDOM
-    flags |= {"training.resume": stopped(flags), "logging.folder": tmp_path / "b"}
+    first = stopped(flags)
+    flags |= {"training.resume": first, "logging.folder": tmp_path / "b"}
     folder = stopped(flags)
-    assert read_status(folder)["step"] == 6
-    outcome = run(flags)
+    assert read_status(folder)["step"] == 6 and "began at" not in capsys.readouterr().out
+    outcome = run(flags | {"training.resume": "auto"})
+    assert f"goes on after step 6 from {folder / LAST}; began at {first}\n" in capsys.readouterr().out
+    for asked in ("auto", first, folder):
+        run(flags | {"training.resume": asked})
+        assert f"{folder}, which began at {first}, is finished; --training.resume=none" in capsys.readouterr().out
     assert largest_difference(outcome.weights, undisturbed.weights) == 0
     assert [record["step"] for record in outcome.steps] == [4, 5, 6, 7, 8, 9, 10]
 
@@ -466,7 +472,7 @@ def two(flags):
     return flags | {"training.distributed": 1, "dist.world_size": 2}
 
 
-def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_step):
+def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_step, capfd):
     """The same blocks of samples, mixed and dropped alike, in the same steps; only sums are rounded otherwise."""
     fp64 = {"training.precision": "fp64", "validation.precision": "fp64", "training.batch_size": 4}
     flags = base_flags(many, tmp_path / "a") | RANDOM | fp64
@@ -488,6 +494,8 @@ def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_ste
     finally:
         signal.signal(signal.SIGTERM, before)
     step = read_status(folder)["step"]
+    assert train.main(["--check", *(f"--{n}={v}" for n, v in (flags | {"training.global_batch": 4}).items())]) == 0
+    assert "keeps its 8 images a step" in (told := capfd.readouterr().err) and "this run takes 8; give" in told
     assert 0 < step < 10 and read_state(folder / LAST)["run"]["world_size"] == 2
     at_step({2: signalled})
     stopped(flags)  # one process, two micro-batches
