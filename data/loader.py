@@ -403,7 +403,10 @@ def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoad
 
 
 def _batches_of(loader: DataLoader) -> Iterator[Batch]:
+    workers: list[multiprocessing.Process] = []
     try:
+        if loader.num_workers:
+            multiprocessing.Lock()  # where there is no room for it, DataLoader would leave a half-made iterator and a traceback
         # Stopping is up to this process, which may want to end its step and write a checkpoint.
         with signals_blocked():
             batches = iter(loader)
@@ -412,6 +415,8 @@ def _batches_of(loader: DataLoader) -> Iterator[Batch]:
     except UserError as error:  # from a worker it comes with tracebacks before its message
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
     except (OSError, EOFError) as error:
+        if loader.num_workers and getattr(error, "errno", None) == errno.ENOSPC:
+            raise UserError(f"{_full_shared_memory()}.") from error
         if loader.num_workers and (death := _death(workers)):
             raise RuntimeError(death) from error
         raise

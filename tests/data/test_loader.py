@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
@@ -330,6 +331,14 @@ class TestDeadWorkers:
         said = in_a_child(read)
         assert said.startswith("/dev/shm, the shared memory ") and "\n" not in said
         assert "docker run --shm-size=16g" in said and "(num_workers=0)" in said
+
+    def test_shared_memory_without_room_for_a_lock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(multiprocessing, "Lock", full)
+        with pytest.raises(UserError, match="^/dev/shm, the shared memory .* is full"):
+            list(basic(Pictures(8), batch_size=2, num_workers=2).epoch(0, 8))
 
     def test_death_that_shows_after_the_broken_connection_is_told(self) -> None:
         def read() -> str | None:
