@@ -7,8 +7,11 @@ import os
 import posixpath
 import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -288,21 +291,38 @@ def open_listed(spec: str, keys: Sequence[str], class_names: list[str]) -> Sourc
 def open_labelled(spec: str, path: Path, classes: Classes) -> Source:
     """The images of a folder that the file `path` lists with their classes (`read_assignment`), in its order; others are left out.
 
+    It may list them without their endings.
+
     Raises:
-        UserError: no such folder or file, a bad line, or one of an image that is not in the folder.
+        UserError: no such folder or file, a bad line, or one of an image that is not in the folder, or of several.
     """
     root = Path(spec).expanduser()
 
-    def exists(key: str) -> bool:
-        return (root / key).is_file()
+    @cache
+    def files(folder: str) -> dict[str, list[str]]:
+        """The files of a folder below `root` by their names, images also by those without ending."""
+        names, found = [], defaultdict(list)
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_file())
+        for name in filter(_is_image, names):
+            found[os.path.splitext(name)[0]].append(name)
+        return found | {name: [name] for name in names}
+
+    def find(key: str) -> str | None:
+        folder, name = posixpath.split(key)
+        if folder.split("/")[0] in ("", "..") and folder:
+            raise UserError(f"expected an image in {root}, got {key}, which leads out of it.")
+        same = files(folder).get(name, [])
+        if len(same) > 1:
+            raise UserError(f"expected one image called {key} in {root}, found {some(same)}.")
+        return posixpath.join(folder, same[0]) if same else None
 
     try:
         if not root.is_dir():
             found = "a file" if root.is_file() else "nothing"
             raise UserError(f"expected a folder with the listed images, found {found} at {root}.")
-        listed = read_assignment(path, classes, exists)
-        with ThreadPoolExecutor(_THREADS) as threads:
-            missing = [key for key, there in zip(listed, threads.map(exists, listed)) if not there]
+        listed = read_assignment(path, classes, find)
+        missing = [key for key in listed if find(key) is None]
     except OSError as error:
         raise UserError(f"cannot read {error.filename or root} ({error.strerror or error}).") from error
     if missing:

@@ -7,14 +7,21 @@ import json
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from common.errors import UserError, blame
 from data.source import Source, StreamSource, some
 
+Row = tuple[str, str, Any]  # the place in a file, a name, what is said of it
 _MANY = 10  # folders that are named by numbers
+# What a header calls the columns, in lower case, without _ and spaces.
+_NAME_COLUMNS = ("file", "filename", "folder", "image", "imageid", "path")
+_CLASS_COLUMNS = ("label", "class", "classid", "target", "wnid", "predictionstring")
+_BOXES = re.compile(r"^(n\d{8})(\s+\d+){4}(\s+\1(\s+\d+){4})*$")  # a class, and where it is seen, once or more
 
 
 class Classes:
@@ -30,7 +37,10 @@ class Classes:
         return self._places.keys() >= set(names)
 
     def place(self, value: Any) -> int | None:
-        """The class that a name or a number from 0 on means; None where there is none."""
+        """The class that a name or a number from 0 on means; None where there is none.
+
+        Text is a name first: "3" is the class that is called 3, where there is one, and 3 the class of that number.
+        """
         if isinstance(value, str) and value in self._places:
             return self._places[value]
         number = int(value) if isinstance(value, str) and _is_number(value) else value
@@ -73,63 +83,129 @@ def classes_by_index(names: Sequence[str], classes: Classes) -> list[int]:
 def classes_by_map(names: Sequence[str], path: Path, classes: Classes) -> list[int]:
     """The class of each folder as a file says: {"folder": class} in JSON, or lines "folder class"; it may hold more folders.
 
+    In JSON the two sides may be the other way round, {"0": "folder"} or {"0": ["folder", "words"]} as in
+    imagenet_class_index.json: the one with names of folders are the folders.
+
     Raises:
-        UserError: the file cannot be read, has a bad or a second line for a folder, or none for one of `names`.
+        UserError: the file cannot be read, has a bad or a second line for a folder, none for one of `names`, or folders on both
+            sides.
     """
-    found = read_assignment(path, classes, set(names).__contains__)
+    found = read_assignment(path, classes, dict(zip(names, names)).get, turn=True)
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{path}: expected a class for each folder, found none for {some(missing)}.")
     return [found[name][0] for name in names]
 
 
-def read_assignment(path: Path, classes: Classes, exists: Callable[[str], bool]) -> dict[str, tuple[int, str]]:
-    """Folder or file → its class, and the place in `path` that says so. A first line of neither is taken for a header.
+def read_assignment(
+    path: Path, classes: Classes, find: Callable[[str], str | None], *, turn: bool = False
+) -> dict[str, tuple[int, str]]:
+    """Folder or file → its class, and the place in `path` that says so.
+
+    The file holds JSON, {"name": class}, or lines "name class", perhaps under a header. Lines of more than two columns need a
+    header with one of `_NAME_COLUMNS` and one of `_CLASS_COLUMNS`. A class may be followed by boxes, as in Kaggle's
+    LOC_val_solution.csv.
+
+    Args:
+        find: what the data set calls a folder or file of this name; None where it has none.
+        turn: JSON may have the classes on the left, see `classes_by_map`.
 
     Raises:
         UserError: the file cannot be read, has a bad line, or two for one folder or file.
     """
     found: dict[str, tuple[int, str]] = {}
-    for line, (where, name, value) in enumerate(_pairs(path)):
-        key = posixpath.normpath(name)  # ./a.png is a.png
-        place = classes.place(value)
-        if place is None:
-            if line == 0 and not exists(key):
-                continue
-            raise UserError(f"{where}: expected {classes} for {key}, got {value!r}.")
-        if key in found:
-            raise UserError(f"{where}: {key} has a class already, by {found[key][1]}.")
+    for where, name, value in _rows(path, classes, find, turn):
+        with blame(where):
+            name = posixpath.normpath(name)  # ./a.png is a.png
+            key, place = find(name) or name, classes.place(value)
+            if place is None:
+                raise UserError(f"expected {classes} for {name}, got {value!r}.")
+            if key in found:
+                raise UserError(f"{key} has a class already, by {found[key][1]}.")
         found[key] = place, where
     if not found:
         raise UserError(f"{path}: expected at least one line with a class, found none.")
     return found
 
 
-def _pairs(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """(place in the file, name, what is said of it)."""
+def _rows(path: Path, classes: Classes, find: Callable[[str], str | None], turn: bool) -> Iterable[Row]:
     try:
         text = path.expanduser().read_text("utf-8-sig", errors="surrogateescape")  # names of files need not be UTF-8
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}).") from error
     if text.lstrip().startswith("{"):
-        yield from _json_pairs(path, text)
-        return
-    lines = text.splitlines()
+        rows = _json_rows(path, text)
+        return _by_folder(path, rows, find) if turn else rows
+
+    def is_header(name: str, value: str) -> bool:
+        """Whether it is neither a bad line of the data set nor one of an image that is missing."""
+        no_class = classes.place(value) is None and re.search(r"\d", value) is None
+        return no_class and not name.lower().endswith(IMG_EXTENSIONS) and find(name) is None
+
+    return _table_rows(path, text, is_header)
+
+
+def _table_rows(path: Path, text: str, is_header: Callable[[str, str], bool]) -> Iterator[Row]:
+    lines, columns, width, first = text.splitlines(), [0, 1], 2, True
     rows = csv.reader(lines, skipinitialspace=True) if path.suffix.lower() == ".csv" else map(_split, lines)
     for number, row in enumerate(rows, 1):
         fields = [field.strip() for field in row]
         if not any(fields):
             continue
-        if len(fields) != 2 or not all(fields):
-            raise UserError(f"{path}, line {number}: expected a name and a class, got {lines[number - 1].strip()!r}.")
-        yield f"{path}, line {number}", *fields
+        if first and (named := _named_columns(fields)):
+            columns, width, first = named, len(fields), False
+            continue
+        if len(fields) != width or not all(fields[column] for column in columns):
+            expected = "a name and a class" if width == 2 else f"{width} columns, as in the first line"
+            raise UserError(
+                f"{path}, line {number}: expected {expected}, got {lines[number - 1].strip()!r}{_hint(fields, width)}."
+            )
+        name, value = (fields[column] for column in columns)
+        if not (first and is_header(name, value)):
+            yield f"{path}, line {number}", name, _BOXES.sub(r"\1", value)
+        first = False
 
 
-def _json_pairs(path: Path, text: str) -> list[tuple[str, str, Any]]:
+def _named_columns(fields: Sequence[str]) -> list[int] | None:
+    """The columns of names and of classes where this is a header that says so; None where it names none, or several."""
+    words = [re.sub(r"[ _]", "", field.lower()) for field in fields]
+    found = [[i for i, word in enumerate(words) if word in known] for known in (_NAME_COLUMNS, _CLASS_COLUMNS)]
+    return [column for (column,) in found] if all(len(columns) == 1 for columns in found) else None
+
+
+def _hint(fields: Sequence[str], width: int) -> str:
+    if len(fields) == 1 and _is_number(fields[0]):
+        return (
+            "; numbers alone, as in ILSVRC's devkit, are in an order of its own, which is not that of networks' classes"
+        )
+    if len(fields) > width == 2:
+        one_of = " and ".join(f"one of {', '.join(known)}" for known in (_NAME_COLUMNS, _CLASS_COLUMNS))
+        return f"; of more columns a first line has to name two, by {one_of}"
+    return ""
+
+
+def _json_rows(path: Path, text: str) -> list[Row]:
     try:
         pairs = json.loads(text, object_pairs_hook=list)  # a dict would lose a folder that is there twice
     except ValueError as error:
         raise UserError(f"{path}: expected JSON ({error}).") from error
-    return [(f"{path}, entry {number}", key, value) for number, (key, value) in enumerate(pairs, 1)]
+    rows = []
+    for number, (key, value) in enumerate(pairs, 1):
+        with_words = isinstance(value, list) and [type(part) for part in value] == [str, str]
+        rows.append((f"{path}, entry {number}", key, value[0] if with_words else value))
+    return rows
+
+
+def _by_folder(path: Path, rows: list[Row], find: Callable[[str], str | None]) -> list[Row]:
+    """`rows`, or where their names are numbers and their values the folders, turned round."""
+    if not all(_is_number(name) and isinstance(value, str) for _, name, value in rows):
+        return rows
+    left, right = ([row[side] for row in rows if find(row[side])] for side in (1, 2))
+    if left and right:
+        raise UserError(
+            f"{path}: expected folders on one side of its entries, found {left[0]!r} on the left and {right[0]!r} on the right; "
+            'give classes as numbers without quotes, or lines "folder class".'
+        )
+    return [(where, value, int(name)) for where, name, value in rows] if right else rows
 
 
 def _split(line: str) -> list[str]:

@@ -88,6 +88,59 @@ def test_bad_maps_are_named_with_their_line(tmp_path: Path, text: str | None, sa
     assert str(tmp_path / "map") in str(error.value)
 
 
+WNIDS = Classes(3, ["n01440764", "n01443537", "n01484850"])
+INDEX = '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"], "2": ["n01484850", "great_white_shark"]}'
+SHORT = '{"0": "n01440764", "1": "n01443537", "2": "n01484850"}'
+
+
+@pytest.mark.parametrize("text", [INDEX, SHORT])
+@pytest.mark.parametrize(
+    ("names", "classes", "expected"),
+    [
+        (["n01443537", "n01484850"], WNIDS, [1, 2]),
+        (["n01443537", "n01484850"], Classes(3, None), [1, 2]),
+        (["n01443537"], Classes(3, ["2", "1", "0"]), [1]),  # the file's 1 is a number, not the class of that name
+        (["0", "2"], Classes(3, ["n01484850", "n01443537", "n01440764"]), [2, 0]),
+    ],
+)
+def test_an_index_of_classes(
+    tmp_path: Path, text: str, names: list[str], classes: Classes, expected: list[int]
+) -> None:
+    (tmp_path / "imagenet_class_index.json").write_text(text)
+    assert classes_by_map(names, tmp_path / "imagenet_class_index.json", classes) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "said"),
+    [
+        (["0", "n01440764"], SHORT, "found '0' on the left and 'n01440764' on the right"),
+        (
+            ["0", "1"],
+            '{"0": "1", "1": "0"}',
+            "found '0' on the left and '1' on the right; give classes as numbers without",
+        ),
+        (["n01440764", "zebra"], INDEX, "expected a class for each folder, found none for zebra"),
+        (["crane"], '{"134": "crane", "517": "crane"}', "entry 2: crane has a class already, by .*entry 1"),
+        (["n01440764"], '{"3": "n01440764"}', "entry 1: expected a class from 0 to 2.* for n01440764, got 3"),
+    ],
+)
+def test_an_index_that_is_not_clear(tmp_path: Path, names: list[str], text: str, said: str) -> None:
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        classes_by_map(names, tmp_path / "map.json", Classes(3, None) if "crane" not in names else UNNAMED)
+
+
+def test_numbers_in_quotes_are_names_first(tmp_path: Path) -> None:
+    """Where the classes of a network are called by numbers, in an order of their own."""
+    classes, path = Classes(3, ["0", "10", "2"]), tmp_path / "map.json"
+    path.write_text('{"a": 2, "b": "2", "c": "10", "d": "1"}')
+    assert classes_by_map(["a", "b", "c", "d"], path, classes) == [2, 2, 1, 1]
+    path.write_text('{"a": 1, "b": "1"}')
+    assert classes_by_map(["a", "b"], path, Classes(3, ["1", "2", "3"])) == [1, 0]
+    (tmp_path / "map").write_text("0 1\n1 2\n")  # lines are folder and class, whatever the folders are called
+    assert classes_by_map(["0", "1"], tmp_path / "map", Classes(3, ["1", "2", "3"])) == [0, 1]
+
+
 @pytest.fixture
 def flat(tmp_path: Path) -> Path:
     for i, name in enumerate(("1.png", "2.png", "a b.png", "unlisted.png")):
@@ -102,6 +155,10 @@ def flat(tmp_path: Path) -> Path:
         ("labels.csv", "file,label\n2.png,cat\n1.png,0\na b.png,n02\n"),
         ("labels.csv", "./2.png, 2\n1.png, 0\na b.png, 1\n"),
         ("labels.txt", "2.png\tcat\n1.png\t0\na b.png\tn02\n"),
+        ("labels.txt", "2\tcat\n1\t0\na b\tn02\n"),  # the first line is no header: there is a 2.png
+        ("labels.csv", "name,category\n2,cat\n1,0\na b,n02\n"),
+        ("labels.csv", ",Class_ID,x,ImageId\n0,2,,2\n1,0,,1\n2,n02,,a b\n"),
+        ("labels.csv", "label,file\n2,2.png\n0,1.png\n1,a b.png\n"),
     ],
 )
 def test_images_with_a_list_of_labels(flat: Path, tmp_path: Path, name: str, text: str) -> None:
@@ -112,18 +169,54 @@ def test_images_with_a_list_of_labels(flat: Path, tmp_path: Path, name: str, tex
     assert source.image(0) == encoded(1)
 
 
+def test_kaggles_solution(flat: Path, tmp_path: Path) -> None:
+    """Ids without endings, classes with the boxes of the objects."""
+    path, names = tmp_path / "LOC_val_solution.csv", ["n01440764", "n03995372"]
+    path.write_text(
+        "ImageId,PredictionString\n2,n03995372 85 1 499 272 \n1,n01440764 0 0 9 9 n01440764 1 1 5 5 \na b,n03995372 1 2 3 4\n"
+    )
+    source = open_labelled(str(flat), path, Classes(2, names))
+    assert [source.key(i) for i in range(3)] == ["2.png", "1.png", "a b.png"] and source.labels.tolist() == [1, 0, 1]
+    path.write_text("ImageId,PredictionString\n1,n01440764 0 0 9 9 n03995372 1 1 5 5\n")
+    with pytest.raises(UserError, match="line 2: expected a class .*got 'n01440764 0 0 9 9 n03995372 1 1 5 5'"):
+        open_labelled(str(flat), path, Classes(2, names))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("1.png 0\n3.png 1\n", "labels.txt, line 2: expected an image in .*flat, there is no 3.png"),
         ("1.png 0\n3.png 1\n4.png 1\n", "line 2: .*there is no 3.png; missing in all: 2"),
-        (f"1.png 0\n{'x' * 300}.png 1\n", "cannot read .*File name too long"),
+        (f"1.png 0\n{'x' * 300}/1.png 1\n", "cannot read .*File name too long"),
         ("1.png 0\n2.png 1\n./1.png 1\n", "labels.txt, line 3: 1.png has a class already, by .*, line 1"),
         ("file label\n1.png dog\n", "labels.txt, line 2: expected a class"),
         ("file label\n", "expected at least one line"),
+        ("missing.png 2000\n1.png 0\n", "line 1: expected a class from 0 to 3, .* for missing.png, got '2000'"),
+        ("missing.png dog\n1.png 0\n", "line 1: expected a class .*got 'dog'"),
+        ("missing n99999999\n1.png 0\n", "line 1: expected a class .*got 'n99999999'"),
+        ("1 dog\n1.png 0\n", "line 1: expected a class .*got 'dog'"),  # there is a 1.png
+        ('{"missing": "dog", "1.png": 0}', "entry 1: expected a class .*got 'dog'"),
+        (
+            "490\n361\n",
+            "line 1: expected a name and a class, got '490'; numbers alone, as in ILSVRC's devkit, are in an order",
+        ),
+        (
+            "1.png 0\nsub/../../other/2.png 1\n",
+            "line 2: expected an image in .*flat, got ../other/2.png, which leads out of it",
+        ),
+        ("/etc/1.png 0\n", "line 1: expected an image in .*flat, got /etc/1.png, which leads out of it"),
+        ("1 0\n1.png 0\n", "line 2: 1.png has a class already, by .*, line 1"),
+        ("a.b 0\n", "line 1: expected one image called a.b in .*flat, found a.b.JPEG, a.b.png"),
+        (
+            "1.png\t0\tcat\n",
+            "line 1: expected a name and a class, got .*; of more columns .* one of file, .* one of label, ",
+        ),
+        ("1.png n02 1 2 3 4 cat 1 2 3 4\n", "line 1: expected a class .*got 'n02 1 2 3 4 cat"),
     ],
 )
 def test_bad_lists_are_named_with_their_line(flat: Path, tmp_path: Path, text: str, said: str) -> None:
+    for name in ("a.b.png", "a.b.JPEG"):
+        (flat / name).write_bytes(encoded(0))
     (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(UserError, match=said):
         open_labelled(str(flat), tmp_path / "labels.txt", ANIMALS)
