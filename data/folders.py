@@ -26,6 +26,10 @@ _HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")  # . and .. are not
 _THREADS = 16
 
 
+class LooseImages(UserError):
+    """A folder has images, but none of the class folders that were expected."""
+
+
 class _Folder(Source):
     of_folders = True
 
@@ -67,7 +71,7 @@ def _open_folder(path: Path, request: Request) -> Source:
     root = _split_folder(path, request)
     names = _folders(root)
     if not names:
-        raise UserError(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
+        raise _no_class_folders(root)
     lost = sorted(
         e.name for e in os.scandir(root) if not hidden(e.name) and e.is_symlink() and not os.path.exists(e.path)
     )
@@ -82,10 +86,13 @@ def _open_folder(path: Path, request: Request) -> Source:
     return _Folder(root, samples, names)
 
 
-def _loose_images(folder: Path) -> str:
-    """What a folder without class folders holds, and what to do about it."""
+def _no_class_folders(folder: Path) -> UserError:
+    """Says what a folder without class folders holds, and what to do about it."""
     loose = sum(_is_image(entry.name) for entry in os.scandir(folder))
-    return _unsorted_imagenet(folder) or f"and {loose} loose images."
+    found = _unsorted_imagenet(folder) or f"and {loose} loose images."
+    return (LooseImages if loose else UserError)(
+        f"expected a sub-folder for each class in {folder}, found none, {found}"
+    )
 
 
 def _unsorted_imagenet(folder: Path) -> str:
@@ -109,8 +116,8 @@ def _split_folder(path: Path, request: Request) -> Path:
     if splits[request.split]:
         return splits[request.split][0]
     for name in _SPLIT_FOLDERS[request.split]:
-        if (path / name).is_dir() and (hint := _unsorted_imagenet(path / name)):
-            raise UserError(f"expected a sub-folder for each class in {path / name}, found none, {hint}")
+        if (path / name).is_dir() and _unsorted_imagenet(path / name):
+            raise _no_class_folders(path / name)
     if any(splits.values()):
         expected = " or ".join(_SPLIT_FOLDERS[request.split])
         raise UserError(f"expected {expected} with class folders in {path}, found {some(_folders(path))}.")
@@ -269,7 +276,7 @@ def open_listed(spec: str, keys: Sequence[str], class_names: list[str]) -> Sourc
         root = _split_folder(path, request)
         present = set(_folders(root))
         if not present:
-            raise UserError(f"expected a sub-folder for each class in {root}, found none, {_loose_images(root)}")
+            raise _no_class_folders(root)
         absent = sorted({key.split("/")[0] for key in keys} - present)
         if absent:
             raise UserError(

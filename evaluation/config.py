@@ -49,10 +49,12 @@ class EvalDataConfig:
         choices=("name", "index"),
     )
     class_map: str = flag(
-        "", 'file with the class of each folder: JSON {"folder": number or name}, or lines "folder class"'
+        "",
+        'file with the class of each folder: lines "folder class", JSON {"folder": class} or {"class number": "folder"}; '
+        "a class is a name, else its number from 0 on, in JSON without quotes always its number",
     )
     labels: str = flag(
-        "", 'file with the images of a folder without class folders and their classes: lines "file,class"'
+        "", 'file with the images of a folder without class folders and their classes: lines "file,class", or a CSV'
     )
 
     @property

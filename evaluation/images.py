@@ -18,7 +18,7 @@ from common.errors import UserError, blame
 from common.seeding import derive_seed
 from data.datasets import match_classes, open_source
 from data.decoding import DECODE_ERRORS, decode
-from data.folders import class_folders, open_labelled, open_listed
+from data.folders import LooseImages, class_folders, open_labelled, open_listed
 from data.imagenet_ids import CLASSES, imagenet_classes, looks_like_imagenet, robustbench_ids
 from data.labels import Classes, classes_by_index, classes_by_map, named_by_numbers
 from data.loader import EvalLoader, print_warning, spread_indices
@@ -191,16 +191,13 @@ def _listed(data: EvalDataConfig, ids: str, class_names: list[str] | None) -> So
         return None
     with blame("eval.ids"):
         listed = robustbench_ids()
-    with blame("data.val_dataset"):
+    try:
         source = open_listed(data.val_dataset, listed.keys, listed.class_names)
-    if class_names is not None and class_names != listed.class_names:
-        unknown = sorted(set(listed.class_names) - set(class_names))
-        if unknown:
-            raise UserError(
-                f"eval.ids: the network was trained on {len(class_names)} classes, of ImageNet's it lacks {len(unknown)}, such "
-                f"as {unknown[0]}; expected a network for ImageNet, or eval.ids=all with its own images."
-            )
-        source.relabel([class_names.index(name) for name in listed.class_names], class_names)
+        if class_names is not None:
+            match_classes(source, class_names, data.val_dataset)
+    except UserError as error:
+        more = " Give --eval.ids=all to take the folder's own images." if ids == "auto" else ""
+        raise UserError(f"data.val_dataset: {error}{more}") from error
     return source
 
 
@@ -210,7 +207,10 @@ def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[
         with blame("data.labels"):
             return open_labelled(data.val_dataset, Path(data.labels), classes)
     with blame("data.val_dataset"):
-        source = open_source(data.val_dataset, split="val", root=data.root, split_name=data.val_split)
+        try:
+            source = open_source(data.val_dataset, split="val", root=data.root, split_name=data.val_split)
+        except LooseImages as error:
+            raise UserError(f"{error} Or give --data.labels=FILE that says which class each of them is.") from error
         names = source.class_names
         if data.own_classes and names is None:
             raise UserError(

@@ -97,8 +97,13 @@ class TestWhichImages:
         self, tmp_path: Path, imagenet: Path, ids: ImageIds
     ) -> None:
         most = link_classes(tmp_path / "most", imagenet, ids.class_names[:-2])
-        with pytest.raises(UserError, match=f"data.val_dataset: .*all 1000 .*{', '.join(ids.class_names[-2:])}"):
+        with pytest.raises(
+            UserError, match=f"data.val_dataset: .*all 1000 .*{', '.join(ids.class_names[-2:])}"
+        ) as error:
             opened(most, num_classes=1000)
+        assert "--eval.ids=all" in str(error.value)
+        found = opened(most, ids="all", num_classes=1000)  # what the message recommends
+        assert all(ids.class_names[label] == key.split("/")[0] for key, label in zip(found.keys, found.labels))
         hundred = link_classes(tmp_path / "hundred", imagenet, ids.class_names[:100])
         found = sum(key.split("/")[0] in ids.class_names[:100] for key in ids.keys) + 1
         assert len(opened(hundred, num_classes=100)) == found
@@ -188,9 +193,8 @@ class TestLabels:
     def test_the_list_and_other_networks(self, imagenet: Path, ids: ImageIds) -> None:
         with pytest.raises(UserError, match="^model.num_classes: the head has 10 classes, data.val_dataset has 1000;"):
             opened(imagenet, num_classes=10)
-        with pytest.raises(
-            UserError, match=f"^eval.ids: .*trained on 999 classes, .*lacks 1, such as {ids.class_names[5]}"
-        ):
+        missing = f"training set does not have: {ids.class_names[5]}. Expected names among its 999 .*--eval.ids=all"
+        with pytest.raises(UserError, match=f"^data.val_dataset: .*{missing}"):
             opened(imagenet, num_classes=999, class_names=ids.class_names[:5] + ids.class_names[6:])
 
 
@@ -279,6 +283,10 @@ class TestOwnClasses:
             UserError, match="^data.labels: .*labels.csv, line 2: expected a class from 0 to 3 for 1.png, got 'n15"
         ):
             opened(copy / "blue", labels=tmp_path / "labels.csv")
+        for name in ("0.png", "ILSVRC2012_val_00000001.JPEG"):
+            (copy / "blue" / "0.png").rename(copy / "blue" / name)
+            with pytest.raises(UserError, match="^data.val_dataset: .*loose images.* give --data.labels=FILE"):
+                opened(copy / "blue")
         with pytest.raises(UserError, match="^data.labels: expected a folder .*found nothing at"):
             opened(copy / "nowhere", labels=tmp_path / "labels.csv")
 
