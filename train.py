@@ -144,14 +144,14 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
     from common.files import writable
     from common.processes import Processes, check_processes, check_rendezvous, under_torchrun
     from training.advice import notes_for
-    from training.build import MODEL_FLAGS, build_parts
+    from training.build import MODEL_FLAGS, build_parts, head_notes
     from training.console import warn
     from training.resume import accumulation, find_start
     from utils_architecture import check_pretrained
     from zoo.names import split_kind
     from zoo.published import find_published
 
-    problems, world_size, accum = Problems(), 1, config.training.grad_accum
+    problems, world_size, accum, start = Problems(), 1, config.training.grad_accum, None
     with problems.caught():
         with blame("dist.world_size"):
             world_size = check_processes(config.dist.world_size)
@@ -173,9 +173,12 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         data=dataclasses.replace(config.data, in_memory=False),
         model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if published else weights),
     )
+    initial, notes = start is not None and start.state is None, []
     with problems.caught():
         processes = Processes(rank=0, world_size=world_size, device=torch.device("cpu"))
-        loader = build_parts(quick, processes, accum=accum).loader
+        parts = build_parts(quick, processes, accum=accum, initial=initial)
+        if initial:
+            notes = head_notes(config, parts.train_source)  # `quick` starts with less
     told = {problem.split(":")[0] for problem in known}
     problems.found = [*known, *(problem for problem in problems.found if problem.split(":")[0] not in told)]
     problems.report()
@@ -183,9 +186,12 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if start.finished:
         return tell_finished(start, config)
-    batch, steps = config.training.batch_size * accum * world_size, config.training.epochs * loader.steps_per_epoch
+    batch, steps = (
+        config.training.batch_size * accum * world_size,
+        config.training.epochs * parts.loader.steps_per_epoch,
+    )
     # What becomes of the precision depends on the device, which may be another one than here.
-    for note in [*start.notes, *notes_for(config, "cuda", global_batch=batch, steps=steps)]:
+    for note in [*start.notes, *notes, *notes_for(config, "cuda", global_batch=batch, steps=steps)]:
         warn(note)
 
 

@@ -51,12 +51,14 @@ class Classes:
         return f"a class from 0 to {self.count - 1}{names}"
 
 
-def named_by_numbers(source: Source | StreamSource) -> bool:
-    """Whether its classes are named by numbers, and their order may be another one than that of the numbers."""
+def named_by_numbers(source: Source | StreamSource, count: int) -> bool:
+    """Whether its classes are named by numbers, and their order may be another one than that of the numbers of `count` classes."""
     names = source.class_names or []
     if not names or not all(map(_is_number, names)):
         return False
     numbers = [int(name) for name in names]
+    if numbers in ([*range(count)], [*range(1, count + 1)]):
+        return False
     return numbers != sorted(numbers) or (source.of_folders and len(names) >= _MANY)
 
 
@@ -73,11 +75,21 @@ def classes_by_index(names: Sequence[str], classes: Classes) -> list[int]:
     if large := [name for name, number in zip(names, numbers) if number - base >= classes.count]:
         last = classes.count - 1 + base
         raise UserError(
-            f"expected class folders from {base} to {last}, as the network has {classes.count} classes, found {some(large)}."
+            f"expected class folders from {base} to {last} for {classes.count} classes, found {some(large)}."
         )
     if same := [name for name, number in zip(names, numbers) if times[number] > 1]:
         raise UserError(f"expected one folder for each class, found {some(same)}.")
     return [number - base for number in numbers]
+
+
+def number_by_index(source: Source | StreamSource) -> None:
+    """Number the classes of `source`, if they have names, by these, which are all numbers from 0 on, or from 1 on.
+
+    Raises:
+        UserError: they are not.
+    """
+    if (names := source.class_names) is not None:
+        source.relabel(classes_by_index(names, Classes(len(names), None)), sorted(names, key=int))
 
 
 def classes_by_map(names: Sequence[str], path: Path, classes: Classes) -> list[int]:

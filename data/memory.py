@@ -43,6 +43,7 @@ class MemorySource(Source):
     def __init__(self, source: Source, file: BinaryIO) -> None:
         super().__init__(source.labels, source.class_names)
         self.num_classes, self.classes, self._source = source.num_classes, source.classes, source
+        self.of_folders = source.of_folders
         self._open(file)
 
     def _open(self, file: BinaryIO) -> None:

@@ -216,7 +216,8 @@ def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[
             raise UserError(
                 f"expected class folders for {data.own_classes[0]}, {data.val_dataset} has no names of classes."
             )
-        if not data.own_classes and names is not None and not classes.know(names) and named_by_numbers(source):
+        by_name = not data.own_classes and names is not None
+        if by_name and not classes.know(names) and named_by_numbers(source, classes.count):
             raise UserError(
                 f"expected class folders named as the network's classes, found {len(names)} numbers ({some(names)}), whose order "
                 "as names need not be that of the classes; give --data.classes=index if folder k is class k, or "

@@ -13,9 +13,11 @@ from common.errors import Problems, UserError, blame, blame_arguments
 from common.processes import Processes
 from common.seeding import derive_seed
 from data.datasets import open_source
+from data.imagenet_ids import CLASSES, imagenet_classes
+from data.labels import named_by_numbers, number_by_index
 from data.loader import TrainLoader
 from data.memory import Once, alone
-from data.source import Source, StreamSource
+from data.source import Source, StreamSource, some
 from data.transforms import Mixup
 from training.config import TrainConfig
 from training.ema import EMA
@@ -29,6 +31,7 @@ from zoo.description import DESCRIPTION
 from zoo.loading import Weights, load_weights, read_weights
 from zoo.models import build_model
 from zoo.names import locate, split_kind
+from zoo.runs import recorded_classes
 
 AnySource = Source | StreamSource
 # Argument of a network → flag that it comes from.
@@ -44,6 +47,7 @@ class Parts:
     val_source: AnySource
     loader: TrainLoader
     state: TrainState
+    notes: list[str]  # sentences for the user
 
 
 def build_parts(
@@ -66,17 +70,21 @@ def build_parts(
     """
     problems = Problems()
     train = val = loader = state = None
+    notes = []
     with problems.caught():
         train, val = open_sources(config, once=once, progress=processes.is_first)
     if train is not None and val is not None:
         problems.found += source_problems(config, train, val)
+        if initial:
+            with problems.caught():
+                notes = head_notes(config, train)
         with problems.caught():
             loader = build_train_loader(config, train, processes, accum=accum)
     with problems.caught():
         state = build_state(config, processes, initial=initial)
         check_image_sizes(state.model, config)
     problems.report()
-    return Parts(train, val, loader, state)
+    return Parts(train, val, loader, state, notes)
 
 
 def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = False) -> tuple[AnySource, AnySource]:
@@ -86,29 +94,77 @@ def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = Fa
     train = val = None
     with problems.caught(), blame("data.train_dataset"):
         train = opened(data.train_dataset, split="train", split_name=data.train_split)
+    by_index = data.classes == "index"
+    if by_index and train is not None:
+        with problems.caught(), blame("data.classes"):
+            number_by_index(train)
     with problems.caught(), blame("data.val_dataset"):
         names = train and train.class_names
         val = opened(data.val_dataset, split="val", split_name=data.val_split, class_names=names)
+        if by_index and names is None:
+            number_by_index(val)
     problems.report()
     return train, val
 
 
 def source_problems(config: TrainConfig, train: AnySource, val: AnySource) -> list[str]:
     """A sentence for each way in which images and flags do not go together."""
-    problems = []
+    m, problems = config.model, []
     if isinstance(val, StreamSource) and config.validation.adv_n_ex:
         problems.append(
             f"validation.adv_n_ex: the quick adversarial validation picks images by index, and {config.data.val_dataset} can "
             "only be read in order; give --validation.adv_n_ex=0, or validation images of another kind."
         )
     for flag, source in (("data.train_dataset", train), ("data.val_dataset", val)):
-        if source.num_classes not in (None, config.model.num_classes):
+        if source.num_classes not in (None, m.num_classes):
+            kept = m.ckpt_path and not (m.new_head or config.training.eval_only)
+            new = ", and --model.new_head=1 where model.ckpt_path has another number" if kept else ""
             problems.append(
-                f"model.num_classes: the head has {config.model.num_classes} classes, {flag} has {source.num_classes}; "
-                f"give --model.num_classes={source.num_classes}."
+                f"model.num_classes: the head has {m.num_classes} classes, {flag} has {source.num_classes}; "
+                f"give --model.num_classes={source.num_classes}{new}."
             )
             break
+    if train.class_names is None and named_by_numbers(val, m.num_classes):
+        problems.append(
+            "data.val_dataset: expected classes numbered as the training set's, which have no names, found numbers in the order "
+            f"of names ({some(val.class_names)}); give --data.classes=index."
+        )
     return problems
+
+
+def head_notes(config: TrainConfig, train: AnySource) -> list[str]:
+    """A sentence for the user where the head that training starts with has classes of other names than those of `train`.
+
+    Raises:
+        UserError: it has the same ones in another order, or those of `train` are numbers, sorted as names.
+    """
+    m, names, by_index = config.model, train.class_names, config.data.classes == "index"
+    kept = not m.new_head if m.ckpt_path else m.pretrained and m.num_classes == CLASSES
+    if not kept or names is None or len(names) != m.num_classes:
+        return []
+    known = recorded_classes(split_kind(m.ckpt_path)[0]) if m.ckpt_path else None
+    if known is None and train.of_folders and m.num_classes == CLASSES:
+        known = imagenet_classes()
+    if known == names or (known is not None and len(known) != len(names)):
+        return []
+    numbers = not by_index and named_by_numbers(train, m.num_classes)
+    same = known is not None and set(known) == set(names)
+    if numbers and not same:
+        found = f"numbers, sorted as names ({some(names)})"
+    elif known is not None:
+        found = next(f"{own!r} in the place of {other!r}" for own, other in zip(names, known) if own != other)
+    flag, new = ("model.ckpt_path", "model.new_head=1") if m.ckpt_path else ("model.pretrained", "model.pretrained=0")
+    if numbers or same:
+        remedies = ["--data.classes=index if folder k is class k"] * numbers + ["--data.classes=name"] * by_index
+        remedies += [f"--{new}"] * (not config.training.eval_only)
+        raise UserError(
+            f"data.train_dataset: expected its classes in the order of the head that {flag} starts with, found {found}; give "
+            f"{', or '.join(remedies) or 'the classes of these weights'}."
+        )
+    if known is None or by_index:
+        return []
+    other = "accuracy means nothing" if config.training.eval_only else f"give --{new}"
+    return [f"{flag}: its head is kept, and data.train_dataset has {found}; if these are other classes, {other}"]
 
 
 def build_train_loader(

@@ -81,6 +81,11 @@ class DataConfig:
     root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)", harmless=True)
     train_split: str = flag("", "name of the training split for timm's readers; empty: train")
     val_split: str = flag("", "name of the validation split for timm's readers; empty: validation", harmless=True)
+    classes: str = flag(
+        "name",
+        "number of a class: its place among the sorted names; index: folder k is class k, or k − 1 without a folder 0",
+        choices=("name", "index"),
+    )
     min_scale: float = flag(0.08, "smallest share of the image's area in RandomResizedCrop", above=0, at_most=1)
     flip: float = flag(0.5, "probability of a horizontal flip (published code, basic: 0)", at_least=0, at_most=1)
     max_bad_images: int = flag(
@@ -371,7 +376,7 @@ class TrainConfig(Config):
         idle = idle_flags(self).keys()
         if self.training.eval_only:
             counted = ("model.", "validation.", "adv.", "data.val_", "data.seed", "misc.use_", "training.eval_only")
-            counted += ("training.use_blurpool", "training.precision")
+            counted += ("data.classes", "training.use_blurpool", "training.precision")
             return {name for name, _ in _fields() if not name.startswith(counted)} | idle
         harmless = {name for name, f in _fields() if f.metadata["harmless"]}
         return harmless | idle | ({"adv.norm", "adv.eps"} if self.adv.attack == "none" else set())

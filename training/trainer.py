@@ -60,7 +60,7 @@ class Trainer:
         self.data_facts = facts_of(parts.train_source)
         steps = config.training.epochs * self.loader.steps_per_epoch
         advice = notes_for(config, processes.device.type, global_batch=self.images_per_step, steps=steps)
-        notes = [*start.notes, *advice]
+        notes = [*start.notes, *advice, *parts.notes]
         self.progress = Progress()
         if self.resumes:
             notes += check_run(

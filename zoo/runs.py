@@ -107,14 +107,26 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         path=path,
         sha256=weights.sha256,
         description=description,
-        class_names=names
-        if isinstance(names := run.get(PROVENANCE_KEY, {}).get("classes"), list)
-        else of_timm.get("classes"),
+        class_names=_class_names(run) or of_timm.get("classes"),
         preprocessing=_preprocessing(run, of_timm, description["arch"], found.img_size),
         run=facts,
         notes=notes,
         sure_of_input=sure,
     )
+
+
+def recorded_classes(model_in: str) -> list[str] | None:
+    """Names of the outputs of a weights file or run folder, in order; None where neither a run nor config.json says them."""
+    with suppress(UserError):
+        if os.path.exists(path := Path(model_in).expanduser()):
+            path = find_weights(path)
+            return _class_names(_run_params(path.parent)) or _timm_config(path).get("classes")
+    return None
+
+
+def _class_names(run: Mapping[str, Any]) -> list[str] | None:
+    names = run.get(PROVENANCE_KEY, {}).get("classes")
+    return names if isinstance(names, list) else None
 
 
 def find_weights(path: Path) -> Path:

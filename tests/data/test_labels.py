@@ -32,8 +32,8 @@ def test_folder_k_is_class_k(names: list[str], expected: list[int]) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["0", "1000"], "from 0 to 999, as the network has 1000 classes, found 1000"),
-        (["1", "1001"], "from 1 to 1000, as the network has 1000 classes, found 1001"),
+        (["0", "1000"], "from 0 to 999 for 1000 classes, found 1000"),
+        (["1", "1001"], "from 1 to 1000 for 1000 classes, found 1001"),
         (["0", "1", "cats"], "named by numbers, found cats"),
         (["0", "-1"], "named by numbers, found -1"),
         (["1", "01", "2"], "one folder for each class, found 1, 01"),

@@ -293,7 +293,7 @@ class TestOwnClasses:
     def test_index_needs_numbers_below_the_classes(self, images: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="^data.classes: expected class folders named by numbers, found blue, "):
             opened(images, classes="index")
-        with pytest.raises(UserError, match="^data.classes: .*from 0 to 3, .*found 4"):
+        with pytest.raises(UserError, match="^data.classes: .*from 0 to 3 for 4 classes, found 4"):
             opened(write_classes(tmp_path / "set", list("01234")), classes="index")
 
 
