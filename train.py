@@ -151,7 +151,8 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
     from zoo.names import split_kind
     from zoo.published import find_published
 
-    problems, world_size, accum, start = Problems(), 1, config.training.grad_accum, None
+    problems, world_size, accum = Problems(), 1, config.training.grad_accum
+    initial, notes = False, []
     with problems.caught():
         with blame("dist.world_size"):
             world_size = check_processes(config.dist.world_size)
@@ -163,6 +164,7 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
             check_pretrained(config.model.arch)
     with problems.caught():
         start = find_start(config, *find_folder(config))
+        initial = start.state is None and not start.finished
         if start.state is not None and not start.finished:
             accum = accumulation(start.hand_over(), config, world_size)
     # Nothing is loaded into memory and nothing downloaded for a check.
@@ -173,7 +175,6 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         data=dataclasses.replace(config.data, in_memory=False),
         model=dataclasses.replace(config.model, pretrained=False, ckpt_path="" if published else weights),
     )
-    initial, notes = start is not None and start.state is None, []
     with problems.caught():
         processes = Processes(rank=0, world_size=world_size, device=torch.device("cpu"))
         parts = build_parts(quick, processes, accum=accum, initial=initial)
