@@ -240,6 +240,10 @@ class TestOwnClasses:
         assert found.labels == [int(key[0]) - 1 for key in found.keys]
         with pytest.raises(UserError, match="found 3 numbers"):
             opened(write_classes(tmp_path / "other", ["1", "10", "2"]), num_classes=3)
+        found = opened(write_classes(tmp_path / "all", [f"{i:02d}" for i in range(12)]), num_classes=12)
+        assert found.labels == [
+            int(key[:2]) for key in found.keys
+        ]  # the order of names is that of numbers, none is missing
 
     def test_some_of_imagenets_classes_are_matched_by_name(self, tmp_path: Path) -> None:
         wnids = imagenet_classes()
