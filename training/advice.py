@@ -7,6 +7,7 @@ import math
 from attacks.norms import odd_radius
 from training.config import TrainConfig
 from training.idle import idle_flags
+from training.schedule import COSINE_END, eps_at
 
 INITIAL_SHARE = 0.1  # of the initial weights in the average at the run's end, from which on it is told
 
@@ -34,7 +35,12 @@ def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps
         elif device_type == "cpu":
             notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
     if not config.training.eval_only:
-        notes += [*_on_batch(config, global_batch), *_on_average(config, steps)]
+        notes += [
+            *_on_batch(config, global_batch),
+            *_on_average(config, steps),
+            *_on_schedules(config),
+            *_on_frozen(config),
+        ]
         if config.adv.attack != "none" and not config.validation.adv_n_ex:
             notes.append(
                 "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"
@@ -77,3 +83,29 @@ def _on_average(config: TrainConfig, steps: int) -> list[str]:
         f"model.ema_decay: after the run's {steps} steps {share:.0%} of the average are still the initial weights; give "
         f"--model.ema_warmup=1, or --model.ema_decay={decay:.10g}"
     ]
+
+
+def _on_schedules(config: TrainConfig) -> list[str]:
+    lr, adv, epochs, notes = config.lr, config.adv, config.training.epochs, []
+    if lr.lr_schedule_type == "cosine" and lr.lr < COSINE_END:
+        notes.append(
+            f"lr.lr: {lr.lr:.3g} is below {COSINE_END:.3g}, at which lr.lr_schedule_type=cosine ends whatever its peak, so the "
+            "learning rate rises to that; --lr.lr_schedule_type=cyclic ends at 0"
+        )
+    if adv.attack != "none" and adv.eps_warmup_epochs > epochs:
+        end = eps_at(epochs, eps=adv.eps, warmup_epochs=adv.eps_warmup_epochs)
+        notes.append(
+            f"adv.eps_warmup_epochs: the radius comes to {end:.3g} in the run's {epochs} epochs, and not to adv.eps={adv.eps:.3g}; "
+            f"give less than {epochs}"
+        )
+    return notes
+
+
+def _on_frozen(config: TrainConfig) -> list[str]:
+    m, head_only = config.model, config.lr.body_factor == 0
+    frozen_stem = head_only or (m.freeze_some and not m.early)
+    random = not m.pretrained or (m.not_original and frozen_stem)  # a ConvStem is new beside pretrained weights
+    if m.ckpt_path or not random or not (head_only or m.freeze_some) or config.training.resume not in ("auto", "none"):
+        return []
+    flag = "lr.body_factor=0" if head_only else "model.freeze_some=1"
+    return [f"{flag}: weights that are frozen are random, as none were given for them; give model.ckpt_path"]

@@ -415,8 +415,8 @@ class Trainer:
             aside = f"; goes on after step {self.state.step} from {self.start.source}"
             if self.start.own and self.start.origin:
                 aside += f"; began at {self.start.origin}"
-        elif self.run_folder.set_aside:
-            aside = f"; the earlier run of this name is now {self.run_folder.set_aside}"
+        if self.run_folder.set_aside:
+            aside += f"; the earlier run of this name is now {self.run_folder.set_aside}"
         if first := self.state.first_weights:
             aside += (
                 f"; starts from {first['file']}{first['key'] and ', ' + first['key']}, sha256 {first['sha256'][:12]}"

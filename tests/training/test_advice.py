@@ -84,6 +84,38 @@ def check(flags: dict[str, Any]) -> None:
     assert train.main(["--check", *(f"--{name}={value}" for name, value in flags.items() if value is not None)]) == 0
 
 
+def test_a_learning_rate_below_the_end_of_its_schedule():
+    (note,) = notes("--lr.lr=1e-6")
+    assert "1e-06 is below 5e-06" in note and "rises" in note
+    assert notes("--lr.lr=1e-6", "--lr.lr_schedule_type=cyclic") == notes("--lr.lr=5e-6") == []
+
+
+def test_a_radius_that_is_not_reached():
+    flags = ("--adv.attack=apgd", "--adv.eps=0.1", "--training.epochs=20")
+    (note,) = notes(*flags, "--adv.eps_warmup_epochs=40")
+    assert "comes to 0.05 in the run's 20 epochs, and not to adv.eps=0.1; give less than 20" in note
+    assert notes(*flags, "--adv.eps_warmup_epochs=20") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lr.body_factor=0", "--model.pretrained=0"], "lr.body_factor=0"),
+        (["--lr.body_factor=0"], None),
+        (["--lr.body_factor=0", "--model.not_original=1"], "lr.body_factor=0"),  # the stem is new
+        (["--lr.body_factor=0", "--model.pretrained=0", "--model.ckpt_path=w.pt"], None),
+        (["--lr.body_factor=0", "--model.pretrained=0", "--training.resume=run"], None),
+        (["--model.freeze_some=1", "--model.not_original=1"], None),
+        (["--model.freeze_some=1", "--model.not_original=1", "--model.early=0"], "model.freeze_some=1"),
+        (["--model.freeze_some=1", "--model.pretrained=0"], "model.freeze_some=1"),
+        (["--model.pretrained=0"], None),
+    ],
+)
+def test_frozen_weights_that_are_random(flags, told):
+    found = notes(*flags)
+    assert [note.split(":")[0] for note in found] == ([told] if told else [])
+
+
 def test_a_run_and_its_check_say_it_once(images, tmp_path, capsys):
     flags = base_flags(images, tmp_path) | {"adv.eps": 0.1, "training.global_batch": 64, "model.model_ema": 1}
     for start in (check, run):

@@ -335,6 +335,8 @@ def test_more_epochs_name_the_run_that_they_extend(many, tmp_path, at_step, caps
     extended = run(more | {"training.resume": folder, "logging.addendum": "longer"})
     errors = capsys.readouterr().err
     assert "training.epochs: 4 → 8" in errors and "begins at epoch 0" not in errors
+    assert run(more | {"training.resume": folder}).status == 0
+    assert f"; the earlier run of this name is now {anew.folder}.1" in capsys.readouterr().out
     first = extended.steps[0]
     assert first["step"] == (8 if left == "stopped" else 21)
     assert first["lr"] == anew.steps[first["step"] - 1]["lr"] and extended.steps[-1]["step"] == 40
