@@ -187,10 +187,8 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if start.finished:
         return tell_finished(start, config)
-    batch, steps = (
-        config.training.batch_size * accum * world_size,
-        config.training.epochs * parts.loader.steps_per_epoch,
-    )
+    batch = config.training.batch_size * accum * world_size
+    steps = config.training.epochs * parts.loader.steps_per_epoch
     # What becomes of the precision depends on the device, which may be another one than here.
     for note in [*start.notes, *notes, *notes_for(config, "cuda", global_batch=batch, steps=steps)]:
         warn(note)

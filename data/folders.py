@@ -234,9 +234,8 @@ def _open_tar(path: Path, request: Request) -> Source:
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a complete, uncompressed tar file ({error}).") from error
     images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]
-    shared = (
-        os.path.commonprefix([name for name, _, _ in images]).rfind("/") + 1
-    )  # the folder of all may be a hidden one
+    # The folder that holds all of them may be a hidden one.
+    shared = os.path.commonprefix([name for name, _, _ in images]).rfind("/") + 1
     images = [file for file in images if not hidden(file[0][shared:])]
     folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
     # A tar made from outside a data set's folder has that folder's name in front of everything.
