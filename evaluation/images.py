@@ -235,6 +235,11 @@ def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[
     elif class_names is not None or (names is not None and classes.know(names)):
         with blame("data.val_dataset"):
             match_classes(source, classes.names, data.val_dataset)
+    elif classes.count == CLASSES and names is not None and source.of_folders:
+        print_warning(
+            f"the class folders ({some(names)}) are not named as ImageNet's classes (n01440764 …), so they are numbered by their "
+            "sorted names; where the network has another order, give data.class_map."
+        )
     if isinstance(source, StreamSource):
         return Collected(source, n_ex or len(source))
     return source

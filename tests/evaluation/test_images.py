@@ -268,6 +268,11 @@ class TestOwnClasses:
         with pytest.raises(UserError, match="classes that the training set does not have: n0"):
             opened(few, num_classes=900, class_names=words[:900])
 
+    def test_folders_in_words_for_a_thousand_classes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = write_classes(tmp_path / "words", [f"word {i:03}" for i in range(1000)])
+        opened(folder, num_classes=1000)
+        assert "(word 000, word 001, " in (said := capsys.readouterr().err) and "numbered by their sorted names" in said
+
     def test_a_map_of_folders(self, copy: Path, tmp_path: Path) -> None:
         (tmp_path / "map.json").write_text('{"blue": 3, "green": "b", "grey": 3, "red": 0}')
         found = opened(copy, class_names=["a", "b", "c", "d"], class_map=tmp_path / "map.json")
