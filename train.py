@@ -179,7 +179,9 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         processes = Processes(rank=0, world_size=world_size, device=torch.device("cpu"))
         parts = build_parts(quick, processes, accum=accum, initial=initial)
         if initial:
-            notes = head_notes(config, parts.train_source)  # `quick` starts with less
+            notes = list(
+                dict.fromkeys([*head_notes(config, parts.train_source), *parts.notes])
+            )  # `quick` starts with less
     told = {problem.split(":")[0] for problem in known}
     problems.found = [*known, *(problem for problem in problems.found if problem.split(":")[0] not in told)]
     problems.report()

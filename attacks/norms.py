@@ -8,7 +8,7 @@ from common.errors import UserError
 DEFAULT_EPS = {"Linf": 4 / 255, "L2": 2.0, "L1": 75.0}
 NORMS = tuple(DEFAULT_EPS)
 # Steps of 1/255 by which a radius that is meant lets all values change at once; those of `DEFAULT_EPS` are 4, 1.3 and 0.13.
-SMALLEST_STEP = {"Linf": 0.05, "L2": 0.05, "L1": 0.005}
+SMALLEST_STEP = {"Linf": 0.05, "L2": 0.1, "L1": 0.005}
 
 
 def check_radius(norm: str, eps: float, *, size: int) -> None:
@@ -29,9 +29,10 @@ def check_radius(norm: str, eps: float, *, size: int) -> None:
 def odd_radius(norm: str, eps: float, *, size: int) -> str:
     """A sentence where `eps` is so far from what is usual that another norm, or another unit, was likely meant; else empty."""
     numbers = 3 * size**2
-    if norm == "Linf" and eps >= 0.5:
-        return f"with an Linf radius of {eps:g} every image can become the same grey; {eps:g}/255 may be meant"
     step = 255 * eps / {"Linf": 1, "L2": numbers**0.5, "L1": numbers}[norm]  # by which all values can change at once
+    if step >= 127.5:
+        hint = f"; {eps:g}/255 may be meant" if norm == "Linf" else ""
+        return f"with an {norm} radius of {eps:g} at {size} px every image can become the same grey{hint}"
     if step >= SMALLEST_STEP[norm]:
         return ""
     return (

@@ -17,7 +17,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,10 +58,11 @@ def flag(
 class Config:
     """A whole command line. The other fields are its sections.
 
-    `given`: dotted names of the flags that the command line or a file gave.
+    `given`: dotted names of the flags that the command line or a file gave; `typed`: those of the command line.
     """
 
     given: frozenset[str] = field(default=frozenset(), compare=False)
+    typed: frozenset[str] = field(default=frozenset(), compare=False)
 
     def problems(self) -> list[str]:
         """A sentence for each way in which flags do not go together."""
@@ -73,7 +73,8 @@ class Config:
 
 
 def _number(text: Any) -> float:
-    value = float(Fraction(text.replace(" ", ""))) if isinstance(text, str) and "/" in text else float(text)
+    above, slash, below = str(text).partition("/")
+    value = float(above) / float(below) if slash else float(text)
     if not math.isfinite(value):
         raise ValueError
     return value
@@ -180,7 +181,7 @@ def load_config(
         sections[name] = cls(
             **{f.name: f.default if (name, f.name) in wrong else config[(name, f.name)] for f in fields}
         )
-    loaded = config_class(**sections, given=frozenset(given | values.keys()))
+    loaded = config_class(**sections, given=frozenset(given | values.keys()), typed=frozenset(values))
     # A default in place of a wrong value may not go together with the rest either, which is no news.
     names = list(map(".".join, wrong))
     problems.found += [text for text in loaded.problems() if not any(name in text for name in names)]

@@ -232,6 +232,13 @@ def is_of_the_engine(error: Exception) -> bool:
     )
 
 
+def torchrun_can_wait() -> bool:
+    """Whether this torchrun lets one say how long it waits after SIGTERM."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return "shutdown_timeout" in LaunchConfig.__annotations__
+
+
 def under_torchrun() -> bool:
     """Whether a launcher such as torchrun started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

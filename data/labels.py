@@ -27,10 +27,12 @@ _BOXES = re.compile(r"^(n\d{8})(\s+\d+){4}(\s+\1(\s+\d+){4})*$")  # a class, and
 class Classes:
     """The classes of a network: how many, and their names where they are known."""
 
-    def __init__(self, count: int, names: Sequence[str] | None) -> None:
+    def __init__(self, count: int, names: Sequence[str] | None, others: Sequence[str] = ()) -> None:
+        """`others`: further names of the same classes, which files may call them by."""
         self.count = count
         self.names = list(map(str, range(count))) if names is None else list(names)
         self._places = {} if names is None else {name: place for place, name in enumerate(names)}
+        self._others = {name: place for place, name in enumerate(others)}
 
     def know(self, names: Sequence[str]) -> bool:
         """Whether all of these are names of classes."""
@@ -41,8 +43,9 @@ class Classes:
 
         Text is a name first: "3" is the class that is called 3, where there is one, and 3 the class of that number.
         """
-        if isinstance(value, str) and value in self._places:
-            return self._places[value]
+        for places in (self._places, self._others):
+            if isinstance(value, str) and value in places:
+                return places[value]
         number = int(value) if isinstance(value, str) and _is_number(value) else value
         return number if type(number) is int and 0 <= number < self.count else None
 
@@ -63,10 +66,10 @@ def named_by_numbers(source: Source | StreamSource, count: int) -> bool:
 
 
 def classes_by_index(names: Sequence[str], classes: Classes) -> list[int]:
-    """The class of each folder named by its number, from 0 on where there is a folder 0, else from 1 on.
+    """The class of each folder named by its number, from 0 on where there is a folder 0, from 1 on where the last one is there.
 
     Raises:
-        UserError: a folder has another name, a number that is too large, or that of another folder.
+        UserError: a folder has another name, a number that is too large, or that of another folder; or where they begin is open.
     """
     if others := [name for name in names if not _is_number(name)]:
         raise UserError(f"expected class folders named by numbers, found {some(others)}.")
@@ -79,7 +82,20 @@ def classes_by_index(names: Sequence[str], classes: Classes) -> list[int]:
         )
     if same := [name for name, number in zip(names, numbers) if times[number] > 1]:
         raise UserError(f"expected one folder for each class, found {some(same)}.")
+    if 0 not in numbers and max(numbers) < classes.count:
+        raise UserError(
+            f"expected a folder 0, or one called {classes.count}, as without them the numbers may begin at 0 or at 1; a map of the "
+            "folders says which class each is."
+        )
     return [number - base for number in numbers]
+
+
+def in_natural_order(names: Sequence[str]) -> list[str]:
+    """Names as people sort them: class2 before class10."""
+    return sorted(
+        names,
+        key=lambda name: [(int(part), "") if _is_number(part) else (-1, part) for part in re.split(r"(\d+)", name)],
+    )
 
 
 def number_by_index(source: Source | StreamSource) -> None:
@@ -131,8 +147,6 @@ def read_assignment(
             key, place = find(name) or name, classes.place(value)
             if place is None:
                 raise UserError(f"expected {classes} for {name}, got {value!r}.")
-            if key in found:
-                raise UserError(f"{key} has a class already, by {found[key][1]}.")
         found[key] = place, where
     if not found:
         raise UserError(f"{path}: expected at least one line with a class, found none.")
@@ -146,7 +160,10 @@ def _rows(path: Path, classes: Classes, find: Callable[[str], str | None], turn:
         raise UserError(f"cannot read {path} ({error.strerror}).") from error
     if text.lstrip().startswith("{"):
         rows = _json_rows(path, text)
-        return _by_folder(path, rows, find) if turn else rows
+        turned = _by_folder(path, rows, find) if turn else rows
+        if turned is rows:
+            _check_numbers(rows, classes)
+        return turned
 
     def is_header(name: str, value: str) -> bool:
         """Whether it is neither a bad line of the data set nor one of an image that is missing."""
@@ -205,6 +222,15 @@ def _json_rows(path: Path, text: str) -> list[Row]:
         with_words = isinstance(value, list) and [type(part) for part in value] == [str, str]
         rows.append((f"{path}, entry {number}", key, value[0] if with_words else value))
     return rows
+
+
+def _check_numbers(rows: list[Row], classes: Classes) -> None:
+    for where, name, value in rows:
+        if type(value) is int and (place := classes.place(value)) not in (None, classes.place(str(value))):
+            raise UserError(
+                f"{where}: expected a name in quotes for {name}, as the network's classes are called by numbers: {value} may be "
+                f"the class called {str(value)!r}, or that in the place {value}, {classes.names[place]!r}."
+            )
 
 
 def _by_folder(path: Path, rows: list[Row], find: Callable[[str], str | None]) -> list[Row]:

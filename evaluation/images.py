@@ -20,7 +20,7 @@ from data.datasets import match_classes, open_source
 from data.decoding import DECODE_ERRORS, decode
 from data.folders import LooseImages, class_folders, open_labelled, open_listed
 from data.imagenet_ids import CLASSES, imagenet_classes, looks_like_imagenet, robustbench_ids
-from data.labels import Classes, classes_by_index, classes_by_map, named_by_numbers
+from data.labels import Classes, classes_by_index, classes_by_map, in_natural_order, named_by_numbers
 from data.loader import EvalLoader, print_warning, spread_indices
 from data.source import Collected, Source, StreamSource, some
 from evaluation.config import EvalDataConfig
@@ -60,6 +60,13 @@ class ImageList:
     @property
     def labels(self) -> list[int]:
         return self.source.labels[self.indices].tolist()
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The numbers of the classes that the data set has; of folders those that are not empty."""
+        if self.robustbench or not self.source.of_folders:
+            return tuple(self.source.classes)
+        return tuple(np.unique(self.source.labels).tolist())
 
     @cached_property
     def keys(self) -> list[str]:
@@ -153,7 +160,8 @@ def open_images(
         )
         class_names = None
     listed = _listed(data, "all" if data.own_classes else ids, class_names)
-    source = listed or _whole(data, n_ex, Classes(num_classes, class_names or imagenet), class_names)
+    words = imagenet if imagenet and class_names and not set(class_names) & set(imagenet) else ()
+    source = listed or _whole(data, n_ex, Classes(num_classes, class_names or imagenet, words), class_names)
     found = source.num_classes
     if found > num_classes or (source.class_names is not None and found != num_classes):
         others = set(source.class_names or ()) - set(imagenet or ())
@@ -230,15 +238,17 @@ def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[
     elif data.classes == "index" and (class_names is None or not classes.know(names)):
         with blame("data.classes"):
             source.relabel(classes_by_index(names, classes), classes.names)
-        if 0 not in map(int, names) and len(names) < classes.count:
-            print_warning("data.classes=index: there is no folder 0, so folder k is class k − 1.")
     elif class_names is not None or (names is not None and classes.know(names)):
-        with blame("data.val_dataset"):
+        try:
             match_classes(source, classes.names, data.val_dataset)
-    elif classes.count == CLASSES and names is not None and source.of_folders:
+        except UserError as error:
+            raise UserError(
+                f"data.val_dataset: {error} Or give --data.class_map=FILE that says which class each is."
+            ) from error
+    elif names is not None and source.of_folders and (classes.count == CLASSES or names != in_natural_order(names)):
         print_warning(
-            f"the class folders ({some(names)}) are not named as ImageNet's classes (n01440764 …), so they are numbered by their "
-            "sorted names; where the network has another order, give data.class_map."
+            f"what the network's classes are called is not known, so the class folders are numbered by their sorted names "
+            f"({some(names)}); where the network has another order, give data.class_map."
         )
     if isinstance(source, StreamSource):
         return Collected(source, n_ex or len(source))

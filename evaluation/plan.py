@@ -186,7 +186,7 @@ def _plan_network(
     """The evaluations of one network; `numbers` completes their identities."""
     images, own = plan.images[name], found.preprocessing or trained.preprocessing
     version = {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(settings.chosen, "+".join(settings.chosen))
-    classes, among, restricted = tuple(images.source.classes), None, {}
+    classes, among, restricted = images.classes, None, {}
     if settings.among == "dataset" and len(classes) < trained.description["num_classes"]:
         check_classes(len(classes), settings.chosen)
         among, version = classes, f"{version}_among{len(classes)}"

@@ -9,6 +9,7 @@ from training.config import TrainConfig
 from training.idle import idle_flags
 from training.schedule import COSINE_END, eps_at
 
+IMAGENET_CLASSES = 1000  # of timm's pretrained heads
 INITIAL_SHARE = 0.1  # of the initial weights in the average at the run's end, from which on it is told
 
 
@@ -34,7 +35,9 @@ def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps
             notes.append(f"training.precision: {precision}, with which this run began")
         elif device_type == "cpu":
             notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
-    if not config.training.eval_only:
+    if config.training.eval_only:
+        notes += _on_random(config)
+    else:
         notes += [
             *_on_batch(config, global_batch),
             *_on_average(config, steps),
@@ -49,9 +52,13 @@ def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps
 
 
 def forgotten_attack(config: TrainConfig) -> str | None:
-    """A sentence where flags of an attack were given, and none was chosen, nor declined."""
-    given = sorted(name for name in config.given if name.startswith("adv."))
-    if not given or config.adv.attack != "none" or "adv.attack" in given or config.training.eval_only:
+    """A sentence where flags of an attack were given, and none was chosen, nor declined by the one who gave them."""
+    declined = "adv.attack" in config.typed
+    # A file that declines one may be a recipe for clean training, to which the command line adds.
+    given = sorted(
+        name for name in (config.typed if "adv.attack" in config.given else config.given) if name[:4] == "adv."
+    )
+    if not given or config.adv.attack != "none" or declined or config.training.eval_only:
         return None
     return (
         f"adv.attack is none, so this run trains on clean images although it is given {', '.join(given)}; adversarial "
@@ -103,9 +110,26 @@ def _on_schedules(config: TrainConfig) -> list[str]:
 
 def _on_frozen(config: TrainConfig) -> list[str]:
     m, head_only = config.model, config.lr.body_factor == 0
-    frozen_stem = head_only or (m.freeze_some and not m.early)
-    random = not m.pretrained or (m.not_original and frozen_stem)  # a ConvStem is new beside pretrained weights
-    if m.ckpt_path or not random or not (head_only or m.freeze_some) or config.training.resume not in ("auto", "none"):
+    if config.training.resume not in ("auto", "none"):
+        return []
+    frozen_stem, frozen_head = head_only or (m.freeze_some and not m.early), m.freeze_some and m.early
+    new_head = m.new_head if m.ckpt_path else m.num_classes != IMAGENET_CLASSES
+    body = not m.ckpt_path and not m.pretrained
+    random = body or (new_head and frozen_head) or (not m.ckpt_path and m.not_original and frozen_stem)
+    if not random or not (head_only or m.freeze_some):
         return []
     flag = "lr.body_factor=0" if head_only else "model.freeze_some=1"
-    return [f"{flag}: weights that are frozen are random, as none were given for them; give model.ckpt_path"]
+    return [
+        f"{flag}: weights that are frozen are random, as none were given for them; give model.ckpt_path"
+        + " with their head" * new_head * (not body)
+    ]
+
+
+def _on_random(config: TrainConfig) -> list[str]:
+    """Whether a validation alone measures weights that nobody has trained."""
+    m = config.model
+    random = m.new_head if m.ckpt_path else not m.pretrained or m.num_classes != IMAGENET_CLASSES or m.not_original
+    if not random or config.training.resume not in ("auto", "none"):
+        return []
+    what = "model.new_head=1" if m.ckpt_path else "no model.ckpt_path"
+    return [f"training.eval_only=1: the network that is measured has random weights ({what})"]

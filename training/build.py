@@ -27,11 +27,13 @@ from training.shortcuts import asked_for, trim_last_block
 from training.state import TrainState
 from training.step import image_dtype
 from training.surgery import checkpoint_blocks, freeze_body, freeze_parameters, head_names
+from utils_architecture import IMAGENET_MEAN, IMAGENET_STD
 from zoo.description import DESCRIPTION
 from zoo.loading import Weights, load_weights, read_weights
 from zoo.models import build_model
 from zoo.names import locate, split_kind
-from zoo.runs import recorded_classes
+from zoo.published import find_published
+from zoo.runs import recorded_classes, recorded_input
 
 AnySource = Source | StreamSource
 # Argument of a network → flag that it comes from.
@@ -77,11 +79,11 @@ def build_parts(
         problems.found += source_problems(config, train, val)
         if initial:
             with problems.caught():
-                notes = head_notes(config, train)
+                notes += head_notes(config, train)
         with problems.caught():
             loader = build_train_loader(config, train, processes, accum=accum)
     with problems.caught():
-        state = build_state(config, processes, initial=initial)
+        state = build_state(config, processes, initial=initial, notes=notes)
         check_image_sizes(state.model, config)
     problems.report()
     return Parts(train, val, loader, state, notes)
@@ -198,10 +200,40 @@ def build_mixup(config: TrainConfig) -> Mixup | None:
     return Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
 
 
-def build_state(config: TrainConfig, processes: Processes, *, initial: bool = True) -> TrainState:
+def input_note(path: Path, weights: Weights, name: str, *, normalized: bool) -> list[str]:
+    """A sentence where a network is trained on with images that are normalised otherwise than they were for its weights.
+
+    `name`: what the user called them, perhaps that of a published model.
+    """
+    recorded = recorded_input(path, weights.arguments)
+    if recorded is None and (known := find_published(name)) is not None and "add_normalization" in known.description:
+        pair = {"mean": torch.tensor(IMAGENET_MEAN), "std": torch.tensor(IMAGENET_STD)}
+        recorded = pair if known.description["add_normalization"] else None, "the table of published models"
+    if recorded is None or weights.normalizer is not None:
+        return []
+    pair, source = recorded
+    own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if normalized else None
+    same = (
+        all(torch.allclose(pair[key].flatten(), torch.tensor(own[key]), atol=1e-3) for key in own)
+        if own and pair
+        else own == pair
+    )
+    if same:
+        return []
+    mean_std = pair and " and ".join(f"{key} {[round(v, 4) for v in pair[key].flatten().tolist()]}" for key in pair)
+    was = f"normalised with {mean_std}" if pair else "not normalised"
+    now = "normalised with ImageNet's" if own else "not normalised"
+    remedy = "" if own and pair else f"; give --model.add_normalization={int(pair is not None)}"
+    return [f"model.ckpt_path: images were {was} for these weights ({source}), and are {now} here{remedy}"]
+
+
+def build_state(
+    config: TrainConfig, processes: Processes, *, initial: bool = True, notes: list[str] | None = None
+) -> TrainState:
     """Network (initial weights a function of `data.seed`), its average, optimiser and loss scaler on the device.
 
-    `initial`: load the weights that training starts from; they are not needed where a training state follows.
+    `initial`: load the weights that training starts from; they are not needed where a training state follows. `notes` gets
+    sentences for the user.
     """
     torch.manual_seed(derive_seed("init", config.data.seed))
     m, training = config.model, config.training
@@ -237,6 +269,8 @@ def build_state(config: TrainConfig, processes: Processes, *, initial: bool = Tr
             # A published model is downloaded by the first process of each machine, while the others wait.
             path = Path(processes.once_here("weights", lambda: str(locate(name, kind=kind).path)))
             weights = read_weights(path)
+            if notes is not None:
+                notes += input_note(path, weights, name, normalized=m.add_normalization)
             first_weights = {"file": str(path), "key": weights.key, "sha256": weights.sha256}
             try:
                 load_weights(model, weights, source=path, keep=head() if m.new_head else ())

@@ -41,10 +41,9 @@ def end_of_job(margin_minutes: float) -> float | None:
 
 def patience_of_torchrun() -> float:
     """Seconds that torchrun gives its processes after SIGTERM."""
-    from torch.distributed.launcher.api import LaunchConfig
+    from common.processes import torchrun_can_wait
 
-    asked = os.environ.get(PATIENCE_VARIABLE, 30) if "shutdown_timeout" in LaunchConfig.__annotations__ else 30
-    return float(asked)
+    return float(os.environ.get(PATIENCE_VARIABLE, 30) if torchrun_can_wait() else 30)
 
 
 class StopRequest:

@@ -94,7 +94,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         # Many publish weights of a network that stood behind a normaliser, of which they show nothing.
         notes += (
             f"{path} holds no input normaliser, so the network gets images as they are, in [0, 1]; if it was trained behind one, "
-            "ask for it with add_normalization (--model.add_normalization=1)",
+            "ask for it with add_normalization=1",
         )
     # Position embeddings stay as they are: resampled to another grid they would not be the same at their own size again.
     model = build_model(**description, global_pool=found.global_pool, img_size=found.img_size)
@@ -122,6 +122,19 @@ def recorded_classes(model_in: str) -> list[str] | None:
             path = find_weights(path)
             return _class_names(_run_params(path.parent)) or _timm_config(path).get("classes")
     return None
+
+
+def recorded_input(path: Path, arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor] | None, str] | None:
+    """What the network of a weights file stood behind: `mean` and `std` of a normaliser, or None, and who says so.
+
+    `arguments`: of the training script, from the file itself. None where neither a run, nor timm's configuration, says it.
+    """
+    asked = _run_params(path.parent).get("model", {}).get("add_normalization")
+    if asked is not None:
+        pair = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if asked else {}
+        return _normalizer(pair), "the params.json beside it"
+    cfg = _timm_config(path) or _timm_arguments(arguments)
+    return (_normalizer(cfg), cfg.get("from", "the config.json beside it")) if cfg else None
 
 
 def _class_names(run: Mapping[str, Any]) -> list[str] | None:
@@ -185,8 +198,12 @@ def _timm_config(path: Path) -> dict[str, Any]:
             f"{path.parent / 'config.json'}: expected an architecture as timm builds it by itself, got the options {odd}."
         )
     names = content.get("label_names") or content.get("labels")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         names = None
+    elif len(set(names)) < len(names):
+        names = [
+            name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)
+        ]  # ImageNet has two cranes
     elif content.get("num_classes") not in (None, len(names)):
         raise UserError(
             f"{path.parent / 'config.json'}: expected a name for each of its {content['num_classes']} classes, label_names has "
@@ -226,6 +243,8 @@ def _normalizer(cfg: Mapping[str, Any]) -> dict[str, Tensor] | None:
         raise UserError(f"expected mean and std of three numbers, got {cfg.get('mean')} and {cfg.get('std')}.")
     if (mean == 0).all() and (std == 1).all():
         return None
+    if max(mean.max(), std.max()) > 2:  # of images in [0, 255], not in [0, 1]
+        mean, std = mean / 255, std / 255
     return {"mean": mean.view(1, 3, 1, 1), "std": std.view(1, 3, 1, 1)}
 
 
@@ -249,6 +268,13 @@ def _preprocessing(run: Mapping[str, Any], cfg: Mapping[str, Any], arch: str, po
             f"{source}: expected square images and a crop_pct in (0, 1], got {cfg['input_size']} and {cfg.get('crop_pct')}."
         )
     interpolation, mode = cfg.get("interpolation"), cfg.get("crop_mode")
+    odd = [
+        value
+        for value in (interpolation, mode)
+        if value not in (None, "", "random", "center", "squash", "crop", *INTERPOLATIONS)
+    ]
+    if odd:
+        source += f", in place of its {' and '.join(map(repr, odd))}"
     return Preprocessing(
         size,
         float(crop_pct),

@@ -111,6 +111,8 @@ def test_large_images_in_float32_stay_in_the_ball(norm):
         *((norm, eps, 32, "") for norm, eps in (("Linf", 8 / 255), ("L2", 0.5), ("L1", 12))),
         ("Linf", 0.3, 28, ""),
         ("Linf", 1, 224, "1/255 may be meant"),
+        ("L2", 50, 32, "at 32 px every image can become the same grey"),
+        ("L2", 4 / 255, 32, "0.072/255 at most"),
         ("Linf", 4 / 255**2, 224, "0.016/255 at most"),
         ("L2", 4 / 255, 224, "0.01/255 at most; radii of Linf, L2 and L1 differ (usual for L2: 2 at 224 px)"),
         ("L1", 2, 224, "0.0034/255 at most"),

@@ -71,7 +71,9 @@ def test_last_flag_wins_and_both_forms_work():
     assert config.lr.lr == 2 and config.adv.alpha == 0.5
 
 
-@pytest.mark.parametrize("text,value", [("4/255", 4 / 255), ("0.03", 0.03), (" 8 / 255", 8 / 255), ("1e-2", 0.01)])
+@pytest.mark.parametrize(
+    "text,value", [("4/255", 4 / 255), ("0.03", 0.03), (" 8 / 255", 8 / 255), ("1e-2", 0.01), ("0.5/255", 0.5 / 255)]
+)
 def test_eps_takes_fractions(text, value):
     assert load(f"--adv.eps={text}").adv.eps == value
 

@@ -21,7 +21,7 @@ UNNAMED = Classes(1000, None)
         ([str(i) for i in range(1000)], list(range(1000))),
         (sorted(str(i) for i in range(1000)), sorted(range(1000), key=str)),
         (sorted(str(i) for i in range(1, 1001)), [int(name) - 1 for name in sorted(str(i) for i in range(1, 1001))]),
-        (["0007", "0100", "0999"], [6, 99, 998]),  # neither contiguous nor from 0 on
+        (["0007", "0100", "1000"], [6, 99, 999]),  # neither contiguous nor from 0 on
         (["0", "999"], [0, 999]),
     ],
 )
@@ -36,6 +36,7 @@ def test_folder_k_is_class_k(names: list[str], expected: list[int]) -> None:
         (["1", "1001"], "from 1 to 1000 for 1000 classes, found 1001"),
         (["0", "1", "cats"], "named by numbers, found cats"),
         (["0", "-1"], "named by numbers, found -1"),
+        (["0007", "0100", "0999"], "expected a folder 0, or one called 1000"),
         (["1", "01", "2"], "one folder for each class, found 1, 01"),
     ],
 )
@@ -135,8 +136,9 @@ def test_numbers_in_quotes_are_names_first(tmp_path: Path) -> None:
     classes, path = Classes(3, ["0", "10", "2"]), tmp_path / "map.json"
     path.write_text('{"a": 2, "b": "2", "c": "10", "d": "1"}')
     assert classes_by_map(["a", "b", "c", "d"], path, classes) == [2, 2, 1, 1]
-    path.write_text('{"a": 1, "b": "1"}')
-    assert classes_by_map(["a", "b"], path, Classes(3, ["1", "2", "3"])) == [1, 0]
+    path.write_text('{"a": 1}')
+    with pytest.raises(UserError, match="1 may be the class called '1', or that in the place 1, '2'"):
+        classes_by_map(["a"], path, Classes(3, ["1", "2", "3"]))
     (tmp_path / "map").write_text("0 1\n1 2\n")  # lines are folder and class, whatever the folders are called
     assert classes_by_map(["0", "1"], tmp_path / "map", Classes(3, ["1", "2", "3"])) == [0, 1]
 

@@ -273,6 +273,27 @@ class TestOwnClasses:
         opened(folder, num_classes=1000)
         assert "(word 000, word 001, " in (said := capsys.readouterr().err) and "numbered by their sorted names" in said
 
+    @pytest.mark.parametrize("names", [["class1", "class10", "class2"], ["1_cat", "10_dog", "2_owl"]])
+    def test_folders_whose_order_people_read_otherwise(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str]
+    ) -> None:
+        opened(write_classes(tmp_path / "set", names), num_classes=3)
+        assert "numbered by their sorted names" in capsys.readouterr().err
+        opened(tmp_path / "set", num_classes=3, class_names=names)
+        opened(write_classes(tmp_path / "other", ["class1", "class2", "class3"]), num_classes=3)
+        assert capsys.readouterr().err == ""
+
+    def test_empty_folders_are_no_classes_of_the_images(self, tmp_path: Path) -> None:
+        folder = write_classes(tmp_path / "set", ["a", "c"])
+        (folder / "b").mkdir()
+        assert opened(folder, num_classes=3).classes == (0, 2)
+
+    def test_labels_by_wnid_for_a_network_that_names_its_classes_in_words(self, tmp_path: Path) -> None:
+        folder = write_classes(tmp_path / "set", ["x"]) / "x"
+        (tmp_path / "labels.csv").write_text(f"0.png,{imagenet_classes()[7]}\n")
+        words = [f"word {i}" for i in range(1000)]
+        assert opened(folder, num_classes=1000, class_names=words, labels=tmp_path / "labels.csv").labels == [7]
+
     def test_a_map_of_folders(self, copy: Path, tmp_path: Path) -> None:
         (tmp_path / "map.json").write_text('{"blue": 3, "green": "b", "grey": 3, "red": 0}')
         found = opened(copy, class_names=["a", "b", "c", "d"], class_map=tmp_path / "map.json")

@@ -28,6 +28,32 @@ def test_radius_of_another_norm():
     assert "an L2 radius of 0.0157 at 160 px" in notes("--adv.attack=apgd", "--adv.norm=L2", "--adv.eps=4/255")[0]
 
 
+def test_an_attack_that_a_file_declines(tmp_path):
+    (tmp_path / "clean.yaml").write_text("adv: {attack: none, eps: 0.1}")
+    recipe = ("--config-file", str(tmp_path / "clean.yaml"))
+    assert notes(*recipe) == notes(*recipe, "--adv.eps=0.1", "--adv.attack=none") == []
+    (note,) = notes(*recipe, "--adv.eps=0.1")
+    assert note.startswith("adv.attack is none, so this run trains on clean images although it is given adv.eps;")
+
+
+@pytest.mark.parametrize(
+    ("flags", "random"),
+    [
+        (["--model.ckpt_path=x", "--model.new_head=1", "--model.freeze_some=1"], True),
+        (["--model.ckpt_path=x", "--model.freeze_some=1"], False),
+        (["--model.ckpt_path=x", "--model.new_head=1", "--lr.body_factor=0"], False),
+        (["--model.num_classes=4", "--model.freeze_some=1"], True),
+        (["--model.num_classes=4", "--lr.body_factor=0"], False),
+        (["--training.eval_only=1", "--model.ckpt_path=x", "--model.new_head=1"], True),
+        (["--training.eval_only=1", "--model.pretrained=0"], True),
+        (["--training.eval_only=1"], False),
+        (["--training.eval_only=1", "--model.ckpt_path=x"], False),
+    ],
+)
+def test_random_weights_that_stay_so(flags, random):
+    assert any("random" in note for note in notes(*flags)) == random
+
+
 def test_an_attack_that_was_forgotten():
     (note,) = notes("--adv.eps=0.1", "--adv.n_iter=5")
     assert note == (

@@ -19,9 +19,10 @@ from evaluation.config import EvalDataConfig
 from evaluation.images import open_images
 from tests.data import write_folder
 from tests.training.helpers import base_flags, run
-from training.build import head_notes, open_sources, source_problems
+from training.build import head_notes, input_note, open_sources, source_problems
 from training.config import TrainConfig
 from utils_architecture import get_new_model
+from zoo.loading import read_weights
 
 NUMBERS = [str(i) for i in range(12)]
 
@@ -52,6 +53,32 @@ def weights(tmp_path: Path) -> Path:
 
 def record(path: Path, names: list[str]) -> None:
     (path.parent / "params.json").write_text(json.dumps({"provenance": {"classes": names}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "normalized", "said"),
+    [
+        ("params.json", {"model": {"add_normalization": False}}, 1, "images were not normalised"),
+        ("params.json", {"model": {"add_normalization": False}}, 0, None),
+        ("params.json", {"model": {"add_normalization": True}}, 0, "give --model.add_normalization=1"),
+        ("config.json", {"mean": [0.0] * 3, "std": [1.0] * 3}, 1, "give --model.add_normalization=0"),
+        ("config.json", {"mean": [0.5] * 3, "std": [0.5] * 3}, 1, "normalised with mean [0.5, 0.5, 0.5]"),
+        ("config.json", {"input_size": [3, 32, 32]}, 1, None),
+        ("other", {}, 1, None),
+    ],
+)
+def test_images_that_the_weights_were_not_trained_on(tmp_path, name, content, normalized, said):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(get_new_model("convnext_micro", num_classes=12).state_dict(), path)
+    (tmp_path / name).write_text(json.dumps(content))
+    found = input_note(path, read_weights(path), str(path), normalized=bool(normalized))
+    assert (said is None and found == []) or said in found[0]
+
+
+def test_a_published_model_of_images_that_are_not_normalised(weights):
+    (note,) = input_note(weights, read_weights(weights), "convnext_tiny_cvst", normalized=True)
+    assert "the table of published models" in note and "--model.add_normalization=0" in note
+    assert input_note(weights, read_weights(weights), "convnext_tiny_cvst", normalized=False) == []
 
 
 @pytest.mark.parametrize("base", [0, 1])

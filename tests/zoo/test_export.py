@@ -119,6 +119,19 @@ def test_folder_as_timm_writes_it(tmp_path, old):
     assert trained.class_names is None and not trained.sure_of_input
 
 
+def test_what_a_configuration_asks_for_in_vain(tmp_path):
+    network = timm.create_model("resnet18", num_classes=2)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / EXPORTED)
+    cfg = {"input_size": [3, 64, 64], "interpolation": "lanczos", "crop_mode": "border"}
+    cfg |= {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}  # of images in [0, 255]
+    content = {"architecture": "resnet18", "num_classes": 2, "pretrained_cfg": cfg, "label_names": ["crane", "crane"]}
+    (tmp_path / CONFIG).write_text(json.dumps(content))
+    trained = load_trained(tmp_path, NetworkDescription())
+    assert trained.preprocessing.source.endswith("in place of its 'lanczos' and 'border'")
+    assert torch.allclose(trained.model.normalize.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    assert trained.class_names == ["crane (0)", "crane (1)"]
+
+
 def test_names_of_classes_as_timm_writes_them(tmp_path):
     """Their order is that of the outputs, not that of sorted folders."""
     network = timm.create_model("resnet18", num_classes=3)
