@@ -147,6 +147,8 @@ def read_assignment(
             key, place = find(name) or name, classes.place(value)
             if place is None:
                 raise UserError(f"expected {classes} for {name}, got {value!r}.")
+            if key in found:
+                raise UserError(f"{key} has a class already, by {found[key][1]}.")
         found[key] = place, where
     if not found:
         raise UserError(f"{path}: expected at least one line with a class, found none.")
