@@ -44,7 +44,7 @@ from zoo.description import Preprocessing
 from zoo.runs import find_weights
 
 PROJECT = Path(__file__).resolve().parent
-FOLDER = PROJECT / "runs" / "demo"
+FOLDER = Path("runs", "demo").absolute()  # where the user stands
 NAMES = {"clean_model": "clean training", "robust_model": "adversarial training (APGD-2)"}
 CLASSES = 10
 

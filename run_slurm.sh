@@ -8,7 +8,7 @@
 #     bash run_slurm.sh --FLAG=VALUE ...                   checks train.py's flags, then submits this script
 #     NODES=2 TIME=12:00:00 bash run_slurm.sh ...          settings are environment variables, listed below
 #     ARRAY=lines.txt bash run_slurm.sh ...                a job array: each line of the file holds one task's further flags
-#     sbatch --nodes=2 --gres=gpu:8 ... run_slurm.sh ...   with your own options, from the project's root
+#     sbatch --nodes=2 --gres=gpu:8 ... run_slurm.sh ...   with your own options, from the project's root (or RUN_SLURM_ROOT)
 #
 # Before the time limit the run saves its state and ends, and the job goes back into the queue and resumes. `scancel` ends it
 # for good; a file `stop` in the run's folder saves the state and requeues. Inside an allocation of salloc it starts there.
@@ -32,7 +32,7 @@
 #     MAX_REQUEUES=100    how often the job has been restarted, by this script or Slurm, when it is no more requeued
 #     RUN_SLURM_ROOT      the project's root, where sbatch was not called from there
 #
-# Relative paths start at the project's root. Exit status: 0 finished, or requeued; 2 a flag or setting is wrong; 3 training
+# Relative paths start where you call it. Exit status: 0 finished, or requeued; 2 a flag or setting is wrong; 3 training
 # diverged; 75 stopped, but not to be requeued; 1 anything else.
 set -euo pipefail
 
@@ -166,7 +166,7 @@ check_flags() {
         split_line "$index"
         task=("$@" ${words[@]+"${words[@]}"})
         check_resume "${task[@]}"
-        if ! folder=$(RANK=0 WORLD_SIZE=$((NODES * processes)) "$PY" train.py --where "${task[@]}"); then
+        if ! folder=$(RANK=0 WORLD_SIZE=$((NODES * processes)) "$PY" "$root/train.py" --where "${task[@]}"); then
             refuse "these flags are wrong, see above: ${task[*]}"
         fi
         if [ -n "${line_of[$folder]:-}" ]; then
@@ -181,7 +181,7 @@ check_flags() {
     if [ "${CHECK:-1}" != 0 ]; then
         # The login node may have fewer GPUs than a node of the job, or others.
         CUDA_VISIBLE_DEVICES='' RANK=0 WORLD_SIZE=$((NODES * processes)) LOCAL_WORLD_SIZE=$processes \
-            "$PY" train.py --check "${checked[@]}"
+            "$PY" "$root/train.py" --check "${checked[@]}"
     fi
 }
 
@@ -194,7 +194,7 @@ submit() {
     if ! command -v sbatch >/dev/null; then
         refuse "there is no sbatch here: submit from a login node of a Slurm cluster, or use run_train.sh."
     fi
-    PY=$(bash setup_env.sh)
+    PY=$(bash "$root/setup_env.sh")
     check_flags "$@"
 
     LOG_DIR=${LOG_DIR:-runs/slurm}
@@ -203,7 +203,7 @@ submit() {
     local name=%x-%j.out
     local -a options=(
         --job-name="${JOB_NAME:-train}" --nodes="$NODES" --ntasks-per-node=1 --cpus-per-task="$CPUS" --time="$TIME"
-        --requeue --open-mode=append --signal="B:USR1@$STOP_SECONDS" --chdir="$root" --export=ALL
+        --requeue --open-mode=append --signal="B:USR1@$STOP_SECONDS" --chdir="$PWD" --export=ALL
     )
     # Unlike --gpus-per-node, it is known to old versions and all ways of configuring Slurm.
     if [ "$GPUS" -gt 0 ]; then options+=(--gres="gpu:$GPUS"); fi
@@ -281,9 +281,9 @@ requeue() { # exit status where that cannot be
 address_on() { ip -o -4 addr show dev "$1" | awk '{ sub("/.*", "", $4); print $4; exit }'; }
 
 # What runs on each node. srun starts it in a new shell, which has no other function than this and the one above.
-on_node() { # Python, number of nodes, processes a node, first node, its address, port, the rendezvous's name, flags
-    local python=$1 nodes=$2 processes=$3 first=$4 endpoint=$5:$6 id=$7 own=${SLURMD_NODENAME:-localhost} is_host=false
-    shift 7
+on_node() { # Python, train.py, number of nodes, processes a node, first node, its address, port, the rendezvous's name, flags
+    local python=$1 program=$2 nodes=$3 processes=$4 first=$5 endpoint=$6:$7 id=$8 own=${SLURMD_NODENAME:-localhost} is_host=false
+    shift 8
     if [ -n "${SETUP:-}" ]; then
         eval "$SETUP" || exit
     fi
@@ -294,7 +294,7 @@ on_node() { # Python, number of nodes, processes a node, first node, its address
     # No restarts by torchrun: it would also restart a run that has stopped on request or diverged.
     exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$processes" --max-restarts=0 \
         --rdzv_backend=c10d --rdzv_endpoint="$endpoint" --rdzv_id="$id" --local_addr="$own" \
-        --rdzv_conf="is_host=$is_host,join_timeout=900,read_timeout=300" train.py "$@"
+        --rdzv_conf="is_host=$is_host,join_timeout=900,read_timeout=300" "$program" "$@"
 }
 
 # Starts training on all nodes and waits for its end; `ended` is srun's exit status.
@@ -310,7 +310,7 @@ launch() { # the rendezvous's name, flags
         options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     fi
     srun "${options[@]}" bash -c "$(declare -f address_on on_node); on_node \"\$@\"" on_node \
-        "$PY" "$nodes" "$processes" "$first" "$address" "$PORT" "$id" "$@" &
+        "$PY" "$root/train.py" "$nodes" "$processes" "$first" "$address" "$PORT" "$id" "$@" &
     pid=$!
     # A signal ends `wait`, but not srun.
     while kill -0 "$pid" 2>/dev/null; do
@@ -371,7 +371,7 @@ set_up() {
     export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script}"
     # torchrun kills what it has sent SIGTERM after 30 seconds, also while it saves. PyTorch 2.6 does not know this variable.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$STOP_SECONDS}"
-    PY=$(bash setup_env.sh)
+    PY=$(bash "$root/setup_env.sh")
 }
 
 # Ends the job if the last start told how it ended; returns if it ended without a word.
@@ -418,7 +418,7 @@ work() {
     fi
     check_resume "$@"
     find_rendezvous
-    folder=$(RANK=0 WORLD_SIZE=$((nodes * on_node)) "$PY" train.py --where "$@")
+    folder=$(RANK=0 WORLD_SIZE=$((nodes * on_node)) "$PY" "$root/train.py" --where "$@")
     rm -f "$folder/stop" # left by an earlier start
     read_status
     say "job $job, restarted ${SLURM_RESTART_COUNT:-0} times, $nodes node(s) from $first on: $folder, from step $step"
@@ -448,14 +448,13 @@ work() {
 }
 
 project_root
-cd "$root"
 if [ $# -eq 0 ]; then
     refuse "expected train.py's flags, got none; bash run_slurm.sh --help lists them."
 fi
 for argument in "$@"; do
     if [ "$argument" = --help ] || [ "$argument" = -h ]; then
-        PY=$(bash setup_env.sh)
-        exec "$PY" train.py "$@"
+        PY=$(bash "$root/setup_env.sh")
+        exec "$PY" "$root/train.py" "$@"
     fi
 done
 STOP_SECONDS=${STOP_SECONDS:-300}

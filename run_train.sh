@@ -14,19 +14,18 @@
 # Where the command line asks for processes itself (--dist.world_size=N with N > 1) and NGPU is not set, that number
 # runs. A world size in a configuration file is not seen here.
 #
-# Relative paths in flags start at the project's root. Exit status: train.py's, 2 if a flag or path is wrong.
+# Relative paths start where you call it. Exit status: train.py's, 2 if a flag or path is wrong.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 PY=$(bash "$root/setup_env.sh")
-cd "$root"
 # OpenMP's threads spin while they wait, which slows two busy programs on one machine down tenfold; spin only briefly.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 # timm 1.0.9 uses what newer versions of PyTorch call deprecated: nothing a user can act on.
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script}"
 
 if [ $# -eq 0 ]; then
-    exec "$PY" demo.py
+    exec "$PY" "$root/demo.py"
 fi
 
 # The value of the last --dist.world_size among the arguments, 1 if there is none.
@@ -46,7 +45,7 @@ world_size() {
 visible_gpus() {
     if command -v nvidia-smi >/dev/null || [ -e /dev/nvidiactl ]; then
         # Where PyTorch cannot use them, train.py says why.
-        "$PY" -c 'from common.gpus import usable_gpus; print(usable_gpus())' 2>/dev/null || echo 1
+        PYTHONPATH="$root" "$PY" -c 'from common.gpus import usable_gpus; print(usable_gpus())' 2>/dev/null || echo 1
     else
         echo 0
     fi
@@ -66,4 +65,4 @@ fi
 if [ "$processes" -gt 1 ]; then
     set -- "$@" --training.distributed=1 --dist.world_size="$processes"
 fi
-exec "$PY" train.py "$@"
+exec "$PY" "$root/train.py" "$@"

@@ -35,6 +35,7 @@ from typing import Any
 
 from common.errors import UserError, blame
 from common.flags import load_config, read_yaml
+from common.provenance import PROJECT
 from evaluation.config import EvalConfig
 from training.config import TrainConfig
 from training.identity import find_folder
@@ -206,7 +207,7 @@ def load_grid(path: Path, *, out: Path | None = None, seeds: Sequence[int] = (),
     grid = Grid(
         name=path.stem,
         out=out or Path("runs") / "ablations" / path.stem,
-        config=tuple(_list(content.get("config", []), f"{path}: config")),
+        config=tuple(map(_config_file, _list(content.get("config", []), f"{path}: config"))),
         train=_flags(content.get("train", {}), f"{path}: train"),
         arms=arms,
         entries=_entries(content, arms, path),
@@ -218,6 +219,11 @@ def load_grid(path: Path, *, out: Path | None = None, seeds: Sequence[int] = (),
     grid = dataclasses.replace(grid, compare=_comparisons(content.get("compare"), grid, path))
     _check(grid, path)
     return grid
+
+
+def _config_file(path: Any) -> str:
+    """Return a config file of a grid: below the current folder, else below the project's root."""
+    return str(path if Path(path).exists() or not (PROJECT / path).exists() else PROJECT / path)
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -206,14 +206,18 @@ class Runner:
         if status == "diverged":
             return False
         say(f"{cell}: training")
-        return self._call(cell, "train", ["train.py", *cell.train_argv()], slot, lock)
+        return self._call(cell, "train", [str(PROJECT / "train.py"), *cell.train_argv()], slot, lock)
 
     def _evaluate(self, cell: Cell, entry: Entry, slot: Place, lock: BinaryIO) -> bool:
         if evaluation_summary(cell, entry) is not None:
             return True
         say(f"{cell}: evaluation {entry.name}")
         return self._call(
-            cell, entry.name, ["runner_aa_eval.py", *cell.eval_argv(entry), *slot.eval_flags()], slot, lock
+            cell,
+            entry.name,
+            [str(PROJECT / "runner_aa_eval.py"), *cell.eval_argv(entry), *slot.eval_flags()],
+            slot,
+            lock,
         )
 
     def _call(self, cell: Cell, stage: str, argv: list[str], slot: Place, lock: BinaryIO) -> bool:
@@ -226,7 +230,6 @@ class Runner:
                     return False
                 child = subprocess.Popen(
                     [sys.executable, *argv],
-                    cwd=PROJECT,
                     env=slot.environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=file,

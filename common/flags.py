@@ -166,7 +166,7 @@ def load_config(
     report, problems, given = problems is None, problems or Problems(), set()
     for path in values.pop("config_file", []):
         with problems.caught(), blame("--config-file"):
-            content, named = _read_config_file(Path(path), config)
+            content, named = _read_config_file(Path(path).absolute(), config)
             config.collect(content)
             given |= named
     problems.report()  # else what the file gives would be called missing

@@ -54,7 +54,7 @@ class _Folder(Source):
 
 
 def open_path(request: Request) -> Source:
-    path = Path(request.spec).expanduser()
+    path = Path(request.spec).expanduser().absolute()
     try:
         if path.is_dir():
             return _open_folder(path, request)
@@ -268,7 +268,7 @@ def open_listed(spec: str, keys: Sequence[str], class_names: list[str]) -> Sourc
         UserError: no such folder, or class folders or files of the list are missing from it.
     """
     request = Request(spec, "val", "", "")
-    path = Path(spec).expanduser()
+    path = Path(spec).expanduser().absolute()
     try:
         if not path.is_dir():
             raise UserError(
@@ -304,7 +304,7 @@ def open_labelled(spec: str, path: Path, classes: Classes) -> Source:
     Raises:
         UserError: no such folder or file, a bad line, or one of an image that is not in the folder, or of several.
     """
-    root = Path(spec).expanduser()
+    root = Path(spec).expanduser().absolute()
 
     @cache
     def files(folder: str) -> dict[str, list[str]]:
@@ -344,7 +344,7 @@ def open_labelled(spec: str, path: Path, classes: Classes) -> Source:
 
 def class_folders(spec: str) -> list[str]:
     """Names of the class folders of a validation folder; none where `spec` is no folder, or not of that shape."""
-    path = Path(spec).expanduser()
+    path = Path(spec).expanduser().absolute()
     try:
         return _folders(_split_folder(path, Request(spec, "val", "", ""))) if path.is_dir() else []
     except (OSError, UserError):

@@ -157,7 +157,8 @@ def read_assignment(
 
 def _rows(path: Path, classes: Classes, find: Callable[[str], str | None], turn: bool) -> Iterable[Row]:
     try:
-        text = path.expanduser().read_text("utf-8-sig", errors="surrogateescape")  # names of files need not be UTF-8
+        path = path.expanduser().absolute()
+        text = path.read_text("utf-8-sig", errors="surrogateescape")  # names of files need not be UTF-8
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}).") from error
     if text.lstrip().startswith("{"):

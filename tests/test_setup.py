@@ -47,7 +47,7 @@ case "$*" in
         sleep "${STUB_PIP_SECONDS:-0}"
         if [ -n "${STUB_PIP_FAILS:-}" ]; then echo "ERROR: no connection"; exit 1; fi
         touch .venv/installed ;;
-    "train.py"*) exit "${STUB_TRAIN:-0}" ;;
+    */train.py*) exit "${STUB_TRAIN:-0}" ;;
 esac
 """
 
@@ -104,7 +104,7 @@ class Project:
         """The arguments of every call of the stand-in so far, without those that only ask for its state."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         asks = ("-m|common.check_requirements", "-c|", "-m|pip|--version")
-        return [line.split("|") for line in lines if not line.startswith(asks)]
+        return [line.replace(f"{self.root}/", "<root>/").split("|") for line in lines if not line.startswith(asks)]
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_failed_installation_is_reported_and_tried_again(bare: Project) -> None:
     assert "the installation failed" in failed.stderr
     assert all(call[0] == "-m" for call in bare.calls()), "something was launched"
     assert bare.run("run_train.sh").returncode == 0
-    assert bare.calls()[-1] == ["demo.py"]
+    assert bare.calls()[-1] == ["<root>/demo.py"]
 
 
 def test_interrupted_installation_is_started_afresh(bare: Project) -> None:
@@ -327,7 +327,7 @@ def test_starts_at_the_same_time_install_once(bare: Project) -> None:
     for start in starts:
         out, err = start.communicate(timeout=60)
         assert start.returncode == 0, out + err
-    assert sorted(call[:2] for call in bare.calls()) == [["-m", "pip"], ["-m", "venv"], *[["demo.py"]] * 3]
+    assert sorted(call[:2] for call in bare.calls()) == [["-m", "pip"], ["-m", "venv"], *[["<root>/demo.py"]] * 3]
 
 
 def wait_for(condition, seconds: float = 30) -> None:
@@ -362,7 +362,7 @@ def launched(project: Project, script: str, *args: str, **env: str) -> list[list
 
 
 def test_train_without_arguments_is_the_demo(project: Project) -> None:
-    assert launched(project, "run_train.sh") == [["demo.py"]]
+    assert launched(project, "run_train.sh") == [["<root>/demo.py"]]
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_train_without_arguments_is_the_demo(project: Project) -> None:
     ],
 )
 def test_train_starts_train_py_once(project: Project, flags: list[str]) -> None:
-    assert launched(project, "run_train.sh", *flags) == [["train.py", *flags]]
+    assert launched(project, "run_train.sh", *flags) == [["<root>/train.py", *flags]]
 
 
 def test_train_passes_the_exit_status_on(project: Project) -> None:
@@ -384,7 +384,7 @@ def test_train_passes_the_exit_status_on(project: Project) -> None:
 
 
 def several(processes: int, *flags: str) -> list[str]:
-    return ["train.py", *flags, "--training.distributed=1", f"--dist.world_size={processes}"]
+    return ["<root>/train.py", *flags, "--training.distributed=1", f"--dist.world_size={processes}"]
 
 
 def test_ngpu_starts_that_many_processes(project: Project) -> None:
@@ -399,7 +399,7 @@ def test_ngpu_is_checked(project: Project, ngpu: str) -> None:
     assert project.calls() == []
 
 
-ALONE = ["train.py", "-x"]
+ALONE = ["<root>/train.py", "-x"]
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [("0", ALONE), ("1", ALONE), ("3", several(3, "-x"))])
@@ -438,7 +438,7 @@ def test_pytorch_is_not_asked_without_a_driver(project: Project) -> None:
 )
 def test_train_starts_the_processes_that_its_flags_ask_for(project: Project, flags: list[str], n: int) -> None:
     project.command("nvidia-smi", "#!/bin/sh\n")
-    expected = ["train.py", *flags] if n == 1 else several(n, *flags)
+    expected = ["<root>/train.py", *flags] if n == 1 else several(n, *flags)
     assert launched(project, "run_train.sh", *flags, STUB_GPUS="4")[-1] == expected
     assert launched(project, "run_train.sh", *flags, NGPU="2")[-1] == several(2, *flags)
 
@@ -447,18 +447,18 @@ def test_tests_and_evaluation_pass_arguments_on(project: Project) -> None:
     assert launched(project, "run_tests.sh") == [["-m", "pytest", *SPREAD]]
     chosen = ["tests/attacks", "-k", "a or b"]
     assert launched(project, "run_tests.sh", *chosen)[-1] == ["-m", "pytest", *SPREAD, *chosen]
-    assert launched(project, "run_eval.sh", "--eps", "4/255")[-1] == ["runner_aa_eval.py", "--eps", "4/255"]
+    assert launched(project, "run_eval.sh", "--eps", "4/255")[-1] == ["<root>/runner_aa_eval.py", "--eps", "4/255"]
     assert launched(project, "run_ablation.sh", "g.yaml", "--check")[-1] == ["-m", "ablation", "g.yaml", "--check"]
 
 
 def test_evaluation_without_arguments_is_the_demos(project: Project) -> None:
     """Trained first where need be."""
-    evaluation = ["runner_aa_eval.py", "--config-file", "configs/demo_norms.yaml"]
+    evaluation = ["<root>/runner_aa_eval.py", "--config-file", "<root>/configs/demo_norms.yaml"]
     result = project.run("run_eval.sh")
     assert result.returncode == 0 and "training them first" in result.stderr
-    assert project.calls() == [["demo.py"], evaluation]
-    (project.root / "runs" / "demo").mkdir(parents=True)
-    (project.root / "runs" / "demo" / "networks.yaml").touch()
+    assert project.calls() == [["<root>/demo.py"], evaluation]
+    (project.bin / "runs" / "demo").mkdir(parents=True)
+    (project.bin / "runs" / "demo" / "networks.yaml").touch()
     assert launched(project, "run_eval.sh")[2:] == [evaluation]
 
 

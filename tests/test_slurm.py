@@ -32,10 +32,10 @@ case "$1" in
 esac
 {RECORD.format(name="python")}
 case "$*" in
-    "train.py --where"*)
+    *"/train.py --where"*)
         for flag in "$@"; do case $flag in --lr.lr=x) echo "error: lr.lr: x" >&2; exit 2 ;; esac; done
         if [ -e "$LOGS/run" ]; then cat "$LOGS/run"; else printf 'runs/%s\\n' "${{@: -1}}"; fi ;;
-    "train.py --check"*)
+    *"/train.py --check"*)
         echo "$RANK,$WORLD_SIZE,$LOCAL_WORLD_SIZE,$CUDA_VISIBLE_DEVICES" >> "$LOGS/check"
         exit "${{STUB_CHECK:-0}}" ;;
     "-m torch.distributed.run"*)
@@ -145,6 +145,8 @@ class Cluster:
         text = path.read_text()
         if name == "srun":  # which is given a function of many lines
             return [[name, *part.split(SEPARATOR)] for part in text.split("--kill-on")[1:]]
+        if name == "python":
+            text = text.replace(f"{self.root}/", "<root>/")
         return [line.split(SEPARATOR) for line in text.splitlines()]
 
     def torchruns(self) -> list[list[str]]:
@@ -211,12 +213,12 @@ def test_submission_has_sensible_options(cluster: Cluster) -> None:
         "--requeue": "",
         "--open-mode": "append",
         "--signal": "B:USR1@300",
-        "--chdir": str(cluster.root),
+        "--chdir": str(cluster.bin),
         "--export": "ALL",
         "--gres": "gpu:8",
-        "--output": f"{cluster.root}/runs/slurm/%x-%j.out",
+        "--output": f"{cluster.bin}/runs/slurm/%x-%j.out",
     }
-    assert (cluster.root / "runs" / "slurm").is_dir()
+    assert (cluster.bin / "runs" / "slurm").is_dir()
 
 
 def test_every_setting_becomes_an_option(cluster: Cluster) -> None:
@@ -260,13 +262,13 @@ def test_every_setting_becomes_an_option(cluster: Cluster) -> None:
 
 def test_flags_are_checked_as_the_job_will_see_them(cluster: Cluster) -> None:
     cluster.submit(*FLAGS, NODES="2", GPUS="3")
-    assert cluster.calls("python") == [["train.py", "--where", *FLAGS], ["train.py", "--check", *FLAGS]]
+    assert cluster.calls("python") == [["<root>/train.py", "--where", *FLAGS], ["<root>/train.py", "--check", *FLAGS]]
     assert (cluster.logs / "check").read_text() == "0,6,3,\n"
 
 
 def test_check_of_the_data_can_be_left_out(cluster: Cluster) -> None:
     assert cluster.submit("-x", CHECK="0").returncode == 0
-    assert cluster.calls("python") == [["train.py", "--where", "-x"]]
+    assert cluster.calls("python") == [["<root>/train.py", "--where", "-x"]]
     assert cluster.calls("sbatch")
 
 
@@ -332,7 +334,7 @@ def test_without_flags_or_slurm_it_says_so(cluster: Cluster) -> None:
 
 def test_help_is_trains(cluster: Cluster) -> None:
     assert cluster.submit("--help").returncode == 0
-    assert cluster.calls("python") == [["train.py", "--help"]]
+    assert cluster.calls("python") == [["<root>/train.py", "--help"]]
 
 
 @pytest.mark.parametrize("flags", [["--training.resume=none"], ["--training.resume", "none"]])
@@ -355,7 +357,7 @@ LINES = """# the seeds
 
 
 def test_array_has_a_task_a_line(cluster: Cluster) -> None:
-    (cluster.root / "lines.txt").write_text(LINES)
+    (cluster.bin / "lines.txt").write_text(LINES)
     result = cluster.submit("-x", ARRAY="lines.txt", MAX_PARALLEL="2")
     assert result.returncode == 0, result.stderr
     options, _ = cluster.sbatch()
@@ -369,7 +371,7 @@ def test_array_has_a_task_a_line(cluster: Cluster) -> None:
     ]
     # The tasks read a copy: an edit in between must not lead a requeued task to another run.
     copy = Path(cluster.sbatch_env()["ARRAY"])
-    assert copy.parent == cluster.root / "runs" / "slurm" and len(copy.read_text().splitlines()) == 3
+    assert copy.parent == cluster.bin / "runs" / "slurm" and len(copy.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -382,26 +384,26 @@ def test_array_has_a_task_a_line(cluster: Cluster) -> None:
     ],
 )
 def test_bad_array_is_not_submitted(cluster: Cluster, lines: str, message: str) -> None:
-    (cluster.root / "lines.txt").write_text(lines)
+    (cluster.bin / "lines.txt").write_text(lines)
     result = cluster.submit("-x", ARRAY="lines.txt")
     assert result.returncode == 2 and message in result.stderr
     assert not cluster.calls("sbatch")
 
 
 def test_array_task_takes_its_line_and_requeues_itself(cluster: Cluster) -> None:
-    (cluster.root / "lines.txt").write_text(LINES)
+    (cluster.bin / "lines.txt").write_text(LINES)
     task = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "ARRAY": "lines.txt"}
     result = cluster.job("-x", trains=("status stopped 5; exit 1",), **task)
     assert result.returncode == 0, result.stderr
     (torchrun,) = cluster.torchruns()
     flags = ["-x", "--data.seed=2", "--misc.notes=two  words; $(touch /tmp/no) *", ""]
-    assert torchrun[torchrun.index("train.py") + 1 :] == flags
+    assert torchrun[torchrun.index("<root>/train.py") + 1 :] == flags
     assert cluster.requeues() == [["requeue", "Incomplete", "77_1"]]
 
 
 @pytest.mark.parametrize(("task", "array"), [("3", "lines.txt"), ("0", "")])
 def test_array_task_without_a_line_is_an_error(cluster: Cluster, task: str, array: str) -> None:
-    (cluster.root / "lines.txt").write_text(LINES)
+    (cluster.bin / "lines.txt").write_text(LINES)
     result = cluster.job(SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=task, ARRAY=array)
     assert result.returncode == 2 and "ARRAY: " in result.stderr
     assert not cluster.torchruns() and not cluster.requeues()
@@ -427,7 +429,7 @@ def test_job_starts_torchrun_on_its_node(cluster: Cluster) -> None:
             "--rdzv_id=123456_2_0",
             "--local_addr=localhost",
             "--rdzv_conf=is_host=true,join_timeout=900,read_timeout=300",
-            "train.py",
+            "<root>/train.py",
             *FLAGS,
         ]
     ]
@@ -703,6 +705,7 @@ def test_two_nodes_meet_stop_and_requeue_with_the_real_torchrun(cluster: Cluster
     shutil.copytree(PROJECT / "common", cluster.root / "common", ignore=shutil.ignore_patterns("__pycache__"))
     (cluster.root / "requirements.txt").write_text("torch\n")
     (cluster.root / "train.py").write_text(TRAIN)
+    cluster.run_folder = cluster.bin / "runs" / "a run"
     job = cluster.start_job(
         "-x",
         PYTHON=sys.executable,
