@@ -1,8 +1,8 @@
 """Auto-PGD, the parameter-free attack used for adversarial training and quick evaluation.
 
-Croce & Hein 2020 (Linf, L2: Algorithm 1 with momentum 0.75) and Croce & Hein 2021 (L1: sparse steps), as the training code of
-Singh, Croce & Hein 2023 runs them: no random start, cross-entropy on hard or soft labels, the iterate of highest loss is
-returned. Differences from AutoAttack's APGD: one restart, and L1 starts from 5 % of the coordinates instead of 20 %.
+Croce & Hein 2020 (Linf, L2: Algorithm 1 with momentum 0.75) and Croce & Hein 2021 (L1: sparse steps), as in the training code
+of Singh, Croce & Hein 2023: no random start, cross-entropy on hard or soft labels, and the iterate of highest loss as result.
+Differences from AutoAttack's APGD: one restart, and L1 starts with 5 % of the coordinates instead of 20 %.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from attacks.gradients import Model, evaluate, evaluate_with_gradient, judge, un
 from attacks.threat_models import L1, get_threat_model
 
 MOMENTUM = 0.75
-# A coordinate of an L1 perturbation below this is rounding residue, not part of the perturbation.
+# Coordinates of an L1 perturbation below this are rounding errors, not part of the perturbation.
 RESIDUE = 1e-9
 
 
 @dataclass(frozen=True)
 class APGDResult:
-    """What an attack found, for B images.
+    """Result of an attack on B images.
 
     Attributes:
-        x_best: (B, …) iterate of highest loss: what training uses. In [0, 1] and within eps of the input.
+        x_best: (B, …) iterate of highest loss, used by training. In [0, 1] and within eps of the input.
         loss_best: (B,) its loss, never below the loss of the input.
-        acc: (B,) bool, classified correctly at the start and after every update.
-        x_best_adv: (B, …) last misclassified iterate among the updates; the input where there is none.
+        acc: (B,) bool, whether the image is classified correctly at the start and after every update.
+        x_best_adv: (B, …) last misclassified iterate among the updates; the input if there is none.
     """
 
     x_best: Tensor
@@ -51,9 +51,9 @@ def apgd(
 ) -> APGDResult:
     """Maximise the cross-entropy of `model` over the perturbations allowed by a threat model.
 
-    Runs the model in eval mode with frozen parameters and gives back its modes and gradients as they were. Costs `n_iter + 1`
-    forward (one of them `evaluate_last`, if given) and `n_iter` backward passes and never reads a value back from the device.
-    Autocast, where active, covers the model; the images keep their dtype (half precision images are raised to float32).
+    Runs the model in eval mode with frozen parameters and restores its modes and gradients. Costs `n_iter + 1` forward passes
+    (one of them `evaluate_last`, if given) and `n_iter` backward passes. Never reads a value back from the device. Autocast, if
+    active, covers the model; the images keep their dtype (half-precision images are converted to float32).
 
     Args:
         model: maps images (B, …) in [0, 1] to logits (B, K).
@@ -63,8 +63,8 @@ def apgd(
         eps: radius of the ball, in units of pixels in [0, 1]; positive.
         n_iter: number of updates, at least 1.
         on_step: called with (update 0 … n_iter, best loss (B,), still correct (B,)) after each evaluation; for logging.
-        evaluate_last: evaluates the last iterate in place of `model`, with modes and gradients as they were: the same function,
-            whose logits, with their graph, the caller can go on with. That saves training a forward pass.
+        evaluate_last: evaluates the last iterate in place of `model`, with modes and gradients restored. It is the same
+            function. The caller can use its logits and their graph afterwards, which saves training a forward pass.
 
     Raises:
         ValueError: unknown norm, eps ≤ 0 or n_iter < 1.
@@ -97,9 +97,9 @@ def apgd(
 
 
 class _Search:
-    """State of the search for Linf and L2, with what `APGDResult` gives.
+    """State of the search for Linf and L2, including the fields of `APGDResult`.
 
-    All decisions are masks on the device; only counters live in Python.
+    All decisions are masks on the device; only counters are Python numbers.
     """
 
     def __init__(self, threat, x: Tensor, eps: float, n_iter: int) -> None:
@@ -116,21 +116,21 @@ class _Search:
         return torch.full((self.x.shape[0],), 2 * self.eps, dtype=self.x.dtype, device=self.x.device)
 
     def over_images(self, value: Tensor) -> Tensor:
-        """(B,) → (B, 1, …, 1)."""
+        """Reshape (B,) to (B, 1, …, 1)."""
         return value.view(-1, *[1] * (self.x.dim() - 1))
 
     def start(self, loss: Tensor, correct: Tensor, grad: Tensor) -> None:
-        """Take loss, whether the prediction is right, and gradient at the input."""
+        """Set loss, correctness of the prediction and gradient at the input."""
         self.acc, self.x_best_adv = correct, self.x
         self.x_best, self.loss_best, self.grad, self.grad_best = self.x, loss, grad, grad
         self.loss_best_at_checkpoint = loss
-        # The first update counts as a rise, and the first checkpoint as one that follows a halving.
+        # The first update counts as a rise of the loss, and the first checkpoint as one after a halving of the step.
         self.loss_last = torch.full_like(loss, -torch.inf)
         self.rises = torch.zeros_like(loss)
         self.halved = torch.ones_like(loss, dtype=torch.bool)
 
     def update(self, i: int) -> Tensor:
-        """Next iterate."""
+        """Compute the next iterate."""
         ascent = self.over_images(self.step) * self.threat.direction(self.grad)
         z = self.project(self.x_adv + ascent)
         if i > 0:
@@ -139,7 +139,7 @@ class _Search:
         return z
 
     def record(self, loss: Tensor, correct: Tensor, grad: Tensor) -> None:
-        """Take the same at the iterate of the last update; keep the best, then adapt the step."""
+        """Record the same values at the iterate of the last update, keep the best, then adapt the step."""
         better = self.over_images(loss > self.loss_best)
         self.grad, self.grad_best = grad, torch.where(better, grad, self.grad_best)
         self.finish(loss, correct)
@@ -150,11 +150,11 @@ class _Search:
             self._checkpoint()
 
     def forget_gradients(self) -> None:
-        """Nothing follows the last update: room for its evaluation."""
+        """Free the gradients: no update follows, and the last evaluation needs the memory."""
         self.grad = self.grad_best = self.x_old = self.x
 
     def finish(self, loss: Tensor, correct: Tensor) -> None:
-        """Take loss and prediction at the iterate of the last update; keep the best."""
+        """Record loss and correctness at the iterate of the last update and keep the best."""
         self.acc = self.acc & correct
         self.x_best_adv = torch.where(self.over_images(correct), self.x_best_adv, self.x_adv)
         better = loss > self.loss_best
@@ -162,7 +162,7 @@ class _Search:
         self.loss_best = torch.where(better, loss, self.loss_best)
 
     def _restart(self, where: Tensor) -> None:
-        """Go on from the best iterate. `x_old` stays: the next momentum is taken from the point before the last update."""
+        """Continue from the best iterate. `x_old` stays: the next momentum starts from the point before the last update."""
         images = self.over_images(where)
         self.x_adv = torch.where(images, self.x_best, self.x_adv)
         self.grad = torch.where(images, self.grad_best, self.grad)
@@ -180,7 +180,7 @@ class _Search:
 
 
 class _SparseSearch(_Search):
-    """State of the search for L1: no momentum; the number of coordinates a step touches follows the best perturbation."""
+    """State of the search for L1: no momentum; the best perturbation determines how many coordinates a step changes."""
 
     def __init__(self, x: Tensor, eps: float, n_iter: int) -> None:
         super().__init__(get_threat_model("L1"), x, eps, n_iter)

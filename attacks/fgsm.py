@@ -21,18 +21,18 @@ def fgsm(
     skip_projection: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One signed gradient step from a random point: start uniform in ±noise_level·eps, step alpha·eps, project.
+    """Take one signed gradient step from a random point: start uniform in ±noise_level·eps, step alpha·eps, project.
 
     Args:
-        model: maps images (B, …) in [0, 1] to logits (B, K); run in eval mode, modes and gradients given back as they were.
+        model: maps images (B, …) in [0, 1] to logits (B, K); runs in eval mode, its modes and gradients are restored.
         x: images (B, C, H, W) in [0, 1].
         y: class indices (B,) int64 or soft labels (B, K).
-        norm: "Linf"; any other is an error.
+        norm: "Linf"; any other raises an error.
         eps: radius of the ball, in units of pixels in [0, 1]; positive.
         alpha: step length in units of eps.
         noise_level: half-width of the random start in units of eps; 0 for none.
-        skip_projection: leave the result as it is: outside the ball and the box, by design (N-FGSM).
-        generator: source of the random start, on the device of `x`.
+        skip_projection: do not project the result, which may lie outside the ball and [0, 1] by design (N-FGSM).
+        generator: of the random start, on the device of `x`.
 
     Returns:
         x_adv (B, C, H, W), float32 (float64 for float64 images).

@@ -1,4 +1,4 @@
-"""Loss and input gradient of a model under attack: what every gradient attack needs, whatever the precision."""
+"""Loss and input gradient of a model under attack, for every gradient attack and precision."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from attacks.losses import cross_entropy, hard_labels
 Model = Callable[[Tensor], Tensor]
 
 # Largest |d loss / d logit| of a sample when the backward pass runs in float16. Pixel gradients are typically 1e-3 to 1e-6 of
-# it, and float16 keeps numbers from 6e-8 to 65504.
+# it, and float16 represents numbers from 6e-8 to 65504.
 FP16_LOGIT_GRADIENT = 2.0**10
 
 
 @contextmanager
 def under_attack(model: Model) -> Iterator[None]:
-    """Put a module into eval mode with frozen parameters, and give back the mode of every sub-module and parameter.
+    """Put a module into eval mode with frozen parameters; restores the mode of every sub-module and parameter afterwards.
 
-    Frozen, because then autograd stores nothing for weight gradients and none are accumulated. A plain function passes through.
+    With frozen parameters autograd stores nothing for weight gradients and accumulates none. A plain function is unaffected.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -42,25 +42,24 @@ def under_attack(model: Model) -> Iterator[None]:
 
 
 def judge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample loss (B,) and whether the prediction is right (B,) bool, without a graph."""
+    """Return the per-sample loss (B,) and whether the prediction is right (B,) bool, without a graph."""
     logits = logits.detach()
     return cross_entropy(logits, y), logits.argmax(dim=1) == hard_labels(y)
 
 
 def evaluate(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """`judge` of the model's logits for `x`."""
+    """Return `judge` of the model's logits for `x`."""
     with torch.no_grad():
         return judge(model(x), y)
 
 
 def evaluate_with_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-sample loss (B,), whether the prediction is right (B,) bool, and d loss / d x (B, …) in the dtype of `x`.
+    """Return per-sample loss (B,), whether the prediction is right (B,) bool, and d loss / d x (B, …) in the dtype of `x`.
 
-    The gradient is taken in two parts: of the loss with respect to the logits, in float32 or better, then through the network.
-    In float16 each sample's logit gradient is first scaled by a power of two to a fixed size, and the result is scaled back in
-    the dtype of `x`: otherwise confident samples and small pixel gradients underflow to zero and the attack loses their
-    coordinates. No value is read back from the device. Coordinates whose gradient is not finite count as zero, so that no
-    pixel can become NaN.
+    The gradient is computed in two parts: of the loss with respect to the logits, in float32 or better, then through the
+    network. In float16 each sample's logit gradient is first scaled by a power of two to a fixed size, and the result is scaled
+    back in the dtype of `x`. Otherwise confident samples and small pixel gradients underflow to zero, and the attack loses these
+    coordinates. No value is read back from the device. Gradients that are not finite become zero, so that no pixel becomes NaN.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
@@ -85,6 +84,6 @@ def _backward_in_fp16(logits: Tensor) -> bool:
 
 
 def _fp16_scale(logit_grad: Tensor) -> Tensor:
-    """(B, 1) power of two that brings each sample's largest logit gradient to about `FP16_LOGIT_GRADIENT`."""
+    """Return the (B, 1) powers of two that scale each sample's largest logit gradient to about `FP16_LOGIT_GRADIENT`."""
     largest = logit_grad.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
     return torch.exp2(torch.floor(torch.log2(FP16_LOGIT_GRADIENT / largest)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each sample.
+    """Return the cross-entropy of each sample.
 
     Args:
         logits: (B, K), any floating dtype; computed in at least float32.
@@ -25,10 +25,10 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 class UnitGap(nn.Module):
-    """`network`, whose logits are divided by the gap between the largest and the third largest (with 2 classes the second).
+    """`network` with logits divided by the gap between the largest and the third largest (second largest with 2 classes).
 
-    The divisor counts as a constant, so cross-entropy on the result is free of the logits' scale, as the DLR loss is (Croce &
-    Hein 2020): where logits are so large that the softmax is exact, cross-entropy itself has no gradient. Predictions are kept.
+    The divisor counts as a constant. Cross-entropy on the result therefore does not depend on the logits' scale, like the DLR
+    loss (Croce & Hein 2020). Plain cross-entropy has no gradient if large logits saturate the softmax. Predictions are unchanged.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -43,5 +43,5 @@ class UnitGap(nn.Module):
 
 
 def hard_labels(y: Tensor) -> Tensor:
-    """Class index of each sample, (B,) int64: `y` itself, or the arg-max of soft labels (B, K)."""
+    """Return the class index of each sample, (B,) int64: `y` itself, or the arg-max of soft labels (B, K)."""
     return y.argmax(dim=1) if y.is_floating_point() else y

@@ -1,7 +1,7 @@
-"""The attacks that training knows by name.
+"""The attacks that training can select by name.
 
-A new one is a function and an entry of `ATTACKS`; a flag of its own also goes to `training.config.AdvConfig`. The choices of
-`adv.attack`, refused norms, idle flags and the run's name follow from the entry. Imports no PyTorch: command lines read this file.
+To add one, write a function and an entry of `ATTACKS`; add new flags to `training.config.AdvConfig` too. The entry determines
+the choices of `adv.attack`, rejected norms, idle flags and the run's name. Imports no PyTorch, because command lines import it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class AttackEntry:
     """One value of `adv.attack`.
 
     Attributes:
-        build: flags `adv.*` → the attack itself, called as (model, x, y, eps=…) like `attacks.fgsm`: y may be soft labels, the
-            model may be in training mode (`attacks.gradients.under_attack` gives everything back as it was), autocast may be
-            active, and random numbers come from PyTorch's default generator, which `train_step` seeds for each micro-batch.
-        flags: names of all `adv.*` that `build` or the attack reads, beside norm and eps. In a run with another attack they are
-            idle: a warning says so, and they count neither for the run's name nor when it resumes.
-        norms: the threat models that it is defined for; the command line refuses others.
-        reports_steps: it takes `on_step`, as in `attacks.apgd`, and calls it after each evaluation.
-        evaluates_last: it takes `evaluate_last`, as in `attacks.apgd`, and always calls it.
+        build: flags `adv.*` → the attack itself, called as (model, x, y, eps=…) like `attacks.fgsm`. `y` may be soft labels, the
+            model may be in training mode (`attacks.gradients.under_attack` restores everything) and autocast may be active.
+            Random numbers come from PyTorch's default generator, which `train_step` seeds for each micro-batch.
+        flags: names of all `adv.*` that `build` or the attack reads, besides norm and eps. With another attack they are idle:
+            a warning says so, and they count neither for the run's name nor when it resumes.
+        norms: the threat models that it supports; the command line rejects others.
+        reports_steps: it accepts `on_step`, as in `attacks.apgd`, and calls it after each evaluation.
+        evaluates_last: it accepts `evaluate_last`, as in `attacks.apgd`, and always calls it.
     """
 
     build: Callable[[Any], Callable[..., Tensor]]
@@ -40,7 +40,7 @@ class AttackEntry:
     evaluates_last: bool = False
 
 
-# The attacks are imported when they are built, as that imports PyTorch.
+# Attacks are imported only when they are built, because they import PyTorch.
 def _none(adv: Any) -> Callable[..., Tensor]:
     return lambda model, x, y, *, eps: x
 
@@ -81,11 +81,12 @@ ATTACKS = {
 
 @dataclass(frozen=True)
 class Attack:
-    """Images (B, C, H, W) in [0, 1] and labels → the images to train on: within `eps` of them and in [0, 1], unless the attack's
-    own flags say otherwise (`adv.skip_projection`).
+    """Maps images (B, C, H, W) in [0, 1] and labels to the images to train on.
+
+    They are within `eps` of the images and in [0, 1], unless the attack's flags say otherwise (`adv.skip_projection`).
 
     Attributes:
-        run: what `AttackEntry.build` made.
+        run: the result of `AttackEntry.build`.
         reports_steps, evaluates_last: as in `AttackEntry`.
     """
 
@@ -103,14 +104,14 @@ class Attack:
         on_step: Callable[[int, Tensor, Tensor], None] | None = None,
         evaluate_last: Model | None = None,
     ) -> Tensor:
-        """`on_step` and `evaluate_last` are left out for attacks that do not take them."""
+        """Run the attack; `on_step` and `evaluate_last` are passed only to attacks that accept them."""
         taken = {"on_step": on_step} if self.reports_steps else {}
         taken |= {"evaluate_last": evaluate_last} if self.evaluates_last else {}
         return self.run(model, x, y, eps=eps, **taken)
 
 
 def build_attack(adv: Any) -> Attack:
-    """The attack of the flags `adv.*`: any object with those attributes.
+    """Build the attack of the flags `adv.*`, given as any object with those attributes.
 
     Raises:
         KeyError: no attack has the name `adv.attack`.

@@ -1,1 +1,1 @@
-"""What both entries need: configuration, processes, files, provenance. Knows no model, attack or data."""
+"""Shared by training and evaluation: configuration, processes, files, provenance. Independent of models, attacks and data."""

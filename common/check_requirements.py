@@ -1,10 +1,10 @@
-"""Does the Python that runs this meet requirements.txt? Only metadata are read: a fraction of a second.
+"""Check whether the running Python meets requirements.txt. Only metadata are read, in a fraction of a second.
 
     python -m common.check_requirements requirements.txt
 
-Exit status 0 if it does; else 1, with one line for each requirement that is not met on standard error. Needs
-nothing but the standard library and either `packaging` or pip, whose own copy serves as well; where there is
-neither, nothing is met.
+Exits with status 0 if it does. Otherwise exits with status 1 and prints one line per unmet requirement to standard
+error. Needs only the standard library and either `packaging` or pip, which contains a copy of it. Without either,
+no requirement counts as met.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ OLDEST_PYTHON = (3, 10)
 
 
 def read_requirements(path: Path) -> list[str]:
-    """The requirements of a file in pip's format, one string each, without comments and empty lines."""
+    """Return the requirements of a file in pip's format, one string each, without comments and empty lines."""
     lines = (line.split("#", maxsplit=1)[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line]
 
 
 def unmet_requirements(lines: list[str]) -> list[str]:
-    """One sentence for each of the requirements (PEP 508) that the running Python does not meet.
+    """Return one sentence for each requirement (PEP 508) that the running Python does not meet.
 
-    Requirements whose marker excludes this Python are met. A pre-release counts by its place in the order of
-    versions, as vendors' builds of PyTorch carry such numbers (`2.7.0a0+...` meets `torch>=2.6`).
+    Requirements whose marker excludes this Python count as met. Pre-releases are compared by version order,
+    because vendors' builds of PyTorch carry such versions (`2.7.0a0+...` meets `torch>=2.6`).
     """
     try:
         from packaging.requirements import Requirement

@@ -1,4 +1,4 @@
-"""The first module that the fork server imports: from then on the server ends with the process that started it."""
+"""First module that the fork server imports. From then on, the server ends with the process that started it."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", told apart from a defect of the program."""
+"""The one exception that means "the input is wrong", as opposed to a defect of the program."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Bad input: a flag, file or folder the program cannot work with.
+    """Bad input: a flag, file or folder that the program cannot work with.
 
-    Each argument is one problem, a paragraph that names the flag or file, what was expected and what came. The entry scripts print
-    them without a traceback and exit with status 2.
+    Each argument describes one problem: the flag or file, what was expected and what came. The entry scripts print the problems
+    without a traceback and exit with status 2.
     """
 
     def __str__(self) -> str:
@@ -21,28 +21,28 @@ class UserError(Exception):
 
 
 class Problems:
-    """Bad input found in several places, to be reported together."""
+    """Problems found in several places of the input, to be reported together."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Keep a `UserError` for `report`."""
+        """Collect a `UserError` for `report` instead of raising it."""
         try:
             yield
         except UserError as error:
             self.found.extend(error.args)
 
     def report(self) -> None:
-        """Raise one `UserError` for all that was found, if any was."""
+        """Raise one `UserError` with all problems found, if there are any."""
         if self.found:
             raise UserError(*dict.fromkeys(self.found))
 
 
 @contextmanager
 def blame(flag: str) -> Iterator[None]:
-    """Put the flag, or the file's line, that an input came from before each problem of a `UserError`."""
+    """Prefix each problem of a `UserError` with the flag, or the file's line, that the input came from."""
     try:
         yield
     except UserError as error:
@@ -51,7 +51,7 @@ def blame(flag: str) -> Iterator[None]:
 
 @contextmanager
 def blame_arguments(flags: Mapping[str, str]) -> Iterator[None]:
-    """Put the flag for the argument that a problem of a `UserError` begins with; `flags`: argument → flag."""
+    """Replace the argument name at the start of each problem of a `UserError` by its flag; `flags`: argument → flag."""
     try:
         yield
     except UserError as error:
@@ -60,9 +60,9 @@ def blame_arguments(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def cause_of(error: BaseException) -> str:
-    """One line: the system's words where a failing file is at the bottom of it, else the error's first line.
+    """Return one line: the system's message if a failing file caused the error, else the error's first line.
 
-    torch.save answers a failed write with a RuntimeError about file positions; the cause is behind it.
+    torch.save reports a failed write as a RuntimeError about file positions; the actual cause is in its context.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
@@ -72,6 +72,6 @@ def cause_of(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Kind and first sentence of an error; PyTorch's begin with the place in its source."""
+    """Return the type and first sentence of an error, without the source location that begins PyTorch's messages."""
     lines = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).splitlines()
     return f"{type(error).__name__}: {lines[0].split('. ')[0]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes, folder locks, checksums and JSON files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 
 from common.errors import UserError
 
-LOCK_FILE = "lock"  # file in a folder that one run at a time works in
-# A file system without locks.
+LOCK_FILE = "lock"  # in a folder that only one run at a time may use
+# Errors of a file system without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it, and rename it to `path`; leaves nothing behind on failure."""
+    """Let `write` fill a temporary file beside `path`, sync it and rename it to `path`. A failure leaves nothing behind."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with open(temporary, "xb") as file:
@@ -38,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename `folder`, if it holds anything but a lock, to the first free `<folder>.1`, `<folder>.2` …, so that nothing is lost."""
+    """Rename `folder` to the first free `<folder>.1`, `<folder>.2` … if it contains more than a lock, so that nothing is lost."""
     if not folder.exists() or (folder.is_dir() and all(entry.name == LOCK_FILE for entry in folder.iterdir())):
         return None
     number = 1
@@ -50,7 +50,7 @@ def set_aside(folder: Path) -> Path | None:
 
 @contextmanager
 def writable(flag: str, folder: Path) -> Iterator[None]:
-    """Turn a failure to create or write `folder` into an error that names the flag it came from."""
+    """Turn a failure to create or write `folder` into a `UserError` that begins with the flag it came from."""
     try:
         yield
     except OSError as error:
@@ -58,18 +58,18 @@ def writable(flag: str, folder: Path) -> Iterator[None]:
 
 
 def take_folder(folder: Path, *, patience: float = 0.0) -> BinaryIO:
-    """Keep other runs from writing to an existing folder, until the file returned is closed or this process ends.
+    """Lock an existing folder against other runs until the returned file is closed or this process ends.
 
     Args:
-        folder: gets a file `lock`.
+        folder: receives a file `lock`.
         patience: seconds to wait for a run that is about to end.
 
     Raises:
-        UserError: another run holds it.
-        OSError: it cannot be written.
+        UserError: another run has locked the folder.
+        OSError: the folder cannot be written.
     """
     lock = open(folder / LOCK_FILE, "ab")
-    # A forked child, such as a loader worker that outlives its killed parent, would hold the lock too.
+    # Otherwise a forked child, such as a loader worker that outlives its killed parent, would keep the lock.
     os.register_at_fork(after_in_child=lock.close)
     until = time.monotonic() + patience
     while True:
@@ -81,24 +81,24 @@ def take_folder(folder: Path, *, patience: float = 0.0) -> BinaryIO:
                 time.sleep(0.2)
                 continue
             lock.close()
-            raise UserError(
-                f"another run is working in {folder}; wait for it to end, or give another folder."
-            ) from error
+            raise UserError(f"another run is using {folder}; wait until it ends, or give another folder.") from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 lock.close()
                 raise
-            print(f"warning: {folder} cannot be locked: see to it that one run at a time uses it.", file=sys.stderr)
+            print(
+                f"warning: {folder} cannot be locked. Make sure that only one run at a time uses it.", file=sys.stderr
+            )
             return lock
 
 
 def damaged_record(archive: zipfile.ZipFile) -> str | None:
-    """Name of the first record of a file of `torch.save` that is not as it was written; None if all are.
+    """Return the name of the first damaged record of a file written by `torch.save`; None if all are intact.
 
-    torch.load looks at no checksum, and no checksum covers the list of records. torch.save stores records as they are, without
-    attributes; torch.load takes one with the attribute "folder" for empty, and gives a tensor of whatever was in memory.
+    torch.load verifies no checksum, and no checksum covers the list of records. torch.save stores records uncompressed and
+    without attributes. torch.load reads a record with the attribute "folder" as empty and returns uninitialised memory.
 
-    Raises what `zipfile` does for damage: nearly anything.
+    Damage can raise nearly any exception in `zipfile`, which is passed on.
     """
     for record in archive.infolist():
         if record.external_attr or record.compress_type or record.compress_size != record.file_size:
@@ -107,7 +107,7 @@ def damaged_record(archive: zipfile.ZipFile) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """A file's SHA-256 in hexadecimal, read in pieces."""
+    """Return the SHA-256 of a file in hexadecimal. The file is read in pieces."""
     digest = hashlib.sha256()  # hashlib.file_digest is not in Python 3.10
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -116,10 +116,10 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file.
+    """Return the JSON object in a file; None if there is no file.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read or contains something else.
     """
     try:
         content = json.loads(path.read_text())

@@ -1,9 +1,9 @@
 """Command lines: the fields of frozen dataclasses become fastargs sections and `--section.name` flags.
 
-A field holds default, meaning and check (`flag`); `load_config` turns a command line and YAML files into one frozen object, or
-raises a `UserError` that names the flag, what was expected and what came. The rest of the project receives these plain
-dataclasses and never sees fastargs. Order of precedence: command line, then later config files, then earlier ones, then the
-default; environment variables are not read.
+A field defines default, meaning and check of a flag (`flag`). `load_config` turns a command line and YAML files into one frozen
+object, or raises a `UserError` with the flag, what was expected and what came. The rest of the project receives these plain
+dataclasses and never sees fastargs. Order of precedence: command line, later config files, earlier config files, default.
+Environment variables are not read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def flag(
         help: meaning, with units.
         choices: the allowed strings.
         at_least, at_most, above: bounds of a number, the last one exclusive.
-        harmless: the flag cannot change the trained weights; it does not count for the run's name.
+        harmless: the flag cannot change the trained weights; it is not part of the run's name.
     """
     checks = {"choices": choices, "at_least": at_least, "at_most": at_most, "above": above}
     return field(default=default, metadata={"help": help, "harmless": harmless, **checks})
@@ -58,14 +58,14 @@ def flag(
 class Config:
     """A whole command line. The other fields are its sections.
 
-    `given`: dotted names of the flags that the command line or a file gave; `typed`: those of the command line.
+    `given`: dotted names of the flags set on the command line or in a file; `typed`: those set on the command line.
     """
 
     given: frozenset[str] = field(default=frozenset(), compare=False)
     typed: frozenset[str] = field(default=frozenset(), compare=False)
 
     def problems(self) -> list[str]:
-        """A sentence for each way in which flags do not go together."""
+        """Return a sentence for each conflict between flags."""
         return []
 
 
@@ -84,22 +84,22 @@ def _switch(text: Any) -> bool:
     return {"0": False, "1": True, "false": False, "true": True}[str(text).lower()]
 
 
-# Type of a flag → what makes one of text or a YAML value, YAML's types that it must not take, what messages call it.
+# Type of a flag → converter from text or a YAML value, YAML types to reject, description in messages.
 _SCALARS = {
     int: (int, (bool, float), "an integer"),
     float: (_number, bool, "a number or a fraction such as 4/255"),
     bool: (_switch, (), "0 or 1"),
     str: (str, (bool, dict, list), "text"),
 }
-# Name of a bound → what messages call it, whether a value keeps it.
+# Name of a bound → description in messages, comparison that a valid value satisfies.
 _BOUNDS = {"above": ("above", operator.gt), "at_least": ("at least", operator.ge), "at_most": ("at most", operator.le)}
 
 
 class _FlagChecker(fastargs.validation.Checker):
-    """A flag's check in fastargs' form: converts text or YAML values to the field's type and holds its bounds."""
+    """A flag's check in fastargs' form: converts text or YAML values to the field's type and checks its bounds."""
 
     def __init__(self, annotation: Any, meta: typing.Mapping[str, Any]) -> None:
-        # "… | None": a file may leave it empty, as unset has a meaning of its own.
+        # "… | None": the value may be empty in a file, because "unset" has its own meaning.
         self.optional = isinstance(annotation, types.UnionType)
         if self.optional:
             annotation = typing.get_args(annotation)[0]
@@ -116,7 +116,7 @@ class _FlagChecker(fastargs.validation.Checker):
 
     def _check_one(self, value: Any) -> Any:
         meta = self.meta
-        if "1" in (meta["choices"] or ()):  # a switch with more values
+        if "1" in (meta["choices"] or ()):  # a switch with more than two values
             value = {"true": "1", "false": "0"}.get(str(value).lower(), value)
         if isinstance(value, self.refused):
             raise ValueError
@@ -134,7 +134,7 @@ class _FlagChecker(fastargs.validation.Checker):
         return ("a comma-separated list, each " if self.many else "") + ", ".join(words)
 
     def complaint(self, value: Any) -> str:
-        """What is said of a value that `check` refuses."""
+        """Return the message for a value that `check` rejects."""
         near = difflib.get_close_matches(str(value), self.meta["choices"] or (), n=1, cutoff=0.3)
         return f"expected {self.help()}, got {value!r}{f' (did you mean {near[0]}?)' if near else ''}."
 
@@ -149,12 +149,12 @@ def load_config(
     switches: argparse.ArgumentParser | None = None,
     problems: Problems | None = None,
 ) -> ConfigT:
-    """Read a command line (without the program's name) and the config files it names.
+    """Read a command line (without the program's name) and its config files.
 
     Args:
-        switches: options that the caller has read; `--help` lists them too.
-        problems: gets what is wrong, so that the caller can look for more; wrong flags have their defaults then. Missing ones
-            and unreadable files are raised all the same.
+        switches: options that the caller has already read; `--help` lists them too.
+        problems: collects the problems, so that the caller can find more; wrong flags then get their defaults. Missing flags
+            and unreadable files are raised in any case.
 
     Raises:
         UserError: unknown flag or key, missing required flag, wrong type or range, unreadable file.
@@ -166,11 +166,11 @@ def load_config(
     report, problems, given = problems is None, problems or Problems(), set()
     for path in values.pop("config_file", []):
         with problems.caught(), blame("--config-file"):
-            content, named = _read_config_file(Path(path).absolute(), config)
+            content, set_in_file = _read_config_file(Path(path).absolute(), config)
             config.collect(content)
-            given |= named
-    problems.report()  # else what the file gives would be called missing
-    for option in unknown[:1]:  # what follows may be its value
+            given |= set_in_file
+    problems.report()  # otherwise flags in an unreadable file would be reported as missing
+    for option in unknown[:1]:  # the next one may be its value
         options = ["--config-file", *(f"--{'.'.join(path)}" for path in config.entries)]
         problems.found.append(f"command line: unknown flag {option!r}{_did_you_mean(option.split('=')[0], options)}.")
     config.collect(values)
@@ -182,7 +182,7 @@ def load_config(
             **{f.name: f.default if (name, f.name) in wrong else config[(name, f.name)] for f in fields}
         )
     loaded = config_class(**sections, given=frozenset(given | values.keys()), typed=frozenset(values))
-    # A default in place of a wrong value may not go together with the rest either, which is no news.
+    # A default in place of a wrong value may conflict with other flags; that is not reported.
     names = list(map(".".join, wrong))
     problems.found += [text for text in loaded.problems() if not any(name in text for name in names)]
     if report:
@@ -191,12 +191,12 @@ def load_config(
 
 
 def config_to_dict(config: Any) -> dict[str, dict[str, Any]]:
-    """Sections → flags → plain values, as written to params.json and accepted as a config file."""
+    """Return sections → flags → plain values, as written to params.json and accepted as a config file."""
     return {name: dataclasses.asdict(getattr(config, name)) for name, _ in sections_of(type(config))}
 
 
 def sections_of(config_class: type) -> list[tuple[str, type]]:
-    """Names and dataclasses of a configuration's sections."""
+    """Return the names and dataclasses of a configuration's sections."""
     return [(name, cls) for name, cls in typing.get_type_hints(config_class).items() if dataclasses.is_dataclass(cls)]
 
 
@@ -221,11 +221,11 @@ def _params(section: type) -> dict[str, fastargs.Param]:
 
 
 def _check(config: fastargs.Config, problems: Problems) -> set[tuple[str, str]]:
-    """Note missing and wrong flags; returns the wrong ones. Raises where one that has no default is either."""
+    """Record missing and wrong flags and return the wrong ones. Raises if a required flag is missing or wrong."""
     missing = [p for p, param in config.entries.items() if param.required and config.content.get(p) is None]
     if missing:
         names = ", ".join(sorted(map(".".join, missing)))
-        problems.found.append(f"{names}: required, but neither given as a flag nor in a config file.")
+        problems.found.append(f"{names}: required, but given neither as a flag nor in a config file.")
     wrong = config.validate(mode="errordict").keys() - set(missing)
     for path in sorted(wrong):
         problems.found.append(f"{'.'.join(path)}: {config.entries[path].checker.complaint(config.content[path])}")
@@ -235,10 +235,10 @@ def _check(config: fastargs.Config, problems: Problems) -> set[tuple[str, str]]:
 
 
 def converted(section: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of some fields of a section, such as a YAML file holds them, checked and converted.
+    """Check and convert the values of some fields of a section, as read from a YAML file.
 
     Raises:
-        UserError: an unknown key, a wrong type or range.
+        UserError: an unknown key, or a value of wrong type or range.
     """
     params = _params(section)
     values = {}
@@ -264,7 +264,7 @@ def _parser(
         usage="%(prog)s [--config-file FILE] [--section.name=value …]",
         description=description,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # the result holds what was given alone
+        argument_default=argparse.SUPPRESS,  # the result contains only what was given
         parents=[] if switches is None else [switches],
     )
     parser.add_argument(
@@ -294,10 +294,10 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key given twice instead of taking the last, and what contains itself."""
+    """YAML's safe loader, which also rejects duplicate keys (instead of taking the last) and values that contain themselves."""
 
     def construct_document(self, node: yaml.Node) -> Any:
-        self.deep_construct = True  # else a list or mapping may become an item of itself
+        self.deep_construct = True  # otherwise a list or mapping may become an item of itself
         return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -309,7 +309,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML or JSON file's content; a UserError where it cannot be read or gives a key twice."""
+    """Return the content of a YAML or JSON file; raises UserError if it cannot be read or has a duplicate key."""
     try:
         return yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
@@ -321,9 +321,9 @@ def read_yaml(path: Path) -> Any:
 
 
 def _read_config_file(path: Path, config: fastargs.Config) -> tuple[dict[str, Any], set[str]]:
-    """Dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed.
+    """Return dotted flag names → values of a YAML or JSON file; nested sections and dotted keys are both allowed.
 
-    Also the names of those that a person gave: a run's params.json holds all flags.
+    Also returns the names of the flags that a person set, because a run's params.json contains all flags.
     """
     content = read_yaml(path)
     if content is None:
@@ -343,10 +343,10 @@ def _read_config_file(path: Path, config: fastargs.Config) -> tuple[dict[str, An
         if name not in params:
             raise UserError(f"{path}: unknown key {name!r}{_did_you_mean(name, list(params))}.")
         if (value is None and not params[name].checker.optional) or isinstance(value, dict):
-            raise UserError(f"{path}: {name} has no value; expected one, or no such line.")
+            raise UserError(f"{path}: {name} has no value; give one, or delete the line.")
     if provenance is None:
         return values, set(values)
-    # What differs from a default was given, or is what the run made of its device; where there is no default, of its machine.
+    # A value that differs from its default was given, or set by the run for its device; without default, for its machine.
     given = {name for name, value in values.items() if params[name].default not in (None, value)}
     given |= set(provenance.get("given", ())) if isinstance(provenance, dict) else set()
     return values, values.keys() & given

@@ -8,13 +8,13 @@ from common.errors import UserError
 
 
 def usable_gpus() -> int:
-    """Number of visible GPUs; 0 on a machine without.
+    """Return the number of GPUs that PyTorch can use; 0 on a machine without GPUs.
 
-    PyTorch counts GPUs by asking the driver's management library, which also knows those that CUDA cannot use: under a driver
-    that is too old for this PyTorch, or more of them than a GPU that is cut into parts (MIG) lets a process have.
+    PyTorch's own count comes from the driver's management library, which also counts GPUs that CUDA cannot use: with a driver
+    too old for this PyTorch, or more parts of a GPU (MIG) than a process can use.
 
     Raises:
-        UserError: there are GPUs, and PyTorch cannot use them.
+        UserError: there are GPUs, but PyTorch cannot use them.
     """
     if not torch.cuda.device_count():
         return 0
@@ -23,8 +23,8 @@ def usable_gpus() -> int:
     except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({reason}); expected a driver that is new "
-            "enough, or CUDA_VISIBLE_DEVICES with the number, or the part of a GPU (MIG-…), to use, or empty for the CPU."
+            f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({reason}). Install a newer driver, or set "
+            "CUDA_VISIBLE_DEVICES to the number of a GPU, to a part of a GPU (MIG-…), or to an empty value for the CPU."
         ) from error
-    # CUDA's own count, which torch.cuda.device_count gives in newer versions only.
+    # CUDA's own count, which torch.cuda.device_count returns only in newer versions.
     return torch._C._cuda_getDeviceCount()

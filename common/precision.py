@@ -1,4 +1,4 @@
-"""What float32 means on a GPU, and which algorithms compute."""
+"""TensorFloat-32 and deterministic algorithms on a GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 @contextmanager
 def float32_matmul(*, tf32: bool) -> Iterator[None]:
-    """Let matrix products and convolutions of float32 on a GPU use TensorFloat-32, or not; as before afterwards.
+    """Allow or forbid TensorFloat-32 in float32 matrix products and convolutions on a GPU; restores the settings afterwards.
 
-    PyTorch's own default rounds the inputs of "float32" convolutions to 10 bits.
+    By default PyTorch rounds the inputs of float32 convolutions to 10 bits.
     """
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -25,11 +25,10 @@ def float32_matmul(*, tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Inside the context only deterministic algorithms (`training.deterministic`), else the fastest: cuDNN tries its convolutions
-    at each new shape."""
+    """Use only deterministic algorithms (`training.deterministic`), or else let cuDNN benchmark convolutions at each new shape."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's linear algebra starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not enabled
     try:

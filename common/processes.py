@@ -1,6 +1,6 @@
-"""Rendezvous and collectives of a run's processes. The only user of torch.distributed.
+"""Rendezvous and collectives of a run's processes. The only module that uses torch.distributed.
 
-Several processes are started by `training.launch`, on one machine, or by a launcher such as torchrun. NCCL joins GPUs, gloo CPUs.
+`training.launch` starts several processes on one machine; otherwise a launcher such as torchrun does. GPUs use NCCL, CPUs gloo.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from common.gpus import usable_gpus
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-ANSWER_SECONDS = 5.0  # for the other processes to say why they failed
+ANSWER_SECONDS = 5.0  # time for the other processes to report why they failed
 STORE_POLL_SECONDS = 0.2
 
 
 class LostProcess(Exception):
     """Another process of the run failed, died, hangs or cannot be reached; the message is a sentence that says which and why.
 
-    `failed`: it failed with an error of its own, which a new start will most likely meet again.
+    `failed`: that process raised the error itself, so a restart will most likely fail in the same way.
     """
 
     def __init__(self, sentence: str, *, failed: bool = False) -> None:
@@ -44,7 +44,7 @@ class LostProcess(Exception):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of the run. `store` holds small values that all of them read and write."""
+    """This process among all processes of the run. `store` holds small values that all of them read and write."""
 
     rank: int
     world_size: int
@@ -53,7 +53,7 @@ class Processes:
 
     @classmethod
     def alone(cls, device: torch.device | str | None = None) -> Processes:
-        """The only process, on `device` or else the first GPU, or the CPU where there is none."""
+        """Return the only process of a run, on `device` or else on the first GPU, or on the CPU if there is none."""
         return cls(rank=0, world_size=1, device=_device(0) if device is None else torch.device(device))
 
     @property
@@ -72,23 +72,23 @@ class Processes:
 
     @property
     def rendezvous(self) -> str | None:
-        """Where the processes met, `address:port`; None where there is only this one."""
+        """Address where the processes met, `address:port`; None if there is only this one."""
         store = self._bare_store()
         return f"{store.host}:{store.port}" if isinstance(store, dist.TCPStore) else None
 
     def sum(self, value: Tensor) -> Tensor:
-        """All-reduce `value` in place; every process receives the sum."""
+        """All-reduce `value` in place and return it; every process receives the sum."""
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have reached this call."""
         if self.world_size > 1:
             dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """The picklable `value` of every process, by rank, on every process."""
+        """Return the picklable `value` of every process, ordered by rank, on every process."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -96,14 +96,14 @@ class Processes:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's `value`, on every process.
+        """Return the first process's `value` on every process.
 
         Args:
-            value: dicts, lists and tuples, nested, of CPU tensors and picklable values; of the first process alone, the
-                others may pass anything.
+            value: nested dicts, lists and tuples of CPU tensors and picklable values. Only the first process's value is
+                used; the others may pass anything.
 
         Returns:
-            On the first process `value` itself, elsewhere an equal one; tensors keep dtype, shape and every bit.
+            `value` itself on the first process, an equal one elsewhere; tensors keep dtype, shape and every bit.
         """
         if self.world_size == 1:
             return value
@@ -112,7 +112,7 @@ class Processes:
         return tree_map_only(Tensor, self._broadcast, value if self.is_first else plan[0])
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
-        """As bytes, for no backend knows every dtype; one tensor at a time, so that the device holds no second copy of all."""
+        """Broadcast a tensor as bytes, because no backend supports every dtype; one at a time, to limit device memory."""
         raw = tensor.contiguous() if self.is_first else torch.empty(tensor.shape, dtype=tensor.dtype)
         staged = raw.reshape(-1).view(torch.uint8).to(self.device)
         if staged.numel():
@@ -120,10 +120,10 @@ class Processes:
         return tensor if self.is_first else staged.cpu().view(tensor.dtype).reshape(tensor.shape)
 
     def on_first(self, action: Callable[[], T]) -> T | None:
-        """The result of `action` on the first process, None on the others.
+        """Run `action` on the first process and return its result there, None on the others.
 
         Raises:
-            UserError: that process met one; on all of them.
+            UserError: `action` raised one; it is raised on all processes.
         """
         result, problems = _attempt(action) if self.is_first else (None, ())
         if problems := self.gather(problems)[0]:
@@ -131,10 +131,10 @@ class Processes:
         return result
 
     def once_here(self, name: str, action: Callable[[], str]) -> str:
-        """`action` on the first process of this machine; its result on all processes of it, which wait as long as it takes.
+        """Run `action` on one process of this machine and return its result on all of them, which wait as long as it takes.
 
         Raises:
-            UserError: that process met one; on all of them.
+            UserError: `action` raised one; it is raised on all of them.
         """
         if self.on_this_machine == 1:
             return action()
@@ -150,9 +150,9 @@ class Processes:
         return result
 
     def lost(self, error: Exception) -> LostProcess | None:
-        """What the failure `error` of this process says of another one; None where the failure is this process's own.
+        """Return what the failure `error` of this process says about another one; None if it is this process's own failure.
 
-        The other processes learn of a failure of this process's own here. Takes up to twice `ANSWER_SECONDS`.
+        Reports this process's own failure to the other processes. Takes up to twice `ANSWER_SECONDS`.
         """
         if self.world_size == 1:
             return None
@@ -187,7 +187,7 @@ class Processes:
         )
 
     def _connect_again(self) -> dist.Store:
-        """The store through a connection of its own, as the first one may be what hangs."""
+        """Connect to the store again, because the first connection may be what hangs."""
         shared = self._bare_store()
         if isinstance(shared, dist.TCPStore):
             shared = connect_store(shared.host, shared.port, timedelta(seconds=ANSWER_SECONDS))
@@ -201,22 +201,22 @@ class Processes:
         return store
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over all processes; the model itself where there is only one."""
+        """Wrap the model so that gradients are averaged over all processes; returns the model itself if there is only one."""
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():  # newer versions of PyTorch call the argument by another name
+        with warnings.catch_warnings():  # newer versions of PyTorch have renamed the argument
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             return DistributedDataParallel(
                 model,
                 device_ids=devices,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # they are the same everywhere: constants, and statistics that training averages
+                broadcast_buffers=False,  # buffers are equal on all ranks: constants, and statistics that training averages
             )
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
-    """The result of `action`, and the problems of the `UserError` that it met instead."""
+    """Run `action`; return its result, and the problems of the `UserError` that it raised instead."""
     try:
         return action(), ()
     except UserError as error:
@@ -224,8 +224,8 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, tuple[str, ...]]:
 
 
 def is_of_the_engine(error: Exception) -> bool:
-    """Whether a collective failed, which is another process's fault."""
-    # A gloo operation that times out tells those that wait beside it so, and these do not name gloo.
+    """Return whether a collective failed, which is another process's fault."""
+    # When a gloo operation times out, the other waiting operations fail with a message that does not mention gloo.
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Application timeout")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -233,50 +233,50 @@ def is_of_the_engine(error: Exception) -> bool:
 
 
 def torchrun_can_wait() -> bool:
-    """Whether this torchrun lets one say how long it waits after SIGTERM."""
+    """Return whether this version of torchrun has an option for how long it waits after SIGTERM."""
     from torch.distributed.launcher.api import LaunchConfig
 
     return "shutdown_timeout" in LaunchConfig.__annotations__
 
 
 def under_torchrun() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
+    """Return whether a launcher such as torchrun started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def restarted_after_failure() -> bool:
-    """Whether torchrun starts processes again that end with another status than 0 (its --max-restarts)."""
+    """Return whether torchrun restarts processes that exit with a status other than 0 (its --max-restarts)."""
     return under_torchrun() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def local_rank() -> int:
-    """This process's number among those that the launcher started on this machine; 0 where none did."""
+    """Return this process's index among those that the launcher started on this machine; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", os.environ["RANK"] if under_torchrun() else 0))
 
 
 def check_processes(world_size: int) -> int:
-    """Number of processes of the run; refuses more than GPUs on a machine with GPUs, and a number other than torchrun's."""
+    """Return the number of processes of the run; rejects a number other than torchrun's, or above this machine's GPUs if any."""
     total = world_size
     if under_torchrun():
         started = int(os.environ["WORLD_SIZE"])
         if world_size not in (1, started):
-            raise UserError(f"{world_size} was asked for, but the launcher started {started} processes; leave it out.")
+            raise UserError(f"got {world_size}, but the launcher started {started} processes; omit this flag.")
         total, world_size = started, int(os.environ.get("LOCAL_WORLD_SIZE", started))
     gpus = usable_gpus()
     if gpus and world_size > gpus:
-        raise UserError(f"{world_size} processes need as many GPUs on this machine, {gpus} visible.")
+        raise UserError(f"{world_size} processes need as many GPUs on this machine, but {gpus} are visible.")
     return total
 
 
 def check_rendezvous(address: str, port: int) -> None:
-    """Refuse an address the store cannot listen on, which would otherwise show as a time-out of all."""
+    """Check that the store can listen on this address. Otherwise all processes would time out."""
     with _listener(address, port):
         pass
 
 
 @contextmanager
 def _listener(address: str, port: int) -> Iterator[socket.socket]:
-    """A socket bound to this address alone; closed afterwards, unless it was detached."""
+    """Open a socket bound to this address only; it is closed afterwards unless it was detached."""
     try:
         family, _, _, _, numeric = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as listener:
@@ -291,10 +291,10 @@ def _listener(address: str, port: int) -> Iterator[socket.socket]:
 
 
 def open_store(address: str, port: int, timeout: timedelta) -> dist.Store:
-    """The store of processes that this one starts; it is there as long as this one. Listens on this address alone.
+    """Open the store of the processes that this one starts. It lives as long as this process and listens on this address only.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot listen there.
     """
     with _listener(address, port) as listener:
         host, port = listener.getsockname()[:2]
@@ -304,12 +304,12 @@ def open_store(address: str, port: int, timeout: timedelta) -> dist.Store:
 
 
 def connect_store(host: str, port: int, timeout: timedelta) -> dist.Store:
-    """The store that another process has opened there."""
+    """Connect to the store that another process has opened there."""
     return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def _of_this_attempt(store: dist.Store) -> dist.Store:
-    """The store without what an earlier attempt left in it, such as the addresses of processes that have ended.
+    """Return the store without entries of earlier attempts, such as the addresses of processes that have ended.
 
     torchrun may keep one store for all its restarts. It counts them on each node, so with several nodes the counts may differ.
     """
@@ -327,12 +327,12 @@ def joined(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Processes]:
-    """This process among the others, who meet at `store`, or else where torchrun says; alone where there is neither.
+    """Join this process with the others, which meet at `store` or else where torchrun says; alone if there is neither.
 
     Args:
         timeout: longest wait for the other processes, at the start and in each collective.
-        device: of this process; by default a GPU of its own, where there is one.
-        store, rank, world_size: of a process that no launcher started.
+        device: of this process; by default its own GPU if there is one.
+        store, rank, world_size: for a process that no launcher started.
 
     Raises:
         LostProcess: a collective failed.
@@ -345,19 +345,19 @@ def joined(
         store = _of_this_attempt(store)
     device = device or _device(local_rank() if under_torchrun() else rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    bound = {"device_id": device} if backend == "nccl" else {}  # else barriers guess it, with a warning
+    bound = {"device_id": device} if backend == "nccl" else {}  # otherwise barriers guess it, with a warning
     processes = Processes(rank=rank, world_size=world_size, device=device, store=store)
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **bound)
         yield processes
-    except SystemExit:  # all processes leave alike
+    except SystemExit:  # all processes exit alike
         dist.destroy_process_group()
         raise
     except BaseException as error:
         lost = processes.lost(error) if isinstance(error, Exception) else None
-        with suppress(Exception):  # after a failure this may fail as well, which must not take its place
+        with suppress(Exception):  # this may fail too, which must not hide the first failure
             if backend == "nccl":
-                # To destroy its communicators NCCL waits for all processes, and the others do not know of the failure.
+                # NCCL waits for all processes to destroy its communicators, but the others do not know of the failure.
                 dist.distributed_c10d._abort_process_group()
             else:
                 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a number was measured with: commit, versions, devices, command line."""
+"""Provenance of results: commit, versions, devices, command line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-# Top-level key of a run's params.json that is not a section of flags, so that the file itself serves as a config file.
+# Top-level key of params.json that is not a section of flags. Config files may contain it, so that params.json is one.
 PROVENANCE_KEY = "provenance"
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "fastargs", "pyautoattack", "autoattack", "robustbench")
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (with "+changes" where files differ from it), versions, devices, command line and time of this process."""
-    import torch  # command lines need the constants of this module alone
+    """Return commit (with "+changes" if files differ from it), versions, devices, command line and time of this process."""
+    import torch  # here, because command lines need only the constants of this module
 
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -37,7 +37,7 @@ def provenance() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package; None where it is not installed, or not completely."""
+    """Return the version of an installed package; None if it is not installed, or only incompletely."""
     try:
         return importlib.metadata.metadata(package).get("Version")
     except importlib.metadata.PackageNotFoundError:
@@ -45,7 +45,7 @@ def installed_version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the project's checkout; None outside git."""
+    """Return the commit of the project's checkout; None outside git."""
     head = _git("rev-parse", "HEAD")
     return head and head + ("+changes" if _git("status", "--porcelain") else "")
 

@@ -1,4 +1,4 @@
-"""Tables as Markdown."""
+"""Markdown tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table with the keys of the first row as its head."""
+    """Return a Markdown table with the keys of the first row as its header."""
     head = list(rows[0])
     cells = [head] + [[_cell(row[key]) for key in head] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]

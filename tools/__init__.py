@@ -1,1 +1,1 @@
-"""Tables and pictures of the documentation."""
+"""Generators of the documentation's tables and pictures."""

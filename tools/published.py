@@ -1,6 +1,6 @@
 """README's table of published models and the pictures of docs/, made from zoo/published.yaml.
 
-python -m tools.published      writes them anew
+python -m tools.published      regenerates them
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from zoo.published import KNOWN, PUBLISHED, Published
 
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 DRAWN_PX = 224
-# Key of the PNG's text that holds what was drawn, so that a picture older than the table is noticed.
+# Key of the PNG's text entry with the drawn values, which reveals a picture that is older than the table.
 DRAWN_KEY = "Points"
 
 
 # -------------------------------------------------------------------------------------------------- README's table
 def readme_table() -> str:
-    """The Markdown table of README's section "Published models", with its footnotes."""
+    """Return the Markdown table of README's section "Published models", with its footnotes."""
     notes = [row.note for row in PUBLISHED.values() if row.note]
     lines = []
     for row in PUBLISHED.values():
@@ -55,16 +55,16 @@ def readme_table() -> str:
 
 
 def readme_section(picture: str) -> str:
-    """What stands between the markers in README: the picture, found at `picture` from there, and the table."""
+    """Return the text between the markers in README: the picture, at the relative path `picture`, and the table."""
     alternative = f"AutoAttack accuracy at {DRAWN_PX} px of the published models against parameters and multiply-adds"
     return f"{BEGIN}\n![{alternative}]({picture})\n\n{readme_table()}\n{END}"
 
 
 def update_readme(readme: Path, picture: Path) -> None:
-    """Draw the picture and replace what stands between the markers in `readme`.
+    """Draw the picture and replace the text between the markers in `readme`.
 
     Raises:
-        UserError: `readme` cannot be read, or lacks the markers; then nothing is written.
+        UserError: `readme` cannot be read or lacks the markers; then nothing is written.
     """
     try:
         text = readme.read_text(encoding="utf-8")
@@ -74,8 +74,8 @@ def update_readme(readme: Path, picture: Path) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
         raise UserError(
-            f"{readme}: expected {BEGIN} and after it {END}, each once, around the table of published models; "
-            f"got {text.count(BEGIN)} and {text.count(END)} of them, or the other order."
+            f"{readme}: expected {BEGIN} and then {END}, each once, around the table of published models; "
+            f"got {text.count(BEGIN)} and {text.count(END)} of them, or the wrong order."
         )
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_published(picture)
@@ -94,7 +94,7 @@ def _mark(number: int) -> str:
 
 # ------------------------------------------------------------------------------------------------ README's picture
 _MARKERS = {"ConvNeXt": ("o", "#0072b2"), "ViT": ("s", "#d55e00"), "ConvNeXt-iso": ("D", "#009e73")}
-# Where a label stands beside its marker in a panel: to the right unless that would cover another one.
+# Position of a label beside its marker in a panel: to the right unless that would cover another label.
 _LABEL_PLACES = {
     "params": {
         "vit_s": "below",
@@ -127,7 +127,7 @@ _PLACES = {  # offset in points, horizontal and vertical alignment
 
 
 class Point(NamedTuple):
-    """What is drawn of an entry: parameters in millions, multiply-adds in billions, AutoAttack accuracy in %."""
+    """Drawn values of an entry: parameters in millions, multiply-adds in billions, AutoAttack accuracy in %."""
 
     name: str
     params: float
@@ -136,7 +136,7 @@ class Point(NamedTuple):
 
 
 def drawn_points() -> list[Point]:
-    """All entries with a published AutoAttack accuracy at 224 px."""
+    """Return all entries with a published AutoAttack accuracy at 224 px."""
     return [
         Point(row.name, row.params, row.gflops, row.results[DRAWN_PX].autoattack)
         for row in PUBLISHED.values()
@@ -145,7 +145,7 @@ def drawn_points() -> list[Point]:
 
 
 def stem_pairs() -> list[tuple[Published, Published]]:
-    """Drawn entries of one architecture, with PatchStem and with ConvStem."""
+    """Return pairs of drawn entries of one architecture, with PatchStem and with ConvStem."""
     rows = [PUBLISHED[point.name] for point in drawn_points()]
     return [
         (patch, conv)
@@ -158,7 +158,7 @@ def stem_pairs() -> list[tuple[Published, Published]]:
 def draw_published(path: Path) -> None:
     """Write a PNG: AutoAttack accuracy at 224 px against parameters, and against multiply-adds.
 
-    The PNG's text `DRAWN_KEY` holds the points as JSON.
+    The PNG's text entry `DRAWN_KEY` contains the points as JSON.
     """
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -174,7 +174,7 @@ def draw_published(path: Path) -> None:
 
 
 class Bar(NamedTuple):
-    """What is drawn of a robust model, in %."""
+    """Drawn values of a robust model, in %."""
 
     name: str
     clean: float
@@ -184,7 +184,7 @@ class Bar(NamedTuple):
 
 
 def drawn_bars() -> list[Bar]:
-    """All models with an AutoAttack accuracy, the least robust one first."""
+    """Return all models with an AutoAttack accuracy, the least robust one first."""
     bars = [
         Bar(model.title if model.by == "paper" else model.name, *numbers, model.external, model.by == "paper")
         for model in KNOWN.values()
@@ -194,9 +194,9 @@ def drawn_bars() -> list[Bar]:
 
 
 def draw_all(path: Path) -> None:
-    """Write a PNG: accuracy under AutoAttack, or under a stronger attack where one is known, of `drawn_bars`; clean beside it.
+    """Write a PNG of `drawn_bars`: clean accuracy, and accuracy under AutoAttack or under a stronger attack if one is known.
 
-    The PNG's text `DRAWN_KEY` holds the bars as JSON.
+    The PNG's text entry `DRAWN_KEY` contains the bars as JSON.
     """
     bars = drawn_bars()
     figure = Figure(figsize=(9, 0.24 * len(bars) + 1), layout="constrained")
@@ -238,7 +238,7 @@ def _draw_panel(axes, attribute: str, *, ticks: tuple[int, ...], limits: tuple[f
     axes.set(xlim=limits, ylim=(42.5, 59.5))
     axes.grid(alpha=0.25)
     for patch, conv in stem_pairs():
-        # A pair trained for different times differs in more than its stem.
+        # Dotted if the two entries differ in epochs, not only in their stems.
         style = "-" if patch.epochs == conv.epochs else ":"
         axes.plot(*zip(points[patch.name], points[conv.name]), style, color="0.5", zorder=1)
     for name, place in points.items():
