@@ -5,15 +5,15 @@ Generalization across Threat Models", NeurIPS 2023. Its ConvStems follow Xiao et
 Transformers See Better", NeurIPS 2021; the isotropic ConvNeXt is from Liu et al., "A ConvNet for the 2020s",
 CVPR 2022, section 3.3.
 
-Source: everything but the isotropic ConvNeXt is built by timm. What is changed:
-  * ConvStem: the PatchStem is replaced once the model is there, with its published weights if asked for. The new
-    stem keeps PyTorch's default initialisation.
-  * Vision transformers interpolate their position embeddings (bicubic, class token kept) in every forward pass
-    whose image size is not the one they were built for: one model runs at any multiple of its patch size.
-  * Published weights are those trained on ImageNet-1k alone, except where the name ends in `_21k`.
+Source: timm builds everything except the isotropic ConvNeXt. Changes:
+  * ConvStem: replaces the PatchStem after the model is built, with its published weights if requested. The new stem
+    keeps PyTorch's default initialisation.
+  * Vision transformers interpolate their position embeddings (bicubic, class token unchanged) in every forward pass
+    at another image size than they were built for. One model therefore runs at any multiple of its patch size.
+  * Published weights are those trained on ImageNet-1k alone, except for names that end in `_21k`.
 
-Names in the state dict are public: released checkpoints load into exactly these. To add an architecture, add one
-entry to `ARCHITECTURES`.
+Names in the state dict are public, because released checkpoints depend on them. To add an architecture, add one entry
+to `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ TIMM_PREFIX, TORCHVISION_PREFIX = "timm_", "torchvision_"
 
 # ------------------------------------------------------------------------------------------------------ stems
 class ConvStem(nn.Module):
-    """Convolutional stem: 3x3 convolutions, each followed by channel LayerNorm (eps 1e-6) and GELU; maybe a 1x1.
+    """Convolutional stem: 3x3 convolutions, each followed by channel LayerNorm (eps 1e-6) and GELU, and an optional 1x1.
 
-    Images (B, in_channels, H, W) become features (B, C, ceil(H / s), ceil(W / s)), where s is the product of
-    `strides` and C the last of `channels`, or `out_channels` if there is a closing 1x1 convolution.
+    Images (B, in_channels, H, W) become features (B, C, ceil(H / s), ceil(W / s)). Here s is the product of
+    `strides`, and C is the last of `channels`, or `out_channels` if there is a final 1x1 convolution.
 
     Args:
         channels: output channels of the 3x3 convolutions (padding 1, with bias).
-        strides: their strides, as many as channels.
-        out_channels: output channels of a closing 1x1 convolution, which nothing follows; None: there is none.
+        strides: their strides, one for each of `channels`.
+        out_channels: output channels of a final 1x1 convolution without norm and activation; None for no such layer.
         in_channels: channels of the image.
     """
 
@@ -70,7 +70,7 @@ class ConvStem(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for width, stride in zip(channels, strides, strict=True):
-            # LayerNorm2d permutes to channels last, which costs nothing if the memory already lies so.
+            # LayerNorm2d permutes to channels last, which is free if the memory format is channels last already.
             layers += [
                 nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1),
                 LayerNorm2d(width, eps=1e-6),
@@ -87,7 +87,7 @@ class ConvStem(nn.Module):
 
 @dataclass(frozen=True)
 class ConvStemSpec:
-    """The ConvStem of an architecture: arguments of `ConvStem`, and `at`, the module it replaces."""
+    """The ConvStem of an architecture: arguments of `ConvStem`, and `at`, the module that it replaces."""
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
@@ -96,7 +96,7 @@ class ConvStemSpec:
 
     @property
     def stride(self) -> int:
-        """Total stride: pixels an output position stands for, in each direction."""
+        """Total stride: input pixels per output position, in each direction."""
         return math.prod(self.strides)
 
 
@@ -119,10 +119,10 @@ class IsotropicBlock(nn.Module):
 
 
 class IsotropicConvNeXt(nn.Module):
-    """Isotropic ConvNeXt: a ViT's layout (one resolution, one width) of ConvNeXt blocks. Defaults: the S size.
+    """Isotropic ConvNeXt: ConvNeXt blocks in a ViT's layout (one resolution, one width). Defaults: the S size.
 
     Images (B, 3, H, W) become logits (B, num_classes): PatchStem, blocks, mean over positions, LayerNorm, linear
-    head. Weights of convolutions and linear layers start as N(0, 0.02²), biases at zero.
+    head. Weights of convolutions and linear layers are initialised as N(0, 0.02²), biases as zero.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class IsotropicConvNeXt(nn.Module):
 
 # ------------------------------------------------------------------------------------ models for 32x32 images
 def _convnext_micro(**kwargs: Any) -> nn.Module:
-    # After a stem of stride 2 timm halves the resolution before every stage: from 32 pixels to 8, 4, 2 and 1, hence
-    # most of the depth is early. A first stage at 16 pixels costs more time on a CPU than it gives in accuracy.
+    # After a stem of stride 2, timm halves the resolution before every stage: from 32 pixels to 8, 4, 2 and 1. Most of
+    # the depth is therefore early. A first stage at 16 pixels would cost more CPU time than its accuracy is worth.
     return ConvNeXt(depths=(2, 2, 1, 1), dims=(48, 80, 96, 112), patch_size=2, **kwargs)
 
 
@@ -175,14 +175,14 @@ class Architecture:
     Attributes:
         family: "convnext", "convnext_iso", "vit", "resnet", "densenet", "inception" or "timm". The "vit" family
             interpolates position embeddings.
-        builder: timm's name, with the tag of its published weights if there are any; or a function that makes the
+        builder: timm's name, with the tag of its published weights if there are any; or a function that builds the
             model.
         options: further keyword arguments of the builder.
-        pretrained: published weights of this very model exist.
-        conv_stem: the ConvStem `not_original` asks for, None if there is none.
-        img_size: side of the square images it is meant for, in pixels.
-        fixed_size: the builder takes the argument `img_size`.
-        updated_dim: the width `updated` asks for, None if there is none.
+        pretrained: published weights of exactly this model exist.
+        conv_stem: the ConvStem that `not_original` selects; None if there is none.
+        img_size: side of the square images it is designed for, in pixels.
+        fixed_size: the builder accepts the argument `img_size`.
+        updated_dim: the width that `updated` selects; None if there is none.
     """
 
     family: str
@@ -221,7 +221,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deit_s": _vit("deit_small_patch16_224.fb_in1k", conv_stem=_vit_stem(out_channels=384)),
     "vit_m": _vit("deit3_medium_patch16_224.fb_in1k", conv_stem=_vit_stem(out_channels=512)),
     "vit_b": _vit("vit_base_patch16_224.augreg_in1k", conv_stem=_vit_stem(out_channels=768)),
-    # published, without
+    # published, without a ConvStem
     "resnet50": Architecture("resnet", "resnet50.a1_in1k"),
     # The weights of ResNet-50 were trained with ReLU; they are not weights of this model.
     "resnet50_gelu": Architecture("resnet", "resnet50", options={"act_layer": "gelu"}, pretrained=False),
@@ -236,11 +236,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "xcit_l12": Architecture("xcit", "xcit_large_24_p16_224", options={"depth": 12}, pretrained=False),
     "densenet201": Architecture("densenet", "densenet201.tv_in1k"),
     "inception": Architecture("inception", "inception_v3.tv_in1k", img_size=299),
-    # ours, for 32x32 images
+    # not published: small models for 32x32 images
     "convnext_micro": _convnext(
         _convnext_micro,
         pretrained=False,
-        # Narrow, and with a closing 1x1: at 16 pixels wider convolutions would cost a third of the network.
+        # Narrow, with a final 1x1: at 16 pixels wider convolutions would cost a third of the network.
         conv_stem=ConvStemSpec((12, 16), (2, 1), out_channels=48),
         img_size=32,
     ),
@@ -273,24 +273,24 @@ def get_new_model(
     img_size: int | None = None,
     global_pool: str | None = None,
 ) -> nn.Module:
-    """Build the model called `name`: images (B, 3, H, W) to logits (B, num_classes), the input not normalised.
+    """Build the model called `name`: images (B, 3, H, W) to logits (B, num_classes), without input normalisation.
 
     Args:
-        name: a key of `ARCHITECTURES`, or `timm_` followed by any name timm knows (`timm_resnet50.a1_in1k`), or `torchvision_`
-            by a classifier of torchvision, which starts from random weights.
-        pretrained: load the published weights; with `num_classes` other than theirs, all but the head.
-        not_original: replace the PatchStem by the ConvStem, freshly initialised even if `pretrained`.
+        name: a key of `ARCHITECTURES`; or `timm_` and any name known to timm (`timm_resnet50.a1_in1k`); or `torchvision_` and a
+            classifier of torchvision, which starts from random weights.
+        pretrained: load the published weights, except the head if `num_classes` differs from theirs.
+        not_original: replace the PatchStem by the ConvStem, which is freshly initialised even with `pretrained`.
         num_classes: number of classes.
         updated: the wider variant (only `convnext_iso`: width 432, in blocks and ConvStem).
         drop_path: stochastic depth rate of the last block in [0, 1), growing linearly from 0; None: timm's
             default for the architecture.
-        img_size: side of the square images in pixels, None for the architecture's own. It sets the number of
-            position embeddings; models without any take images of every size, whatever is given here.
-        global_pool: what the head of a ViT reads, as timm calls it ("avg": the mean over patches); None for the default.
+        img_size: side of the square images in pixels; None for the architecture's default. It sets the number of
+            position embeddings. Models without position embeddings accept every image size.
+        global_pool: input of a ViT's head in timm's terms ("avg": the mean over patches); None for the default.
 
     Raises:
-        UserError: unknown name; a variant or published weights the architecture does not have; weights that
-            cannot be downloaded; an image size its patches do not divide; a rate it does not take.
+        UserError: unknown name; a variant or published weights that the architecture does not have; weights that
+            cannot be downloaded; an image size that the patches do not divide; an unsupported rate.
     """
     architecture = _find(name)
     if drop_path is not None and not 0 <= drop_path < 1:
@@ -300,7 +300,7 @@ def get_new_model(
     stem = architecture.conv_stem
     if not_original and stem is None:
         with_stem = ", ".join(key for key, entry in ARCHITECTURES.items() if entry.conv_stem)
-        raise UserError(f"not_original: {name!r} has no ConvStem; those that have one: {with_stem}.")
+        raise UserError(f"not_original: {name!r} has no ConvStem; architectures with one: {with_stem}.")
     if pretrained:
         check_pretrained(name)
     arguments = dict(architecture.options, num_classes=num_classes)
@@ -321,7 +321,7 @@ def get_new_model(
 
 
 def check_pretrained(name: str) -> None:
-    """Refuse an architecture that no published weights exist for; downloads nothing.
+    """Check that published weights exist for an architecture; downloads nothing.
 
     Raises:
         UserError: unknown name, or no weights.
@@ -333,7 +333,7 @@ def check_pretrained(name: str) -> None:
 
 
 def _find(name: str) -> Architecture:
-    """Entry of a name, made up for `timm_…`; UserError with the nearest name if there is none."""
+    """Return the entry of a name, newly made for `timm_…` and `torchvision_…`; raises UserError with the nearest name."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     timm_name = name.removeprefix(TIMM_PREFIX)
@@ -360,8 +360,8 @@ def _timm_architecture(name: str, timm_name: str) -> Architecture:
     except RuntimeError as error:  # the part after the dot is not a tag
         base = timm_name.split(".")[0]
         tags = ", ".join(TIMM_PREFIX + known for known in timm.list_pretrained(base)) or "none"
-        raise UserError(f"arch: {name!r} asks for weights timm does not list; listed for {base!r}: {tags}.") from error
-    # Other families with a fixed image size (Swin, for one) take the size, but cannot change it later.
+        raise UserError(f"arch: timm lists no weights {name!r}; listed for {base!r}: {tags}.") from error
+    # Other families with a fixed image size (such as Swin) accept the size, but cannot change it later.
     is_vit = is_model_in_modules(timm_name.split(".")[0], {"vision_transformer", "deit"})
     return Architecture(
         family="vit" if is_vit else "timm",
@@ -373,11 +373,11 @@ def _timm_architecture(name: str, timm_name: str) -> Architecture:
 
 
 def _widened(name: str, architecture: Architecture) -> Architecture:
-    """The `updated` variant: blocks, and the closing 1x1 of the ConvStem, of width `updated_dim`."""
+    """Return the `updated` variant: blocks, and the final 1x1 of the ConvStem, have width `updated_dim`."""
     dim = architecture.updated_dim
     if dim is None:
         having = ", ".join(key for key, entry in ARCHITECTURES.items() if entry.updated_dim)
-        raise UserError(f"updated: {name!r} has no updated variant; those that have one: {having}.")
+        raise UserError(f"updated: {name!r} has no updated variant; architectures with one: {having}.")
     options = {**architecture.options, "dim": dim}
     return replace(architecture, options=options, conv_stem=replace(architecture.conv_stem, out_channels=dim))
 
@@ -394,21 +394,21 @@ def _build(
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
-        raise UserError(f"drop_path: {name!r} has no stochastic depth; leave it out.") from error
-    except OSError as error:  # what every failed download is: no network, no such host, no such file
+        raise UserError(f"drop_path: {name!r} has no stochastic depth; omit it.") from error
+    except OSError as error:  # raised by every failed download: no network, no such host, no such file
         if not pretrained:
             raise
         raise UserError(
             f"pretrained: the weights {builder!r} of {name!r} are not in the local cache and could not be downloaded. Connect to "
-            f"the network once, or turn it off, to start from random weights or a checkpoint. The download said: {error}"
+            f"the network once, or turn it off to start from random weights or a checkpoint. Error of the download: {error}"
         ) from error
 
 
 def _weights_file(timm_name: str) -> dict[str, Any]:
-    """Where timm finds published weights: on the disk, after downloading them from the Hugging Face hub.
+    """Return where timm finds published weights: on disk, after a download from the Hugging Face hub.
 
-    timm 1.0.9 would download them itself, but takes huggingface_hub 2.4 for not installed. Weights that are not on
-    the hub are left to timm.
+    timm 1.0.9 would download them itself, but does not recognise that huggingface_hub 2.4 is installed. The result is
+    empty for weights that are not on the hub, which timm loads itself.
     """
     cfg = timm.get_pretrained_cfg(timm_name)
     if not cfg.hf_hub_id:
@@ -420,26 +420,26 @@ def _weights_file(timm_name: str) -> dict[str, Any]:
 
 
 def _check_plain(file: str, timm_name: str) -> None:
-    """UserError if a pickle holds more than tensors and plain values: timm would run it."""
+    """Raise UserError if a pickle contains more than tensors and plain values, because timm would run it."""
     try:
         torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"pretrained: the published weights of {timm_name!r} ({file}) hold Python objects or code, which are never loaded. "
+            f"pretrained: the published weights of {timm_name!r} ({file}) contain Python objects or code, which are never loaded. "
             "Turn it off, or start from a checkpoint."
         ) from error
 
 
 def _check_patches(name: str, model: nn.Module, img_size: int) -> None:
-    """UserError if the patches of a vision transformer do not tile the image; timm would drop what is left."""
+    """Raise UserError if a vision transformer's patches do not tile the image; timm would drop the remainder."""
     embed = getattr(model, "patch_embed", None)
     if isinstance(embed, PatchEmbed) and img_size % embed.patch_size[0]:
-        raise UserError(f"img_size: {name!r} takes multiples of its patch size, {embed.patch_size[0]}; got {img_size}.")
+        raise UserError(f"img_size: {name!r} needs multiples of its patch size, {embed.patch_size[0]}; got {img_size}.")
 
 
 # ---------------------------------------------------------------------------------------------- around models
 class Normalize(nn.Module):
-    """(x − mean) / std by channel, for images (B, 3, H, W) in [0, 1]; mean and std are buffers [1, 3, 1, 1]."""
+    """(x − mean) / std per channel, for images (B, 3, H, W) in [0, 1]; mean and std are buffers [1, 3, 1, 1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -455,7 +455,7 @@ def normalize_model(
 ) -> nn.Module:
     """Put the input normalisation in front of `model`, so that attacks see pixels in [0, 1].
 
-    The result has the children `normalize` and `model`, and its state dict `normalize.mean`, `normalize.std` and
-    `model.<name>`, as released checkpoints with normalisation have.
+    The result has the children `normalize` and `model`. Its state dict has the names `normalize.mean`,
+    `normalize.std` and `model.<name>`, like released checkpoints with normalisation.
     """
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))

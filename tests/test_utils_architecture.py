@@ -1,4 +1,4 @@
-"""The models against golden names, shapes and logits of the published code, and against definitions.
+"""The models compared with golden names, shapes and logits of the published code, and with definitions.
 
 Golden files (`tests/golden/`): `state_dicts.json` maps `<arch>/not_original=<0|1>` to the number of parameters and the
 shape of every tensor; `logits.npz` has the logits of filled models (see `filled`) in float64.
@@ -57,7 +57,7 @@ VITS = ["vit_s", "vit_m", "vit_micro"]  # position embedding with class token, w
 
 @pytest.fixture
 def meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Models built in such a test have names and shapes but no numbers, so that large ones cost nothing."""
+    """Build models on the meta device: with names and shapes but no numbers, so that large ones cost nothing."""
     # timm reads the numbers of a linspace while building (drop path rates).
     monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
     with torch.device("meta"):
@@ -78,7 +78,7 @@ def count(model: nn.Module) -> int:
 
 
 def filled(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The state dict the golden logits were measured with: a function of name order and shape, float64."""
+    """Return the state dict of the golden logits: a function of name order and shape, float64."""
     state = {}
     for i, name in enumerate(sorted(shapes)):
         shape = shapes[name]
@@ -95,7 +95,7 @@ def filled(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 
 
 def speed_up_depthwise(model: nn.Module) -> None:
-    """Compute depthwise convolutions as a sum of shifted images: in float64 PyTorch's own take 40 times as long."""
+    """Compute depthwise convolutions as a sum of shifted images: in float64 PyTorch's take 40 times as long."""
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels:
             assert conv.stride == conv.dilation == (1, 1)
@@ -144,7 +144,7 @@ def large(key: str) -> list[pytest.MarkDecorator]:
 @pytest.mark.parametrize("key", [pytest.param(key, marks=large(key)) for key in LOGITS])
 def test_logits_are_the_published_ones(key: str, request: pytest.FixtureRequest) -> None:
     name, not_original = split_key(key)
-    images = 2 if STATE_DICTS[key]["parameters"] < 30e6 else 1  # of a large model the first image alone, for time
+    images = 2 if STATE_DICTS[key]["parameters"] < 30e6 else 1  # only the first image of a large model, to save time
     state = filled(STATE_DICTS[key]["state_dict"])
     x = 0.5 + 0.5 * torch.sin(0.0137 * torch.arange(2 * 3 * 224 * 224, dtype=torch.float64))
     request.getfixturevalue("meta")
@@ -275,7 +275,7 @@ def test_patches_must_tile_the_image(name: str, size: int) -> None:
 
 # ------------------------------------------------------------------------------------------ published weights
 def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # An empty cache and no network: the hub raises what it raises then.
+    # Empty cache and no network.
     offline = functools.partial(hf_hub_download, cache_dir=tmp_path, local_files_only=True)
     monkeypatch.setattr("utils_architecture.hf_hub_download", offline)
     with pytest.raises(UserError) as caught:
@@ -286,7 +286,7 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.fixture
 def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], dict[str, Tensor]]:
-    """A function that puts weights of the named model, fresh ones, where the hub's would come from."""
+    """Return a function that stores fresh weights of the given model in place of the hub's."""
 
     def put(name: str) -> dict[str, Tensor]:
         state = get_new_model(name).state_dict()
@@ -418,7 +418,7 @@ def test_image_size_sets_the_number_of_positions() -> None:
     assert shapes(get_new_model("convnext_tiny", img_size=64)) == shapes(get_new_model("convnext_tiny"))
 
 
-def test_vit_refuses_images_its_patches_do_not_tile() -> None:
+def test_vit_rejects_images_that_its_patches_do_not_tile() -> None:
     with pytest.raises(AssertionError, match="divisible by patch size"):
         get_new_model("vit_micro", not_original=True)(pixels(1, 3, 30, 30))
 
@@ -482,7 +482,7 @@ def test_normalize_model_with_other_numbers() -> None:
 
 # --------------------------------------------------------------------------------------------------- blurpool
 def blurred(x: Tensor) -> Tensor:
-    """Binomial 3x3 blur with zeros around the image, pixel by pixel from its definition."""
+    """Return the binomial 3x3 blur with zero padding, computed from its definition."""
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1))
     out = torch.zeros_like(x)
