@@ -81,7 +81,9 @@ def take_folder(folder: Path, *, patience: float = 0.0) -> BinaryIO:
                 time.sleep(0.2)
                 continue
             lock.close()
-            raise UserError(f"another run is using {folder}; wait until it ends, or give another folder.") from error
+            raise UserError(
+                f"another run is working in {folder}; wait until it ends, or give another folder."
+            ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 lock.close()

@@ -1,12 +1,12 @@
-"""Augmentation of whole batches on the training device, each sample with operations and magnitudes of its own.
+"""Augmentation of whole batches on the training device, with separate operations and magnitudes for each sample.
 
-The distribution is timm's "rand-m9-mstd0.5-inc1" (RandAugment of Cubuk et al. 2020; two of 15 operations, each applied with
-probability 0.5, magnitude N(9, 0.5), the variants that grow with the magnitude; bicubic, black fill), after a horizontal flip and
-before random erasing. Loader workers draw (`draw`): a function of a seed, shipped with the images. `augment` applies the draws:
-the same code on CPU and GPU, on uint8 as Pillow does, level by level, with no word from the device back to the host.
+The distribution is timm's "rand-m9-mstd0.5-inc1": RandAugment (Cubuk et al. 2020) with two of 15 operations, each applied with
+probability 0.5 and magnitude N(9, 0.5), in the variants that grow with the magnitude, bicubic, with black fill. It follows a
+horizontal flip and precedes random erasing. Loader workers draw (`draw`) as a function of a seed and pass the draws on with the
+images. `augment` applies them on uint8, like Pillow, with the same code on CPU and GPU, and reads nothing back from the device.
 
-Eight of the 15 operations are look-up tables, one for each sample and channel, and a GPU does all samples of a kind in one call.
-torchvision's and kornia's operations take one magnitude for a call, or interpolate otherwise than Pillow.
+Eight of the 15 operations are look-up tables, one per sample and channel. A GPU processes all samples of a kind in one call.
+torchvision's and kornia's operations take one magnitude per call, or interpolate differently from Pillow.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _ASPECT = (3 / 4, 4 / 3)
 _LOG_ASPECT = (math.log(_ASPECT[0]), math.log(_ASPECT[1]))
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
-Generator = np.random.RandomState  # its results never change from one version of numpy to the next
+Generator = np.random.RandomState  # its results are the same in all versions of numpy
 
 
 def generator(*key: int | str) -> Generator:
-    """Random numbers as a function of `key`."""
+    """Return a random number generator that is a function of `key`."""
     return Generator(np.random.PCG64(derive_seed(*key)))  # a Mersenne twister takes five times as long to set up
 
 
 class Draws(NamedTuple):
-    """What is to be done with each of B images; on the CPU.
+    """Random decisions for each of B images; on the CPU.
 
-    `flip` bool (B,); `op` int64 (B, 2), places in `OPERATIONS`, −1: nothing; `arg` float32 (B, 2), their arguments; `box` int64
-    (B, 4), top, left, height and width of the erased rectangle, all 0: none; `noise` uint8 (n,), the pixels of all erased
+    `flip` bool (B,); `op` int64 (B, 2), indices in `OPERATIONS`, −1 for none; `arg` float32 (B, 2), their arguments; `box` int64
+    (B, 4), top, left, height and width of the erased rectangle, all 0 for none; `noise` uint8 (n,), the pixels of all erased
     rectangles, each (3, height, width), one after the other.
     """
 
@@ -59,10 +59,10 @@ class Draws(NamedTuple):
 
 
 def draw_crop(rng: Generator, height: int, width: int, *, min_scale: float) -> Box:
-    """The crop of RandomResizedCrop (Szegedy et al. 2015), as timm and torchvision draw it.
+    """Draw the crop of RandomResizedCrop (Szegedy et al. 2015), as timm and torchvision do.
 
-    Its area is at least `min_scale` of the image's, its aspect ratio 3/4 to 4/3; after ten attempts in vain the largest such one
-    in the centre.
+    Its area is at least `min_scale` of the image's, its aspect ratio 3/4 to 4/3. After ten attempts without success, the largest
+    crop in the centre with such a ratio is used.
     """
     for _ in range(10):
         area = height * width * rng.uniform(min_scale, 1.0)
@@ -75,11 +75,11 @@ def draw_crop(rng: Generator, height: int, width: int, *, min_scale: float) -> B
 
 
 def draw(rng: Generator, size: int, *, flip: float, heavy: bool) -> Draws:
-    """Draws of one image of `size` × `size` pixels, B = 1.
+    """Draw the augmentation of one image of `size` × `size` pixels (B = 1).
 
     Args:
         flip: probability of the horizontal flip.
-        heavy: with RandAugment and random erasing.
+        heavy: include RandAugment and random erasing.
     """
     flipped = rng.random_sample() < flip
     op, arg, box, noise = [-1] * LAYERS, [0.0] * LAYERS, [0] * 4, np.empty(0, np.uint8)
@@ -92,7 +92,7 @@ def draw(rng: Generator, size: int, *, flip: float, heavy: bool) -> Draws:
 
 
 def _operations(rng: Generator) -> tuple[list[int], list[float]]:
-    """Places in `OPERATIONS`, −1 for none, and arguments, layer by layer."""
+    """Draw indices in `OPERATIONS` (−1 for none) and arguments, layer by layer."""
     op, arg = [-1] * LAYERS, [0.0] * LAYERS
     for layer, place in enumerate(rng.randint(len(OPERATIONS), size=LAYERS).tolist()):
         if rng.random_sample() <= PROBABILITY:
@@ -102,12 +102,12 @@ def _operations(rng: Generator) -> tuple[list[int], list[float]]:
 
 
 def concatenated(draws: list[Draws]) -> Draws:
-    """The draws of single images, as those of a batch."""
+    """Concatenate the draws of single images to those of a batch."""
     return Draws(*map(torch.cat, zip(*draws)))
 
 
 def _erased(rng: Generator, size: int) -> list[int]:
-    """The rectangle of random erasing (Zhong et al. 2020), as timm draws it."""
+    """Draw the rectangle of random erasing (Zhong et al. 2020), as timm does."""
     if rng.random_sample() > ERASING:
         return [0, 0, 0, 0]
     for _ in range(10):
@@ -120,9 +120,9 @@ def _erased(rng: Generator, size: int) -> list[int]:
 
 
 def _noise(rng: Generator, height: int, width: int) -> np.ndarray:
-    """(3 · height · width,) pixels of N(ImageNet mean, std), clamped to [0, 1] and rounded to 8 bits.
+    """Return (3 · height · width,) pixels of N(ImageNet mean, std), clamped to [0, 1] and rounded to 8 bits.
 
-    Looked up by 16 random bits, which is 20 times as fast as to draw from the normal distribution.
+    A table look-up with 16 random bits is 20 times as fast as drawing from the normal distribution.
     """
     if not height * width:
         return np.empty(0, np.uint8)
@@ -132,7 +132,7 @@ def _noise(rng: Generator, height: int, width: int) -> np.ndarray:
 
 @cache
 def _noise_tables() -> np.ndarray:
-    """uint8 (3, 65536): the level of each channel that 16 bits stand for."""
+    """Return uint8 (3, 65536): the level in each channel for each value of 16 bits."""
     normal = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).numpy()
     noise = normal * np.reshape(IMAGENET_DEFAULT_STD, (3, 1)) + np.reshape(IMAGENET_DEFAULT_MEAN, (3, 1))
     return np.rint(noise.clip(0, 1) * 255).astype(np.uint8)
@@ -150,7 +150,7 @@ def _enhancement(level: float, rng: Generator) -> float:
 
 
 def augment(x: Tensor, draws: Draws) -> Tensor:
-    """Flip, RandAugment and erasing.
+    """Apply flip, RandAugment and erasing.
 
     Args:
         x: uint8 (B, 3, H, W) on any device.
@@ -175,10 +175,10 @@ def augment(x: Tensor, draws: Draws) -> Tensor:
 
 
 def _apply_layer(x: Tensor, op: Tensor, arg: Tensor) -> None:
-    """One operation on each sample of `x`, in place."""
+    """Apply one operation to each sample of `x`, in place."""
     if x.device.type != "cpu":
         _apply_by_kind(x, op, arg)
-    else:  # image by image: what is being worked on stays in the processor's cache
+    else:  # image by image, so that the data stay in the processor's cache
         for row, place in enumerate(op.tolist()):
             if place >= 0:
                 operation, image = OPERATIONS[place], x[row : row + 1]
@@ -186,7 +186,7 @@ def _apply_layer(x: Tensor, op: Tensor, arg: Tensor) -> None:
 
 
 def _apply_by_kind(x: Tensor, op: Tensor, arg: Tensor) -> None:
-    """Few, large calls: all samples of a kind at once, their parameters operation by operation."""
+    """Process all samples of a kind in one call, for few and large calls. Parameters are computed operation by operation."""
     order = op.argsort(stable=True)
     counts = torch.bincount(op + 1, minlength=len(OPERATIONS) + 1).tolist()
     rows, arguments = _on(order, x), _on(arg[order], x)
@@ -206,7 +206,7 @@ def _apply_by_kind(x: Tensor, op: Tensor, arg: Tensor) -> None:
 
 
 def _on(value: Tensor, x: Tensor) -> Tensor:
-    """`value` on the device of `x`; the host does not wait."""
+    """Copy `value` to the device of `x`; the host does not wait."""
     if x.device.type == "cuda" and not value.is_pinned():
         value = value.pin_memory()
     return value.to(x.device, non_blocking=True)
@@ -216,7 +216,7 @@ def _on(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _looked_up(x: Tensor, table: Tensor) -> Tensor:
-    """`table` uint8 (n, 3, 256)."""
+    """Map the levels of `x` by `table`, uint8 (n, 3, 256)."""
     n = len(x)
     return table.reshape(n * 3, 256).gather(1, x.view(n * 3, -1).long()).view_as(x)
 
@@ -226,7 +226,7 @@ def _coloured(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _sharpened(x: Tensor, factor: Tensor) -> Tensor:
-    """Pillow's SMOOTH filter: 3 × 3, the centre five times as heavy; the outermost pixels stay as they are."""
+    """Blend with Pillow's SMOOTH filter: 3 × 3, the centre with weight 5; the outermost pixels are unchanged."""
     smooth = x.float()
     if min(x.shape[-2:]) > 2:
         wide = x.to(torch.int16)
@@ -237,11 +237,11 @@ def _sharpened(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _shifted_rows(x: Tensor, shift: Tensor) -> Tensor:
-    """Move each row by as many pixels; `shift` (n, H)."""
+    """Shift each row by `shift` (n, H) pixels."""
     width = x.shape[-1]
     shift = shift[:, None, :, None]
     whole = shift.floor()
-    # The four pixels around each position lie side by side in what is fetched once.
+    # One gather fetches the four neighbours of each position side by side.
     place = torch.arange(-1, width + 2, device=x.device) + whole.long()
     near = x.gather(3, place.clamp_(0, width - 1).expand(-1, 3, -1, -1)).float()
     value = torch.zeros(x.shape, device=x.device)
@@ -252,12 +252,12 @@ def _shifted_rows(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _shifted_columns(x: Tensor, shift: Tensor) -> Tensor:
-    """Move each column by as many pixels; `shift` (n, W)."""
+    """Shift each column by `shift` (n, W) pixels."""
     return _shifted_rows(x.transpose(2, 3), shift).transpose(2, 3)
 
 
 def _cubic_weights(d: Tensor) -> list[Tensor]:
-    """Weights of four neighbours: cubic convolution (Keys 1981) with a = −1, as in Pillow's transforms."""
+    """Return the weights of four neighbours: cubic convolution (Keys 1981) with a = −1, as in Pillow's transforms."""
     d2, d3 = d * d, d * d * d
     return [2 * d2 - d - d3, 1 - 2 * d2 + d3, d + d2 - d3, d3 - d2]
 
@@ -276,7 +276,7 @@ def _rotated(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def _rounding_safe(value: Tensor) -> Tensor:
-    """In place: weights that sum to 1 but for the last bit must not turn level 255 into 254."""
+    """Add a small number in place, so that weights that sum to 1 up to rounding do not turn level 255 into 254."""
     return value.add_(2**-10)
 
 
@@ -285,12 +285,12 @@ def _levels(value: Tensor) -> Tensor:
 
 
 def _blended(degenerate: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """degenerate + factor · (x − degenerate), as Pillow's ImageEnhance; `factor` (n,)."""
+    """Return degenerate + factor · (x − degenerate), as Pillow's ImageEnhance; `factor` (n,)."""
     return _levels(degenerate + factor.view(-1, *[1] * (x.dim() - 1)) * (x - degenerate))
 
 
 def _grey(x: Tensor) -> Tensor:
-    """(n, 3, H, W) → (n, H, W) int32: ITU-R 601 luma in Pillow's integers."""
+    """Convert (n, 3, H, W) to (n, H, W) int32: ITU-R 601 luma in Pillow's integer arithmetic."""
     red, green, blue = x.to(torch.int32).unbind(1)
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
@@ -319,7 +319,7 @@ def _equalize(x: Tensor, arg: Tensor) -> Tensor:
     one = torch.ones((), dtype=torch.int64, device=x.device).expand(x.numel())
     histogram = torch.zeros(n * 3 * 256, dtype=torch.int64, device=x.device)
     histogram = histogram.scatter_add_(0, (x + channel).flatten(), one).view(n, 3, 256)
-    last = histogram.gather(2, x.amax((2, 3)).long().unsqueeze(-1))  # pixels of the highest level there is
+    last = histogram.gather(2, x.amax((2, 3)).long().unsqueeze(-1))  # pixels of the highest level present
     step = (x.shape[2] * x.shape[3] - last).div(255, rounding_mode="floor")
     before = histogram.cumsum(2) - histogram
     table = (before + step // 2).div(step.clamp(min=1), rounding_mode="floor")
@@ -384,9 +384,9 @@ def _translate_y(x: Tensor, share: Tensor) -> Tensor:
 
 
 class Operation(NamedTuple):
-    """One of RandAugment's: its argument for a level in [0, 1], and how it is applied.
+    """An operation of RandAugment: its argument for a level in [0, 1], and how it is applied.
 
-    `kind` changes images by parameters, which `parameters` makes of images and arguments.
+    `parameters` computes parameters from images and arguments; `kind` changes the images with them.
     """
 
     name: str  # timm's

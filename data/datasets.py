@@ -1,11 +1,11 @@
-"""Where images come from: folder, tar, digits, torchvision, Hugging Face, and timm's streaming readers.
+"""Sources of images: folder, tar, digits, torchvision, Hugging Face, and timm's streaming readers.
 
-`open_source` turns a flag's value into one of two things:
+`open_source` turns a flag's value into one of two types:
 
-- a `Source`: random access; `read(i)` gives image i, encoded wherever possible, and its label;
+- a `Source`: random access; `read(i)` returns image i, encoded if possible, and its label;
 - a `StreamSource` (`tfds/`, `hfids/`, and `wds/` without an index): samples in the order of timm's reader.
 
-To add a source, write a function from `Request` to one of them and name it in `_OPENERS`.
+To add a source, write a function from `Request` to one of them and add it to `_OPENERS`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from data.shards import open_shards
 from data.source import Request, Source, StreamSource, some
 
 _SPLIT_NAMES = {"train": "train", "val": "validation"}
-_REMOTE = ("http://", "https://", "gs://")  # read through curl and gsutil, given the address as one argument
+_REMOTE = ("http://", "https://", "gs://")  # read through curl and gsutil, which receive the address as one argument
 _STREAM_PACKAGES = {  # what to import, what to install
     "wds": ("webdataset", "webdataset"),
     "hfids": ("datasets", "datasets"),
@@ -46,24 +46,24 @@ def open_source(
     once: Once = alone,
     progress: bool = False,
 ) -> Source | StreamSource:
-    """Open the images that `spec` names. Classes are numbered by sorted name, or as the data set numbers them.
+    """Open the images given by `spec`. Classes are numbered by sorted name, or as the data set numbers them.
 
     Args:
         spec: a folder of class folders, or one that holds such folders as `train/` and `val/` (or `validation/`);
             a `.tar` of class folders; `digits`; `hfds/NAME`, `hfids/NAME`, `tfds/NAME`, `torch/NAME`, `wds/FOLDER`,
             `wds/http://…`, `wds/https://…`, `wds/gs://…` (the address of a folder of shards).
-            A folder that is called like one of these is `./digits`. Links are followed, in a .tar those to files in it;
-            a link that leads back to a folder it lies in is left out.
+            For a folder with one of these names write `./digits`. Links are followed, in a .tar only those to files in
+            it. A link to a folder that contains the link is skipped.
         split: "train" or "val".
-        root: where hfds, hfids, tfds and torch keep their files.
+        root: where hfds, hfids, tfds and torch store their files.
         split_name: the split's name in those data sets and in wds; by default train or validation.
-        class_names: those of the training set; labels become its numbers, matched by class name.
+        class_names: class names of the training set; labels become its numbers, matched by class name.
         in_memory: keep the encoded images in memory that processes and workers share.
-        once: does it in one process of this machine for all, which call this together.
+        once: runs this in one process of this machine for all of its processes, which call this together.
         progress: show a bar while loading into memory.
 
     Raises:
-        UserError: there is no such thing, or it is not of that shape; a package is missing; a class is unknown to
+        UserError: nothing is found there, or it has another layout; a package is missing; a class is unknown to
             the training set; not enough memory.
     """
     request = Request(spec, split, root, split_name or _SPLIT_NAMES[split])
@@ -73,15 +73,15 @@ def open_source(
     if not in_memory:
         return source
     if isinstance(source, StreamSource):
-        raise UserError(f"{spec} is a stream, which cannot be kept in memory. Use a folder, or leave in_memory off.")
+        raise UserError(f"{spec} is a stream, which cannot be kept in memory. Use a folder, or turn in_memory off.")
     return load_into_memory(source, request, once=once, progress=progress)
 
 
 def match_classes(source: Source | StreamSource, class_names: list[str], spec: str) -> None:
-    """Number the classes of `source`, opened as `spec`, by the places of their names among `class_names`, if they have names.
+    """Renumber the classes of `source`, opened as `spec`, by the indices of their names in `class_names`, if they have names.
 
     Raises:
-        UserError: one of them is not among these.
+        UserError: a class is not in `class_names`.
     """
     if source.class_names is None or class_names == source.class_names:
         return
@@ -107,7 +107,7 @@ class _Digits(Source):
 
 
 def _open_digits(request: Request) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8×8 pixels, 17 greys; 360 of them, stratified, are for validation."""
+    """Open scikit-learn's 1,797 handwritten digits, 8×8 pixels, 17 greys; 360 of them, stratified, are for validation."""
     digits = request.require("sklearn.datasets", "scikit-learn").load_digits()
     split = request.require("sklearn.model_selection", "scikit-learn").train_test_split
     train, val = split(range(len(digits.target)), test_size=360, random_state=0, stratify=digits.target)
@@ -118,7 +118,7 @@ def _open_digits(request: Request) -> Source:
 
 class _Torchvision(Source):
     def __init__(self, spec: str, dataset: Any) -> None:
-        # INaturalist alone has no targets; QMNIST's have further columns; ImageNet's classes are tuples of synonyms.
+        # Only INaturalist has no targets; QMNIST's have further columns; ImageNet's classes are tuples of synonyms.
         labels = dataset.targets if hasattr(dataset, "targets") else [label for label, _ in dataset.index]
         names = dataset.classes if hasattr(dataset, "classes") else dataset.all_categories
         names = [name if isinstance(name, str) else ", ".join(name) for name in names]
@@ -140,7 +140,7 @@ class _Torchvision(Source):
 
 
 def _open_torchvision(request: Request) -> Source:
-    from timm.data import create_dataset  # imports much
+    from timm.data import create_dataset  # slow to import
 
     try:
         dataset = create_dataset(request.spec, root=request.root or ".", split=request.split_name)
@@ -165,11 +165,11 @@ class _HuggingFace(Source):
         return f"{self._spec}[{i}] {self._dataset[i][self._column]['path'] or ''}".rstrip()
 
     def key(self, i: int) -> str:
-        return f"hfds[{i}]"  # the data set's name and the image's path may be places; to look at the latter reads the image
+        return f"hfds[{i}]"  # the names of data set and image may contain paths, and to read the latter loads the image
 
 
 def _open_huggingface(request: Request) -> Source:
-    # Not timm's reader: that of 1.0.9 puts paths into lower case and dies of labels without class names.
+    # Not timm's reader: version 1.0.9 converts paths to lower case and fails on labels without class names.
     datasets = request.require("datasets", "datasets")
     name = request.spec.split("/", 1)[1]
     try:
@@ -189,14 +189,14 @@ def _open_huggingface(request: Request) -> Source:
 
 
 def _column(columns: dict[str, Any], name: str, kind: type) -> str | None:
-    """`name` if there is such a column, else the first column of that kind."""
+    """Return `name` if there is such a column, else the first column of that kind."""
     return name if name in columns else next((key for key, value in columns.items() if isinstance(value, kind)), None)
 
 
 def _open_stream(request: Request) -> Source | StreamSource:
     kind, name = request.spec.split("/", 1)
     remote = kind == "wds" and name.startswith(_REMOTE)
-    # An absolute path: WebDataset runs "pipe:…" as a command.
+    # Absolute, because WebDataset runs "pipe:…" as a command.
     place = os.path.abspath(os.path.expanduser(name)) if kind == "wds" and not remote else request.root or None
     if remote:
         place = name
@@ -209,7 +209,7 @@ def _open_stream(request: Request) -> Source | StreamSource:
     except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"cannot open split {request.split_name} of {request.spec} ({error}). A wds/ folder needs _info.json, or a "
-            "split that names its files and the number of samples, such as 'part-{000..099}.tar|50000'."
+            "split with file names and the number of samples, such as 'part-{000..099}.tar|50000'."
         ) from error
     if kind == "wds":
         if not isinstance(reader.info, dict) or not isinstance(reader.info.get("num_classes"), int):
@@ -224,7 +224,7 @@ def _open_stream(request: Request) -> Source | StreamSource:
 
 
 def _make_reader(kind: str, **options: Any) -> Any:
-    # Not timm's create_reader: that of 1.0.9 puts names, and so paths, into lower case.
+    # Not timm's create_reader: version 1.0.9 converts names, and so paths, to lower case.
     reader_class = getattr(importlib.import_module(f"timm.data.readers.reader_{kind}"), f"Reader{kind.capitalize()}")
     reader = reader_class(**options)
     if kind == "wds":
@@ -233,7 +233,7 @@ def _make_reader(kind: str, **options: Any) -> Any:
 
 
 def _stop_at_lost_shards(reader_class: type, reader: Any) -> None:
-    """What timm's reader does at its start; but where a shard cannot be read, it would go on with others, for a second time."""
+    """Initialise timm's reader so that it stops at an unreadable shard. By default it would read other shards a second time."""
     from webdataset import reraise_exception
     from webdataset.tariterators import tarfile_samples
 
@@ -260,5 +260,7 @@ def _opener(request: Request) -> Callable[[Request], Source | StreamSource]:
     if kind == "digits" or kind not in _OPENERS:
         return _OPENERS.get(request.spec, open_path)
     if not name:
-        raise UserError(f"expected a name after {kind}/, got {request.spec!r}; a folder of that name is ./{kind}.")
+        raise UserError(
+            f"expected a name after {kind}/, got {request.spec!r}; for a folder of that name write ./{kind}."
+        )
     return _OPENERS[kind]

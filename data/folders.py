@@ -22,22 +22,22 @@ from data.labels import Classes, read_assignment
 from data.source import Request, Source, some
 
 _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation")}
-_HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")  # . and .. are not; the latter is macOS's, in ZIPs
+_HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")  # not . and ..; macOS adds __MACOSX to ZIPs
 _THREADS = 16
 
 
 class LooseImages(UserError):
-    """A folder has images, but none of the class folders that were expected."""
+    """A folder contains images, but none of the expected class folders."""
 
 
 class _Folder(Source):
     of_folders = True
 
     def __init__(self, root: Path, samples: list[tuple[str, int]], class_names: list[str]) -> None:
-        """`samples`: paths below `root`, and labels."""
+        """Store `samples`: paths below `root`, and labels."""
         super().__init__([label for _, label in samples], class_names)
         self._root = str(root)
-        # One array: Python strings would be copied into each worker, page by page, by their reference counts.
+        # One array: the reference counts of Python strings would copy their memory pages into each worker.
         self._paths = np.array([os.fsencode(path) for path, _ in samples])
 
     def image(self, i: int) -> bytes:
@@ -76,7 +76,7 @@ def _open_folder(path: Path, request: Request) -> Source:
         e.name for e in os.scandir(root) if not hidden(e.name) and e.is_symlink() and not os.path.exists(e.path)
     )
     if lost:  # each may be a class
-        raise UserError(f"expected class folders in {root}, found links that lead nowhere: {some(lost)}.")
+        raise UserError(f"expected class folders in {root}, found broken links: {some(lost)}.")
     samples = [(path, number) for number, name in enumerate(names) for path in _images_below(str(root), name)]
     empty = sorted(set(names) - {names[label] for _, label in samples})
     # A class without images is a mistake in the training set; a validation set may lack some.
@@ -87,7 +87,7 @@ def _open_folder(path: Path, request: Request) -> Source:
 
 
 def _no_class_folders(folder: Path) -> UserError:
-    """Says what a folder without class folders holds, and what to do about it."""
+    """Return an error that says what a folder without class folders contains, and what to do about it."""
     loose = sum(_is_image(entry.name) for entry in os.scandir(folder))
     found = _unsorted_imagenet(folder) or f"and {loose} loose images."
     return (LooseImages if loose else UserError)(
@@ -96,19 +96,19 @@ def _no_class_folders(folder: Path) -> UserError:
 
 
 def _unsorted_imagenet(folder: Path) -> str:
-    """What to do with ImageNet's validation set as it comes out of its archive; empty where the folder holds no such images."""
+    """Return what to do with ImageNet's validation set as extracted from its archive; empty if the folder has no such images."""
     loose = sum(entry.name.startswith("ILSVRC2012_val_") for entry in os.scandir(folder) if entry.is_file())
     if not loose:
         return ""
     return (
         f"but {loose} loose images of ImageNet's validation set. To sort them into folders by class, put "
         "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into a folder and run, in it: "
-        """python -c "import torchvision; torchvision.datasets.ImageNet('.', split='val')"; then give that folder."""
+        """python -c "import torchvision; torchvision.datasets.ImageNet('.', split='val')"; then give that folder here."""
     )
 
 
 def _split_folder(path: Path, request: Request) -> Path:
-    # A class may be called "train", too: only a folder of folders is a split.
+    # A class may be called "train" too: only a folder of folders is a split.
     splits = {
         split: [path / name for name in names if (path / name).is_dir() and _folders(path / name)]
         for split, names in _SPLIT_FOLDERS.items()
@@ -131,7 +131,7 @@ def _folders(path: Path) -> list[str]:
 
 
 def hidden(path: str) -> bool:
-    """Whether a file, or a folder on the way to it, is hidden: macOS, for one, puts a `._name.JPEG` beside each file."""
+    """Return whether a file, or a folder above it, is hidden. For example, macOS puts a `._name.JPEG` beside each file."""
     return _HIDDEN.search(path) is not None
 
 
@@ -143,13 +143,13 @@ def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno == errno.ELOOP:  # links in a circle lead nowhere
+        if error.errno == errno.ELOOP:  # circular links
             return False
         raise
 
 
 def _is_file_or_lost(entry: os.DirEntry) -> bool:
-    """Whether it is a file, or a link that leads nowhere, to be named when met; a pipe would be waited for, for ever."""
+    """Return whether it is a file, or a broken link, which is reported when read. Reading a pipe would block for ever."""
     try:
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     except OSError as error:
@@ -159,12 +159,12 @@ def _is_file_or_lost(entry: os.DirEntry) -> bool:
 
 
 def _leads_back(folder: str, above: list[str]) -> bool:
-    """Whether `folder` is one of the folders `above`, or holds one of them; all are real paths."""
+    """Return whether `folder` is one of the folders `above`, or contains one of them; all are real paths."""
     return any(os.path.join(other, "").startswith(os.path.join(folder, "")) for other in above)
 
 
 def _images_below(root: str, folder: str) -> list[str]:
-    """Paths below `root` of the images in `root`/`folder` and deeper, by their folders, then by their names."""
+    """Return the paths below `root` of the images in `root`/`folder` and deeper, sorted by folder, then by name."""
     above = [os.path.realpath(root), os.path.realpath(os.path.join(root, folder))]
     return [
         f"{below}/{name}"
@@ -175,9 +175,9 @@ def _images_below(root: str, folder: str) -> list[str]:
 
 
 def _walk(root: str, folder: str, above: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) for `root`/`folder` and all below it that is not hidden.
+    """Yield (folder, names of its files) for `root`/`folder` and all folders below it that are not hidden.
 
-    `above`: real paths on the way to it, and its own.
+    `above`: real paths of the folders above it, and its own.
     """
     names, folders = [], []
     with os.scandir(os.path.join(root, folder)) as entries:
@@ -227,18 +227,18 @@ def _open_tar(path: Path, request: Request) -> Source:
     try:
         with tarfile.open(path, "r:") as tar:
             members = list(tar)
-            # A damaged header, or none, ends the list without an error.
+            # A damaged or missing header ends the list without an error.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"at byte {tar.offset}, there is neither a header nor the mark of the end")
+                raise tarfile.ReadError(f"at byte {tar.offset}, there is neither a header nor the end marker")
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a complete, uncompressed tar file ({error}).") from error
     images = [file for file in _tar_files(members, request) if file[0].lower().endswith(IMG_EXTENSIONS)]
-    # The folder that holds all of them may be a hidden one.
+    # The folder that contains all of them may be hidden.
     shared = os.path.commonprefix([name for name, _, _ in images]).rfind("/") + 1
     images = [file for file in images if not hidden(file[0][shared:])]
     folders = [PurePosixPath(name).parent.parts for name, _, _ in images]
-    # A tar made from outside a data set's folder has that folder's name in front of everything.
+    # In a tar packed from outside the data set's folder, all paths begin with that folder.
     splits = {name for names in _SPLIT_FOLDERS.values() for name in names}
     while folders and all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
         if folders[0][0] in splits:
@@ -257,15 +257,15 @@ def _open_tar(path: Path, request: Request) -> Source:
 
 
 def open_listed(spec: str, keys: Sequence[str], class_names: list[str]) -> Source:
-    """The images `keys` (`<class>/<file>`) of a validation folder, in their order; labels are places among `class_names`.
+    """Open the images `keys` (`<class>/<file>`) of a validation folder, in their order; labels are indices in `class_names`.
 
     Args:
-        spec: folder of class folders, or one that holds such a folder as `val/` or `validation/`.
+        spec: folder of class folders, or one that contains such a folder as `val/` or `validation/`.
         keys: paths below it.
         class_names: the class folders.
 
     Raises:
-        UserError: no such folder, or class folders or files of the list are missing from it.
+        UserError: no such folder, or class folders or files of the list are missing in it.
     """
     request = Request(spec, "val", "", "")
     path = Path(spec).expanduser().absolute()
@@ -297,18 +297,18 @@ def open_listed(spec: str, keys: Sequence[str], class_names: list[str]) -> Sourc
 
 
 def open_labelled(spec: str, path: Path, classes: Classes) -> Source:
-    """The images of a folder that the file `path` lists with their classes (`read_assignment`), in its order; others are left out.
+    """Open the images of a folder that the file `path` lists with their classes (`read_assignment`), in its order.
 
-    It may list them without their endings.
+    Other images are skipped. The file may list images without their file extensions.
 
     Raises:
-        UserError: no such folder or file, a bad line, or one of an image that is not in the folder, or of several.
+        UserError: no such folder or file, a malformed line, or a listed image that is missing or ambiguous.
     """
     root = Path(spec).expanduser().absolute()
 
     @cache
     def files(folder: str) -> dict[str, list[str]]:
-        """The files of a folder below `root` by their names, images also by those without ending."""
+        """Return the files of a folder below `root` by name, images also by name without extension."""
         names, found = [], defaultdict(list)
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(root / folder) as entries:
             names = sorted(entry.name for entry in entries if entry.is_file())
@@ -319,7 +319,7 @@ def open_labelled(spec: str, path: Path, classes: Classes) -> Source:
     def find(key: str) -> str | None:
         folder, name = posixpath.split(key)
         if folder.split("/")[0] in ("", "..") and folder:
-            raise UserError(f"expected an image in {root}, got {key}, which leads out of it.")
+            raise UserError(f"expected an image in {root}, got {key}, which is outside of it.")
         same = files(folder).get(name, [])
         if len(same) > 1:
             raise UserError(f"expected one image called {key} in {root}, found {some(same)}.")
@@ -335,7 +335,7 @@ def open_labelled(spec: str, path: Path, classes: Classes) -> Source:
         raise UserError(f"cannot read {error.filename or root} ({error.strerror or error}).") from error
     if missing:
         raise UserError(
-            f"{listed[missing[0]][1]}: expected an image in {root}, there is no {missing[0]}; missing in all: {len(missing)}."
+            f"{listed[missing[0]][1]}: expected an image in {root}, there is no {missing[0]}; missing in total: {len(missing)}."
         )
     source = _Folder(root, [(key, label) for key, (label, _) in listed.items()], classes.names)
     source.classes = np.unique(source.labels).tolist()
@@ -343,7 +343,7 @@ def open_labelled(spec: str, path: Path, classes: Classes) -> Source:
 
 
 def class_folders(spec: str) -> list[str]:
-    """Names of the class folders of a validation folder; none where `spec` is no folder, or not of that shape."""
+    """Return the names of the class folders of a validation folder; empty if `spec` is no folder or has another layout."""
     path = Path(spec).expanduser().absolute()
     try:
         return _folders(_split_folder(path, Request(spec, "val", "", ""))) if path.is_dir() else []
@@ -352,13 +352,15 @@ def class_folders(spec: str) -> list[str]:
 
 
 def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[str, int, int]]:
-    """(name, offset, size) of all files; a link to one of them is that file under another name."""
-    # By normal names, as extraction leaves it: a member takes the place of one of its name before (tar -r).
+    """Return (name, offset, size) of all files; a link to one of them counts as that file under another name."""
+    # Keyed by normalised name, as after extraction: a member replaces an earlier one of the same name (tar -r).
     files: dict[str, tuple[str, int, int]] = {}
     links: dict[str, tarfile.TarInfo] = {}
     for member in members:
         name = posixpath.normpath(member.name)
-        same = files.get(_target(member)) if member.islnk() else None  # now, whatever takes that name later
+        same = (
+            files.get(_target(member)) if member.islnk() else None
+        )  # resolved now, as a later member may take that name
         files.pop(name, None)
         links.pop(name, None)
         if member.isreg():
@@ -371,7 +373,7 @@ def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[s
     linked, lost = [], []
     for link in links.values():
         target, hops = _target(link), 0
-        while target in targets and hops < len(links):  # links in a circle lead nowhere
+        while target in targets and hops < len(links):  # circular links are lost
             target, hops = targets[target], hops + 1
         if target in files:
             linked.append((link.name, *files[target][1:]))
@@ -379,13 +381,13 @@ def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[s
             lost.append(f"{link.name} → {link.linkname}")
     if lost:
         raise UserError(
-            f"expected links to files in {request.spec} itself, found links to folders, or out of it: {some(sorted(lost))}. "
-            "Pack it with tar --dereference, which puts the files in the links' places."
+            f"expected only links to files in {request.spec} itself, found links to folders or to the outside: "
+            f"{some(sorted(lost))}. Pack it with tar --dereference, which replaces links by their files."
         )
     return sorted([*files.values(), *linked])
 
 
 def _target(link: tarfile.TarInfo) -> str:
-    """The member that a link leads to: a hard link names it, a symbolic one says the way from its own folder."""
+    """Return the member that a link points to. A hard link contains its name, a symbolic one the path from its own folder."""
     folder = posixpath.dirname(link.name) if link.issym() else ""
     return posixpath.normpath(posixpath.join(folder, link.linkname))

@@ -1,4 +1,4 @@
-"""ImageNet's classes, and the 5,000 validation images on which RobustBench evaluates, from its package, which is not imported."""
+"""ImageNet's classes, and RobustBench's 5,000 validation images, which are read from its package without importing it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import UserError
 
 CLASSES = 1000
-# A folder with so many of the classes is ImageNet, perhaps an incomplete one.
+# A folder with at least this many of the classes is ImageNet, perhaps incomplete.
 _MOST = 900
 
 
@@ -24,12 +24,12 @@ class ImageIds:
 
 
 def robustbench_ids() -> ImageIds:
-    """The list of the installed robustbench.
+    """Return the list of the installed robustbench.
 
     Raises:
         UserError: robustbench is not installed, or has no such list.
     """
-    spec = importlib.util.find_spec("robustbench")  # does not run it: it imports packages that may be missing
+    spec = importlib.util.find_spec("robustbench")  # does not run it, because it imports packages that may be missing
     if spec is None or spec.origin is None:
         raise UserError(
             "the list of 5,000 images is part of robustbench, which is not installed: pip install robustbench."
@@ -44,13 +44,13 @@ def robustbench_ids() -> ImageIds:
 
 
 def imagenet_classes() -> list[str]:
-    """The 1,000 classes (WordNet's numbers, n01440764 …) in the order of networks' outputs, which is that of their names."""
-    from timm.data import ImageNetInfo  # imports much
+    """Return the 1,000 classes (WordNet IDs, n01440764 …) in the order of networks' outputs, which is alphabetical."""
+    from timm.data import ImageNetInfo  # slow to import
 
     return ImageNetInfo().label_names()
 
 
 def looks_like_imagenet(class_folders: list[str]) -> bool:
-    """Whether these folders are named like ImageNet's classes (n01440764), and are nearly as many."""
-    named = sum(re.fullmatch(r"n\d{8}", name) is not None for name in class_folders)
-    return _MOST <= named <= CLASSES
+    """Return whether 900 to 1,000 of these folders are named like ImageNet's classes (n01440764)."""
+    matches = sum(re.fullmatch(r"n\d{8}", name) is not None for name in class_folders)
+    return _MOST <= matches <= CLASSES

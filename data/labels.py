@@ -1,4 +1,4 @@
-"""Which class of a network a folder or a file is: by its name, by its number, or by a file that says so."""
+"""Assignment of folders and files to a network's classes: by name, by number, or by a file with the classes."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from common.errors import UserError, blame
 from data.source import Source, StreamSource, some
 
-Row = tuple[str, str, Any]  # the place in a file, a name, what is said of it
-_MANY = 10  # folders that are named by numbers
-# What a header calls the columns, in lower case, without _ and spaces.
+Row = tuple[str, str, Any]  # the position in a file, the name of a folder or image, its class
+_MANY = 10  # folders with numbers as names
+# Names of the columns in a header, in lower case, without _ and spaces.
 _NAME_COLUMNS = ("file", "filename", "folder", "image", "imageid", "path")
 _CLASS_COLUMNS = ("label", "class", "classid", "target", "wnid", "predictionstring")
-_BOXES = re.compile(r"^(n\d{8})(\s+\d+){4}(\s+\1(\s+\d+){4})*$")  # a class, and where it is seen, once or more
+_BOXES = re.compile(r"^(n\d{8})(\s+\d+){4}(\s+\1(\s+\d+){4})*$")  # a class with one bounding box or more
 
 
 class Classes:
-    """The classes of a network: how many, and their names where they are known."""
+    """The classes of a network: their number, and their names if they are known."""
 
     def __init__(self, count: int, names: Sequence[str] | None, others: Sequence[str] = ()) -> None:
-        """`others`: further names of the same classes, which files may call them by."""
+        """Store the classes; `others`: further names of the same classes, which files may use."""
         self.count = count
         self.names = list(map(str, range(count))) if names is None else list(names)
         self._places = {} if names is None else {name: place for place, name in enumerate(names)}
         self._others = {name: place for place, name in enumerate(others)}
 
     def know(self, names: Sequence[str]) -> bool:
-        """Whether all of these are names of classes."""
+        """Return whether all of these are names of classes."""
         return self._places.keys() >= set(names)
 
     def place(self, value: Any) -> int | None:
-        """The class that a name or a number from 0 on means; None where there is none.
+        """Return the class for a name or a number from 0 on; None if there is none.
 
-        Text is a name first: "3" is the class that is called 3, where there is one, and 3 the class of that number.
+        Text is first tried as a name: "3" is the class called 3 if there is one, else the class with that number.
         """
         for places in (self._places, self._others):
             if isinstance(value, str) and value in places:
@@ -55,7 +55,7 @@ class Classes:
 
 
 def named_by_numbers(source: Source | StreamSource, count: int) -> bool:
-    """Whether its classes are named by numbers, and their order may be another one than that of the numbers of `count` classes."""
+    """Return whether the class names are numbers whose order may differ from that of the network's `count` classes."""
     names = source.class_names or []
     if not names or not all(map(_is_number, names)):
         return False
@@ -66,10 +66,10 @@ def named_by_numbers(source: Source | StreamSource, count: int) -> bool:
 
 
 def classes_by_index(names: Sequence[str], classes: Classes) -> list[int]:
-    """The class of each folder named by its number, from 0 on where there is a folder 0, from 1 on where the last one is there.
+    """Return the class of each folder with a number as name: from 0 if there is a folder 0, from 1 if there is the last one.
 
     Raises:
-        UserError: a folder has another name, a number that is too large, or that of another folder; or where they begin is open.
+        UserError: a folder's name is no number, too large a number or a duplicate; or it is unclear where the numbers start.
     """
     if others := [name for name in names if not _is_number(name)]:
         raise UserError(f"expected class folders named by numbers, found {some(others)}.")
@@ -84,14 +84,14 @@ def classes_by_index(names: Sequence[str], classes: Classes) -> list[int]:
         raise UserError(f"expected one folder for each class, found {some(same)}.")
     if 0 not in numbers and max(numbers) < classes.count:
         raise UserError(
-            f"expected a folder 0, or one called {classes.count}, as without them the numbers may begin at 0 or at 1; a map of the "
-            "folders says which class each is."
+            f"expected a folder 0, or one called {classes.count}, because otherwise the numbers may start at 0 or at 1; "
+            "give a file that maps each folder to its class."
         )
     return [number - base for number in numbers]
 
 
 def in_natural_order(names: Sequence[str]) -> list[str]:
-    """Names as people sort them: class2 before class10."""
+    """Sort names as people do: class2 before class10."""
     return sorted(
         names,
         key=lambda name: [(int(part), "") if _is_number(part) else (-1, part) for part in re.split(r"(\d+)", name)],
@@ -99,7 +99,7 @@ def in_natural_order(names: Sequence[str]) -> list[str]:
 
 
 def number_by_index(source: Source | StreamSource) -> None:
-    """Number the classes of `source`, if they have names, by these, which are all numbers from 0 on, or from 1 on.
+    """Renumber the classes of `source` by their names, if there are any, which must be all numbers from 0 on, or from 1 on.
 
     Raises:
         UserError: they are not.
@@ -109,13 +109,13 @@ def number_by_index(source: Source | StreamSource) -> None:
 
 
 def classes_by_map(names: Sequence[str], path: Path, classes: Classes) -> list[int]:
-    """The class of each folder as a file says: {"folder": class} in JSON, or lines "folder class"; it may hold more folders.
+    """Read the class of each folder from a file: {"folder": class} in JSON, or lines "folder class". It may list more folders.
 
-    In JSON the two sides may be the other way round, {"0": "folder"} or {"0": ["folder", "words"]} as in
-    imagenet_class_index.json: the one with names of folders are the folders.
+    In JSON the two sides may be swapped, {"0": "folder"} or {"0": ["folder", "words"]} as in imagenet_class_index.json. The
+    side with names of folders is taken as the folders.
 
     Raises:
-        UserError: the file cannot be read, has a bad or a second line for a folder, none for one of `names`, or folders on both
+        UserError: the file cannot be read, has a malformed or duplicate line, no line for one of `names`, or folders on both
             sides.
     """
     found = read_assignment(path, classes, dict(zip(names, names)).get, turn=True)
@@ -127,18 +127,18 @@ def classes_by_map(names: Sequence[str], path: Path, classes: Classes) -> list[i
 def read_assignment(
     path: Path, classes: Classes, find: Callable[[str], str | None], *, turn: bool = False
 ) -> dict[str, tuple[int, str]]:
-    """Folder or file → its class, and the place in `path` that says so.
+    """Read folder or file → its class, and the position in `path` with this class.
 
-    The file holds JSON, {"name": class}, or lines "name class", perhaps under a header. Lines of more than two columns need a
-    header with one of `_NAME_COLUMNS` and one of `_CLASS_COLUMNS`. A class may be followed by boxes, as in Kaggle's
+    The file contains JSON, {"name": class}, or lines "name class", with or without a header. Lines of more than two columns
+    need a header with one of `_NAME_COLUMNS` and one of `_CLASS_COLUMNS`. Bounding boxes may follow a class, as in Kaggle's
     LOC_val_solution.csv.
 
     Args:
-        find: what the data set calls a folder or file of this name; None where it has none.
+        find: returns the data set's key of a folder or file of this name; None if it has none.
         turn: JSON may have the classes on the left, see `classes_by_map`.
 
     Raises:
-        UserError: the file cannot be read, has a bad line, or two for one folder or file.
+        UserError: the file cannot be read, has a malformed line, or two lines for one folder or file.
     """
     found: dict[str, tuple[int, str]] = {}
     for where, name, value in _rows(path, classes, find, turn):
@@ -148,7 +148,7 @@ def read_assignment(
             if place is None:
                 raise UserError(f"expected {classes} for {name}, got {value!r}.")
             if key in found:
-                raise UserError(f"{key} has a class already, by {found[key][1]}.")
+                raise UserError(f"{key} already has a class, from {found[key][1]}.")
         found[key] = place, where
     if not found:
         raise UserError(f"{path}: expected at least one line with a class, found none.")
@@ -169,7 +169,7 @@ def _rows(path: Path, classes: Classes, find: Callable[[str], str | None], turn:
         return turned
 
     def is_header(name: str, value: str) -> bool:
-        """Whether it is neither a bad line of the data set nor one of an image that is missing."""
+        """Return whether it is neither a malformed line of the data set nor one of a missing image."""
         no_class = classes.place(value) is None and re.search(r"\d", value) is None
         return no_class and not name.lower().endswith(IMG_EXTENSIONS) and find(name) is None
 
@@ -183,8 +183,8 @@ def _table_rows(path: Path, text: str, is_header: Callable[[str, str], bool]) ->
         fields = [field.strip() for field in row]
         if not any(fields):
             continue
-        if first and (named := _named_columns(fields)):
-            columns, width, first = named, len(fields), False
+        if first and (header := _header_columns(fields)):
+            columns, width, first = header, len(fields), False
             continue
         if len(fields) != width or not all(fields[column] for column in columns):
             expected = "a name and a class" if width == 2 else f"{width} columns, as in the first line"
@@ -197,8 +197,8 @@ def _table_rows(path: Path, text: str, is_header: Callable[[str, str], bool]) ->
         first = False
 
 
-def _named_columns(fields: Sequence[str]) -> list[int] | None:
-    """The columns of names and of classes where this is a header that says so; None where it names none, or several."""
+def _header_columns(fields: Sequence[str]) -> list[int] | None:
+    """Return the columns of names and of classes if this is a header with exactly one of each; else None."""
     words = [re.sub(r"[ _]", "", field.lower()) for field in fields]
     found = [[i for i, word in enumerate(words) if word in known] for known in (_NAME_COLUMNS, _CLASS_COLUMNS)]
     return [column for (column,) in found] if all(len(columns) == 1 for columns in found) else None
@@ -206,18 +206,16 @@ def _named_columns(fields: Sequence[str]) -> list[int] | None:
 
 def _hint(fields: Sequence[str], width: int) -> str:
     if len(fields) == 1 and _is_number(fields[0]):
-        return (
-            "; numbers alone, as in ILSVRC's devkit, are in an order of its own, which is not that of networks' classes"
-        )
+        return "; numbers alone, as in ILSVRC's devkit, use the devkit's own order of classes, not that of the networks"
     if len(fields) > width == 2:
         one_of = " and ".join(f"one of {', '.join(known)}" for known in (_NAME_COLUMNS, _CLASS_COLUMNS))
-        return f"; of more columns a first line has to name two, by {one_of}"
+        return f"; with more columns, the first line must be a header with {one_of}"
     return ""
 
 
 def _json_rows(path: Path, text: str) -> list[Row]:
     try:
-        pairs = json.loads(text, object_pairs_hook=list)  # a dict would lose a folder that is there twice
+        pairs = json.loads(text, object_pairs_hook=list)  # a dict would drop duplicate folders
     except ValueError as error:
         raise UserError(f"{path}: expected JSON ({error}).") from error
     rows = []
@@ -231,13 +229,13 @@ def _check_numbers(rows: list[Row], classes: Classes) -> None:
     for where, name, value in rows:
         if type(value) is int and (place := classes.place(value)) not in (None, classes.place(str(value))):
             raise UserError(
-                f"{where}: expected a name in quotes for {name}, as the network's classes are called by numbers: {value} may be "
-                f"the class called {str(value)!r}, or that in the place {value}, {classes.names[place]!r}."
+                f"{where}: expected a name in quotes for {name}, because the network's class names are numbers: {value} may be "
+                f"the class called {str(value)!r}, or the class at index {value}, {classes.names[place]!r}."
             )
 
 
 def _by_folder(path: Path, rows: list[Row], find: Callable[[str], str | None]) -> list[Row]:
-    """`rows`, or where their names are numbers and their values the folders, turned round."""
+    """Return `rows`, with the sides swapped if the names are numbers and the values are the folders."""
     if not all(_is_number(name) and isinstance(value, str) for _, name, value in rows):
         return rows
     left, right = ([row[side] for row in rows if find(row[side])] for side in (1, 2))
@@ -250,7 +248,7 @@ def _by_folder(path: Path, rows: list[Row], find: Callable[[str], str | None]) -
 
 
 def _split(line: str) -> list[str]:
-    """At the tab, where there is one, else at the first comma or white space: names of classes may hold both."""
+    """Split at the tab if there is one, else at the first comma or white space: names of classes may contain both."""
     return line.split("\t") if "\t" in line else re.split(r"[,\s]\s*", line.strip(), maxsplit=1)
 
 

@@ -1,11 +1,11 @@
 """Batches for training and evaluation: order, worker processes, and images that cannot be decoded.
 
-Order is a function of (seed, epoch), a sample's augmentation of (seed, epoch, index). So neither the number of workers
+The order is a function of (seed, epoch), a sample's augmentation of (seed, epoch, index). Neither the number of workers
 nor what ran before changes a batch, and n ranks together see what one rank sees with n times the batch size. Streams
 (`StreamSource`) are as repeatable as timm's readers: for the same numbers of ranks and workers.
 
-Worker processes are DataLoader's own. One that dies (usually the kernel kills it for want of memory) ends the run with
-DataLoader's error, and the run resumes exactly.
+Worker processes are DataLoader's. A worker that dies (usually because the kernel kills it for lack of memory) ends the
+run with DataLoader's error, and the run resumes exactly.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from data.source import Source, StreamSource
 from data.transforms import eval_transform
 
 _SHARED_MEMORY = "/dev/shm"  # docker gives a container 64 MB of it
-_MAX_REPLACEMENTS = 64  # so many broken images in a row are no accident
+_MAX_REPLACEMENTS = 64  # this many broken images in a row are an error
 
 Failure = tuple[str, str]  # name of an image, reason why it cannot be decoded
 SampleKey = tuple[int, int, int]  # epoch, index in the source, image size
 
 
 def spread_indices(length: int, count: int) -> list[int]:
-    """`count` indices spread evenly over 0 … length − 1 (all of them where count ≥ length): a fixed subset of every class."""
+    """Return `count` indices spread evenly over 0 … length − 1 (all if count ≥ length): a fixed subset of every class."""
     count = min(count, length)
     return [i * length // count for i in range(count)]
 
@@ -58,10 +58,10 @@ def print_warning(text: str) -> None:
 
 
 def dead_worker(error: BaseException) -> str | None:
-    """What DataLoader says of a worker process that has ended; None where this is another error."""
+    """Return DataLoader's message about a worker process that has ended; None if this is another error."""
     texts = [str(e) for e in (error.__cause__, error) if isinstance(e, RuntimeError)]  # the cause has the signal
     said = next((text.split(". ")[0] for text in texts if text.startswith("DataLoader worker")), None)
-    if said is not None and "Bus error" in said:  # what Linux answers to a write into shared memory that there is not
+    if said is not None and "Bus error" in said:  # a write into full shared memory
         return f"{said}: {_full_shared_memory()}"
     return said
 
@@ -69,17 +69,17 @@ def dead_worker(error: BaseException) -> str | None:
 def _full_shared_memory() -> str:
     size = shutil.disk_usage(_SHARED_MEMORY).total / 2**20
     return (
-        f"{_SHARED_MEMORY}, the shared memory through which loader workers hand over images, is full, at {size:.0f} MB in all; "
-        "give the container more (docker run --shm-size=16g, or --ipc=host), or take fewer workers, or none (num_workers=0)"
+        f"{_SHARED_MEMORY}, the shared memory through which loader workers pass on images, is full ({size:.0f} MB in total); "
+        "give the container more (docker run --shm-size=16g, or --ipc=host), or use fewer workers, or none (num_workers=0)"
     )
 
 
 class Batch(NamedTuple):
     """Images and labels of one rank.
 
-    `x` (B, 3, size, size): float32 in [0, 1], or uint8 from the fast pipeline, to which `draws` are still to be applied
-    (`data.augment.augment`); `y` int64 (B,); `index` int64 (B,), places in the source, −1 in streams; `failures`: each image that
-    could not be decoded.
+    `x` (B, 3, size, size): float32 in [0, 1], or uint8 from the fast pipeline, to which `draws` must still be applied
+    (`data.augment.augment`); `y` int64 (B,); `index` int64 (B,), positions in the source, −1 in streams; `failures`: each image
+    that could not be decoded.
     """
 
     x: Tensor
@@ -92,14 +92,14 @@ class Batch(NamedTuple):
 class TrainLoader:
     """Micro-batches of one rank, epoch by epoch.
 
-    Step s takes the s-th global batch, `world_size * batch_size * accum` samples of the epoch's order; an incomplete
-    last one is dropped. Micro-batch a of rank r is its block `a * world_size + r` of `batch_size` samples. An image
-    that cannot be decoded is replaced by the next one of the source; `Batch.index` has the one that is shown.
+    Step s uses the s-th global batch, `world_size * batch_size * accum` samples of the epoch's order. An incomplete last
+    batch is dropped. Micro-batch a of rank r is block `a * world_size + r` of `batch_size` samples. An image that cannot
+    be decoded is replaced by the next one of the source; `Batch.index` contains the index of the replacement.
 
     Attributes:
         steps_per_epoch: optimiser steps.
         repeatable_for_any_workers: whether an epoch's global order is the same for any numbers of workers and ranks, so
-            that a run may go on with others in the middle of an epoch. Not so for streams.
+            that a run can resume with other numbers in the middle of an epoch. False for streams.
     """
 
     def __init__(
@@ -126,11 +126,11 @@ class TrainLoader:
             augmentation, min_scale, flip, crop_pct: as in `train_transform`.
             batch_size: samples of one rank in one micro-batch.
             pipeline: "fast" or "timm", see `data.pipeline`.
-            accum: micro-batches in a step.
+            accum: micro-batches per step.
             seed: of order and augmentation.
             rank, world_size: of this process among those that train together.
             num_workers: worker processes; 0 loads in this process.
-            pin_memory: put batches into page-locked memory, from where a GPU can fetch them meanwhile.
+            pin_memory: put batches into page-locked memory, from which a GPU can copy them asynchronously.
 
         Raises:
             UserError: the source is smaller than one global batch, or has fewer shards than there are workers.
@@ -140,7 +140,7 @@ class TrainLoader:
         if not self.steps_per_epoch:
             raise UserError(
                 f"batch_size: a step takes {global_batch} images ({batch_size} × {accum} micro-batches × "
-                f"{world_size} processes), expected at most the {len(source)} of the training set."
+                f"{world_size} processes), but the training set has only {len(source)}."
             )
         readers = world_size * max(num_workers, 1)
         if isinstance(source, StreamSource) and source.shards is not None and source.shards < readers:
@@ -163,9 +163,9 @@ class TrainLoader:
             self._images = _data_loader(images, batch_sampler=self._sampler, **kept, **self._workers)
 
     def epoch(self, epoch: int, size: int, start_step: int = 0) -> Iterator[Batch]:
-        """Micro-batches of `size` pixels, `accum` for each step from `start_step` on.
+        """Yield micro-batches of `size` pixels, `accum` for each step from `start_step` on.
 
-        Drop an epoch's iterator before the next epoch's is used. A stream has to read what lies before `start_step`.
+        Drop an epoch's iterator before using the next one. A stream has to read everything before `start_step`.
 
         Raises:
             UserError: too many images in a row cannot be decoded, or a stream cannot be read.
@@ -183,21 +183,21 @@ class TrainLoader:
             yield batch
 
     def close(self) -> None:
-        """End the worker processes, once no epoch's iterator is left."""
+        """End the worker processes as soon as no epoch's iterator is left."""
         self._images = None
 
     def _keys(self, epoch: int, size: int, first: int) -> Iterator[list[SampleKey]]:
-        """Keys of this rank's micro-batches from number `first` of the epoch on."""
+        """Return the keys of this rank's micro-batches from number `first` of the epoch on."""
         bits = np.random.MT19937(derive_seed("order", self._seed, epoch))
         order = np.random.RandomState(bits).permutation(len(self._source))  # numpy never changes RandomState's results
-        # No reference to this loader: in a circle of them, the workers would outlive it.
+        # No reference to this loader: with a reference cycle, the workers would outlive it.
         rank, world_size, batch_size = self._rank, self._world_size, self._batch_size
         micro_steps = range(first, self.steps_per_epoch * self._accum)
         starts = ((micro_step * world_size + rank) * batch_size for micro_step in micro_steps)
         return ([(epoch, index, size) for index in order[start : start + batch_size].tolist()] for start in starts)
 
     def _stream(self, source: StreamSource, epoch: int, size: int, start_step: int) -> Iterator[Batch]:
-        # Workers and readers are new in each epoch, so that nothing depends on the epochs before.
+        # Workers and readers are new in each epoch, so that nothing depends on earlier epochs.
         reader = {"seed": derive_seed("stream", self._seed, epoch) % 2**31, "batch_size": self._batch_size}
         reader |= {"training": True, "rank": self._rank, "world_size": self._world_size}
         key = ("sample", self._seed, epoch, self._rank)
@@ -219,9 +219,9 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Each sample once, on one of the ranks: rank r has the positions r, r + world_size, … of the images.
+    """Batches of each sample once, on one of the ranks: rank r has the positions r, r + world_size, … of the images.
 
-    Images that cannot be decoded are left out and named, so that a batch may be smaller than `batch_size`, even empty.
+    Images that cannot be decoded are skipped and listed in `failures`, so a batch may be smaller than `batch_size`, even empty.
     """
 
     def __init__(
@@ -241,7 +241,10 @@ class EvalLoader:
         on_warning: Callable[[str], None] = print_warning,
         upright: bool = True,
     ) -> None:
-        """Arguments as in `TrainLoader`, `eval_transform` and `decode`; `keep_workers`: until `close` (not those of streams)."""
+        """Set the loader up; arguments as in `TrainLoader`, `eval_transform` and `decode`.
+
+        `keep_workers`: keep worker processes until `close` (not for streams).
+        """
         workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         self._source, self._size, self._batch_size, self._rank, self._world_size = (
             source,
@@ -259,7 +262,7 @@ class EvalLoader:
             reader = {"training": False, "seed": 0, "batch_size": batch_size, "rank": 0, "world_size": 1}
             samples = _Stream(source, evaluation(size), ("eval",), reader, (rank, world_size), workers=num_workers)
             loader = _data_loader(samples, batch_size=batch_size, **workers)
-            # Every rank sees the same: one of them tells it.
+            # The warning is the same on every rank, so rank 0 alone gives it.
             self._whole = partial(_whole_stream, loader, source, samples.came, on_warning if rank == 0 else None)
         else:
             images = _Images(source, evaluation, seed=0, tries=1)
@@ -268,16 +271,16 @@ class EvalLoader:
             self._images: DataLoader | None = _data_loader(images, batch_sampler=self._sampler, **kept, **workers)
 
     def batches(self, indices: Sequence[int] | None = None) -> Iterator[Batch]:
-        """The batches of the images `indices`, by default of all.
+        """Return the batches of the images `indices`, by default of all.
 
         Raises:
-            ValueError: `indices` of a stream.
+            ValueError: `indices` for a stream.
             UserError: a stream cannot be read.
             RuntimeError: a worker process died.
         """
         if isinstance(self._source, StreamSource):
             if indices is not None:
-                raise ValueError(f"{self._source.spec} is a stream, it has no indices")
+                raise ValueError(f"{self._source.spec} is a stream and has no indices")
             return self._whole()
         shown = range(len(self._source)) if indices is None else indices
         keys = [(0, int(index), self._size) for index in shown[self._rank :: self._world_size]]
@@ -288,7 +291,7 @@ class EvalLoader:
         return self.batches()
 
     def close(self) -> None:
-        """End the worker processes, once no iterator is left."""
+        """End the worker processes as soon as no iterator is left."""
         self._images = None
 
 
@@ -303,7 +306,7 @@ class _EpochKeys:
 
 
 class _Images(Dataset):
-    """SampleKey → batch of one image, or of none when `tries` images from its index on cannot be decoded."""
+    """SampleKey → batch of one image, or an empty batch if `tries` images from its index on cannot be decoded."""
 
     def __init__(self, source: Source, make_pipeline: Callable[[int], Pipeline], seed: int, tries: int) -> None:
         self._source, self._make_pipeline, self._seed, self._tries = source, make_pipeline, seed, tries
@@ -329,9 +332,9 @@ class _Images(Dataset):
 
 
 class _Stream(IterableDataset):
-    """Batches of one image, of the positions `part[0]`, `part[0] + part[1]`, … of what this worker reads.
+    """Batches of one image each, from the positions `part[0]`, `part[0] + part[1]`, … of what this worker reads.
 
-    `came`: how many samples each worker has read, shown or not.
+    `came`: number of samples that each worker has read, shown or not.
     """
 
     def __init__(
@@ -383,7 +386,7 @@ def _collate(batches: list[Batch]) -> Batch:
 
 
 def _share(batch: Batch) -> None:
-    """Put a worker's batch where the main process can read it; the queue would do the same, but there an error is a hang."""
+    """Put a worker's batch into shared memory. DataLoader's queue would do the same, but an error there is a hang."""
     try:
         for tensor in (batch.x, batch.y, batch.index, *(batch.draws or ())):
             tensor.share_memory_()
@@ -394,7 +397,7 @@ def _share(batch: Batch) -> None:
 
 
 def _data_loader(dataset: Dataset, *, seed: int = 0, **options: Any) -> DataLoader:
-    # Its own generator, or it would draw from the global one. PyTorch itself gives each worker one thread.
+    # Its own generator, because otherwise it draws from the global one. PyTorch itself gives each worker one thread.
     generator = torch.Generator().manual_seed(seed)
     start = partial(_init_worker, os.getpid())
     if options["num_workers"]:
@@ -406,13 +409,13 @@ def _batches_of(loader: DataLoader) -> Iterator[Batch]:
     workers: list[multiprocessing.Process] = []
     try:
         if loader.num_workers:
-            multiprocessing.Lock()  # where there is no room for it, DataLoader would leave a half-made iterator and a traceback
-        # Stopping is up to this process, which may want to end its step and write a checkpoint.
+            multiprocessing.Lock()  # fails if there is no memory for it; DataLoader would leave a partial iterator and a traceback
+        # Only this process reacts to signals: it may want to end its step and write a checkpoint.
         with signals_blocked():
             batches = iter(loader)
         workers = multiprocessing.active_children()
         yield from batches
-    except UserError as error:  # from a worker it comes with tracebacks before its message
+    except UserError as error:  # from a worker, its message begins with tracebacks
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
     except (OSError, EOFError) as error:
         if loader.num_workers and getattr(error, "errno", None) == errno.ENOSPC:
@@ -423,10 +426,10 @@ def _batches_of(loader: DataLoader) -> Iterator[Batch]:
 
 
 def _death(workers: list[multiprocessing.Process], *, seconds: float = 5.0) -> str | None:
-    """The death of one of the workers, in DataLoader's words.
+    """Return a message about the death of one of the workers, in DataLoader's words.
 
-    A worker that dies while it hands a batch over breaks a connection, a moment before its death shows: DataLoader looks
-    too early, and under load its signal handler has been seen to say nothing (1 of 300 kills).
+    A worker that dies while it passes on a batch breaks a connection a moment before its exit code is visible. DataLoader
+    checks too early, and under load its signal handler sometimes reports nothing (1 of 300 kills).
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -445,12 +448,12 @@ def _death(workers: list[multiprocessing.Process], *, seconds: float = 5.0) -> s
 def _whole_stream(
     loader: DataLoader, source: StreamSource, came: Tensor, on_warning: Callable[[str], None] | None
 ) -> Iterator[Batch]:
-    """The batches, and a warning after them where fewer samples `came` than the stream says it has."""
+    """Yield the batches, then warn if fewer samples `came` than the stream announces."""
     yield from _batches_of(loader)
     if on_warning is not None and came.sum() < len(source):
         on_warning(
-            f"{source.spec} announces {len(source)} images, {int(came.sum())} came, and only these count. Shards end early, or "
-            "hold images that cannot be decoded, or the number is wrong."
+            f"{source.spec} announces {len(source)} images, but {int(came.sum())} were read, and only these count. Shards end "
+            "early, or contain images that cannot be decoded, or the number is wrong."
         )
 
 

@@ -1,8 +1,8 @@
 """Encoded images of a source in shared memory, once for all processes of a machine.
 
-They lie in a file without a name, in memory (memfd): a process opens it through the one that filled it
-(`/proc/<pid>/fd/<n>`), and the system frees it when the last process that has it open ends, however that happens. So
-a crash leaves nothing behind.
+They are stored in an anonymous file in memory (memfd). A process opens it through the process that filled it
+(`/proc/<pid>/fd/<n>`). The system frees it when the last process that has it open ends for any reason, so a crash
+leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _CHUNK = 256  # images that a thread loads at a time
 _CGROUP = Path("/sys/fs/cgroup")
 
 T = TypeVar("T")
-# (name, action) → its result, a text, for all processes of this machine; one of them does it.
+# (name, action) → the action's result, a string; one process runs it for all processes of this machine.
 Once = Callable[[str, Callable[[], str]], str]
 
 
 def alone(name: str, action: Callable[[], str]) -> str:
-    """`Once` for a single process."""
+    """Run `action`: the `Once` of a single process."""
     return action()
 
 
 class MemorySource(Source):
-    """A source whose encoded images lie in a file in memory: N + 1 offsets (int64), then the images, one after the other."""
+    """A source with its encoded images in a file in memory: N + 1 offsets (int64), then the images, one after the other."""
 
     def __init__(self, source: Source, file: BinaryIO) -> None:
         super().__init__(source.labels, source.class_names)
@@ -64,7 +64,7 @@ class MemorySource(Source):
         return int(self._offsets[i + 1] - self._offsets[i])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process that is spawned while this one lives: it opens the same memory."""
+        """Return the state for a process that is spawned while this one lives: it opens the same memory."""
         state = {key: value for key, value in self.__dict__.items() if key not in ("_file", "_content", "_offsets")}
         return state | {"_path": _path(self._file)}
 
@@ -79,10 +79,10 @@ def _path(file: BinaryIO) -> str:
 
 
 def load_into_memory(source: Source, request: Request, *, once: Once, progress: bool) -> MemorySource:
-    """The source, in memory that all processes of this machine share.
+    """Load the source into memory that all processes of this machine share.
 
     Raises:
-        UserError: it does not fit, a file changed meanwhile, or another process's memory cannot be opened.
+        UserError: it does not fit, a file changed while it was read, or another process's memory cannot be opened.
     """
     filled: list[BinaryIO] = []
 
@@ -95,14 +95,14 @@ def load_into_memory(source: Source, request: Request, *, once: Once, progress: 
         file = filled[0] if filled else open(path, "rb")
     except OSError as error:
         raise UserError(
-            f"the images that another process of this machine keeps in memory ({path}) cannot be opened ({error.strerror}); the "
-            "processes have to run as one user, in one container. Otherwise leave in_memory off."
+            f"the images that another process of this machine keeps in memory ({path}) cannot be opened ({error.strerror}). "
+            "Run all processes as one user in one container, or turn in_memory off."
         ) from error
     return MemorySource(source, file)
 
 
 def _fill(source: Source, request: Request, progress: bool) -> BinaryIO:
-    """Two passes, first sizes, then bytes, so that nothing is held twice. Unreadable files become empty images."""
+    """Fill the memory in two passes, first sizes, then bytes, so that nothing is stored twice. Unreadable files become empty."""
 
     def measure(chunk: range) -> list[int]:
         return [_or_if_broken(source.size, i, 0) for i in chunk]
@@ -140,7 +140,7 @@ def _or_if_broken(get: Callable[[int], T], i: int, otherwise: T) -> T:
     try:
         return get(i)
     except DECODE_ERRORS:
-        return otherwise  # the loader meets an empty image there, and names it
+        return otherwise  # the loader finds an empty image there and reports it
 
 
 def _check_memory(size: int, request: Request) -> None:
@@ -150,12 +150,12 @@ def _check_memory(size: int, request: Request) -> None:
             f"{amount / 2**30:.2f} GiB of {where}" for where, amount in available.items() if amount < np.inf
         )
         raise UserError(
-            f"keeping {request.spec} in memory needs {size / 2**30:.2f} GiB, available are {free}. Leave in_memory off."
+            f"keeping {request.spec} in memory needs {size / 2**30:.2f} GiB, but only {free} are available. Turn in_memory off."
         )
 
 
 def _left_in_container() -> float:
-    """Bytes that the control group (cgroup v2) leaves; infinite without a limit."""
+    """Return the bytes that the control group (cgroup v2) still allows; infinite without a limit."""
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:

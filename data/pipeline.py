@@ -1,8 +1,8 @@
-"""What loader workers do to an encoded image: the two pipelines of `data.pipeline`, and evaluation's.
+"""Processing of encoded images in loader workers: the two pipelines of `data.pipeline`, and evaluation's.
 
-A pipeline turns (encoded image, key of its random draws) into pixels and what is left to be done on the training device:
+A pipeline turns (encoded image, key of its random draws) into pixels and what remains to be done on the training device:
 
-- `timm`: decoding by Pillow, everything by timm and torchvision, one image at a time → float32 in [0, 1], nothing left;
+- `timm`: decoding by Pillow, the rest by timm and torchvision, one image at a time → float32 in [0, 1], nothing remains;
 - `fast`: decoding, RandomResizedCrop → uint8, and `data.augment.Draws` for the rest.
 """
 
@@ -36,7 +36,7 @@ class PillowPipeline:
         self._transform, self._upright = transform, upright
 
     def __call__(self, image: bytes | Image.Image, key: RandomKey) -> tuple[Tensor, None]:
-        """(3, size, size) pixels. Raises one of `DECODE_ERRORS`, or TransformError."""
+        """Return (3, size, size) pixels. Raises one of `DECODE_ERRORS`, or TransformError."""
         decoded = decode(image, upright=self._upright)
         try:
             with seeded(*key):
@@ -46,14 +46,14 @@ class PillowPipeline:
 
 
 class FastPipeline:
-    """Decoding and RandomResizedCrop alone; the rest is drawn here and done on the device."""
+    """Decoding and RandomResizedCrop only; the rest is drawn here and applied on the device."""
 
     def __init__(self, size: int, *, heavy: bool, min_scale: float, flip: float) -> None:
         self._size, self._heavy, self._min_scale, self._flip = size, heavy, min_scale, flip
         self._decoder = CropDecoder()
 
     def __call__(self, image: bytes | Image.Image, key: RandomKey) -> tuple[Tensor, Draws]:
-        """uint8 (3, size, size), and draws of one image. Raises one of `DECODE_ERRORS`."""
+        """Return uint8 (3, size, size), and the draws of one image. Raises one of `DECODE_ERRORS`."""
         rng = generator(*key)
         x = self._decoder(
             image, lambda height, width: draw_crop(rng, height, width, min_scale=self._min_scale), self._size
@@ -64,7 +64,7 @@ class FastPipeline:
 def train_pipeline(
     name: str, augmentation: int, size: int, *, min_scale: float, flip: float, crop_pct: float
 ) -> Pipeline:
-    """The pipeline `name`, "timm" or "fast"; other arguments as in `train_transform`."""
+    """Return the pipeline `name`, "timm" or "fast"; other arguments as in `train_transform`."""
     if name not in PIPELINES:
         raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {name!r}")
     if name == TIMM:
@@ -75,5 +75,5 @@ def train_pipeline(
 
 
 def to_unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels in [0, 1] as floating-point numbers: of uint8 levels, or of what already is so."""
+    """Convert uint8 levels, or pixels that are in [0, 1] already, to floating-point numbers in [0, 1]."""
     return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)

@@ -1,4 +1,4 @@
-"""Batches on their way to the GPU while it computes, and what is left to do with them there."""
+"""Copies of batches to the GPU while it computes, and the part of the augmentation that runs there."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def prefetch(
     device: torch.device,
     on_gap: Callable[[torch.cuda.Event, torch.cuda.Event], None] | None = None,
 ) -> Iterator[Batch]:
-    """The batches with images and labels on `device`, copied on a stream of their own; on a CPU the batches themselves.
+    """Yield the batches with images and labels on `device`, copied on a separate stream; on a CPU the batches themselves.
 
-    The host is ahead of the GPU: it asks for the next batch when the step before has only been queued, so the copy (from
-    pinned memory) runs beside that step. The stream of the caller waits for the copy, the host does not.
+    The host is ahead of the GPU: it requests the next batch when the previous step has only been queued. The copy (from
+    pinned memory) therefore overlaps with that step. The stream of the caller waits for the copy, the host does not.
 
-    `on_gap` is given two timed events of each batch, between which the GPU has nothing to do but to wait for that batch.
+    `on_gap` receives two timed events of each batch, between which the GPU only waits for that batch.
     """
     if device.type != "cuda":
         yield from batches
@@ -39,18 +39,18 @@ def prefetch(
         if on_gap is not None:
             on_gap(before, consumer.record_event(torch.cuda.Event(enable_timing=True)))
         for tensor in (x, y):
-            tensor.record_stream(consumer)  # its memory is used again only when the consumer's work on it is done
+            tensor.record_stream(consumer)  # its memory is reused only when the consumer's work on it is done
         yield batch._replace(x=x, y=y)
 
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs: freed memory is used again by the stream that it was taken for only."""
+    """Return one stream for all epochs, because only the stream that allocated memory reuses it."""
     return torch.cuda.Stream(device)
 
 
 def finish_augmentation(batch: Batch, *, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] on the device, in the memory format asked for, after the random changes that `draws` holds."""
+    """Return images (B, 3, H, W) in [0, 1] on the device, in the requested memory format, after the changes in `draws`."""
     x = batch.x.to(device, non_blocking=True)
     if batch.draws is not None:
         x = augment(x, batch.draws)

@@ -3,14 +3,14 @@
     python -m data.prepare IMAGES FOLDER --split train [--short-side 512 --quality 90] [--workers 8] [--estimate]
     python -m data.prepare --verify FOLDER
 
-IMAGES: as for `data.train_dataset`. FOLDER then is `--data.train_dataset=wds/FOLDER`. A first look at 64 images says
-how much space and time it will take (`--estimate`: nothing more). Shards appear whole or not at all: the same command
-goes on where it was interrupted, and replaces shards that are missing or of another size. Images are shuffled once,
-so that those who read the shards in order see all classes. A file whose shorter side is at most `--short-side`, and
-every file without that option, is copied byte by byte; larger ones are turned upright, resized (bicubic) and written
-as JPEG. Files that are no images are left out and named in the manifest; one that cannot be read ends it.
+IMAGES: as for `data.train_dataset`. Train with `--data.train_dataset=wds/FOLDER` afterwards. The command first estimates
+space and time from 64 images (`--estimate`: nothing more). Shards appear whole or not at all. After an interruption the
+same command resumes; it also replaces shards that are missing or have another size. Images are shuffled once, so that
+reading the shards in order shows all classes. A file whose shorter side is at most `--short-side`, and every file without
+that option, is copied byte by byte. Larger ones are rotated upright, resized (bicubic) and written as JPEG. Files that
+are not images are skipped and listed in the manifest; a file that cannot be read ends the command.
 
-Exit status: 0; 1 with --verify where something is not as it was written; 2 for wrong input; 130 after Ctrl-C.
+Exit status: 0; 1 with --verify if something differs from what was written; 2 for wrong input; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from data.loader import dead_worker
 from data.shards import INFO, SHARDS_FORMAT, file_size, index_path, manifest_path, read_manifest
 from data.source import Source, encoded, some
 
-_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what timm's reader looks for
+_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # file extensions that timm's reader accepts
 _PROBED = 64  # images for the estimate
 _SPLITS = {"train": "train", "val": "validation"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes the shards what they are; the number of workers does not."""
+    """Settings that determine the content of the shards; the number of workers does not."""
 
     short_side: int
     quality: int
@@ -59,7 +59,7 @@ class Settings:
 
 
 def encode(data: bytes, settings: Settings) -> tuple[bytes, str]:
-    """A file's new content and ending. Raises one of `DECODE_ERRORS`."""
+    """Return a file's new content and extension. Raises one of `DECODE_ERRORS`."""
     image = Image.open(io.BytesIO(data))
     large = settings.short_side and min(image.size) > settings.short_side
     if not large and image.format in _ENDINGS:
@@ -74,20 +74,20 @@ def encode(data: bytes, settings: Settings) -> tuple[bytes, str]:
 
 
 def _encoded(source: Source, i: int, settings: Settings) -> tuple[bytes, str]:
-    """`encode` of image i. A file that cannot be read is a UserError: another time it may be there, unlike one that is no image."""
+    """Return `encode` of image i. Raises UserError for an unreadable file, which may be readable later, unlike a broken image."""
     try:
         data = encoded(source, i)
     except OSError as error:
-        if error.errno is None:  # Pillow's, from a source that decodes
+        if error.errno is None:  # from Pillow, in a source that decodes
             raise
         raise UserError(
-            f"IMAGES: cannot read {source.name(i)} ({error.strerror or error}). When it can be read, the same command goes on."
+            f"IMAGES: cannot read {source.name(i)} ({error.strerror or error}). Make it readable and run the same command again."
         ) from error
     return encode(data, settings)
 
 
 class _Shards(Dataset):
-    """Shard number → written, with its record beside it; returns how many images it holds, or the error that came."""
+    """Data set whose items are shards: reading an item writes it and its record, and returns its number of images or an error."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _Shards(Dataset):
         order: np.ndarray,
         expected: list[str] | None,
     ) -> None:
-        """`expected`: the SHA-256 of each shard, where they have been finished once."""
+        """Store the arguments; `expected`: the SHA-256 of each shard if all were finished before, else None."""
         self._source, self._folder, self._split, self._settings = source, folder, split, settings
         self._order, self._expected = order, expected
 
@@ -106,7 +106,7 @@ class _Shards(Dataset):
         try:
             return self._write(number)
         except (OSError, UserError) as error:
-            return error  # raised in a worker, it would bring a traceback into its message
+            return error  # if raised in a worker, its message would contain a traceback
 
     def _write(self, number: int) -> int:
         rows, left_out, archive = [], [], io.BytesIO()
@@ -126,8 +126,8 @@ class _Shards(Dataset):
         shard = {"name": path.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         if self._expected is not None and shard["sha256"] != self._expected[number]:
             raise UserError(
-                f"FOLDER: {path} is missing or of another size, and cannot be made again as it was: its images have changed, "
-                "or Pillow has. Copy it again, or delete the folder and make all again."
+                f"FOLDER: {path} is missing or has another size, and cannot be made again as it was: its images or Pillow have "
+                "changed. Copy it again, or delete the folder and make all shards again."
             )
         write_atomically(path, lambda file: file.write(content))
         record = {"shard": shard | {"samples": len(rows)}, "rows": rows, "left_out": left_out}
@@ -136,7 +136,7 @@ class _Shards(Dataset):
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without time and owner: the same images make the same bytes
+    member = tarfile.TarInfo(name)  # without time and owner, so that the same images give the same bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
@@ -146,12 +146,12 @@ def _padded(size: int) -> int:
 
 
 def record_path(shard: Path) -> Path:
-    """The record beside a finished shard, until all are finished."""
+    """Return the path of the record beside a finished shard, which exists until all shards are finished."""
     return shard.with_suffix(".record.json")
 
 
 def read_record(shard: Path) -> dict[str, Any] | None:
-    """A finished shard's record; None where it, or the shard, is missing or not whole."""
+    """Return a finished shard's record; None if the record or the shard is missing or incomplete."""
     try:
         record = json.loads(record_path(shard).read_text())
         return record if shard.stat().st_size == record["shard"]["bytes"] else None
@@ -161,14 +161,14 @@ def read_record(shard: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What all images will take: bytes, and seconds of one core."""
+    """Estimated cost of all images: bytes, and seconds of one core."""
 
     size: int
     seconds: float
 
 
 def estimate(source: Source, settings: Settings) -> Estimate:
-    """From a few images, spread over all."""
+    """Estimate the cost from a few images, spread over all."""
     count = min(_PROBED, len(source))
     begin, size = time.perf_counter(), 0
     for k in range(count):
@@ -184,28 +184,28 @@ def estimate(source: Source, settings: Settings) -> Estimate:
 def prepare(
     source: Source, folder: Path, split: str, settings: Settings, *, workers: int, progress: bool
 ) -> dict[str, Any]:
-    """Write, go on writing, or mend the shards of a split, in a folder that no other process writes to; returns its manifest.
+    """Write, resume or repair the shards of a split in a folder that no other process writes to, and return its manifest.
 
     Raises:
-        UserError: the folder holds shards of other images, settings or classes; an image cannot be read, or no image of a
+        UserError: the folder contains shards of other images, settings or classes; an image cannot be read, or no image of a
             class can be decoded; a worker died.
         OSError: the folder cannot be written.
     """
-    for part in folder.glob(f".{split}*.part"):  # of one that was killed; the folder is this process's
+    for part in folder.glob(f".{split}*.part"):  # of a killed process; only this one uses the folder
         part.unlink(missing_ok=True)
     facts = {"images": len(source), "classes": source.class_names, "settings": asdict(settings)}
     facts["images_sha256"] = _digest(source)
     order = np.random.RandomState(settings.seed).permutation(len(source))
     numbers = range(-(-len(source) // settings.per_shard))
     paths = [folder / f"{split}-{number:05d}.tar" for number in numbers]
-    _read_info(folder)  # before hours of work rather than after
+    _read_info(folder)  # may fail: before hours of work rather than after
     _check_other_split(folder, split, source)
     begun = begun_path(folder, split)
     manifest = read_manifest(folder, split)
     if manifest is not None:
         _check_same(folder, manifest["made_from"], facts)
         if not _is_whole(manifest, folder, split, paths):
-            manifest = None  # all shards are made once more
+            manifest = None  # all shards are made again
     elif (before := read_begun(folder, split)) is not None:
         _check_same(folder, before, facts)
     if manifest is None:
@@ -235,7 +235,7 @@ def prepare(
             if (reason := dead_worker(error)) is None:
                 raise
             raise UserError(
-                f"{reason}. The usual cause is a lack of memory: give a smaller --workers, now {workers}. The same "
+                f"{reason}. The usual cause is a lack of memory: use a smaller --workers, now {workers}. The same "
                 "command resumes."
             ) from error
     if manifest is None:
@@ -251,17 +251,17 @@ def _start_worker(parent: int, _: int) -> None:
 
 
 def begun_path(folder: Path, split: str) -> Path:
-    """What an unfinished split is made from."""
+    """Return the path of the file that says what an unfinished split is made from."""
     return folder / f"{split}.begun.json"
 
 
 def read_begun(folder: Path, split: str) -> dict[str, Any] | None:
-    """What an unfinished split is made from; None where it has not been begun, or is finished."""
+    """Return what an unfinished split is made from; None if it has not been started or is finished."""
     return read_json(begun_path(folder, split))
 
 
 def _class_names(folder: Path, split: str) -> list[str] | None:
-    """Those of a split that is in `folder`, finished or not; None where there is none, or its classes have no names."""
+    """Return the class names of a split in `folder`, finished or not; None if there is no such split or it has no names."""
     if (manifest := read_manifest(folder, split)) is not None:
         return manifest["class_names"]
     return (read_begun(folder, split) or {}).get("classes")
@@ -272,21 +272,21 @@ def _check_other_split(folder: Path, split: str, source: Source) -> None:
     names = _class_names(folder, other)
     if None not in (names, source.class_names) and names != source.class_names:
         raise UserError(
-            f"FOLDER: {folder} holds the split {other} with the classes {some(names)}; expected the same ones, in {split} "
-            f"found {some(source.class_names)}. Where shards are read as a stream, their labels would differ: write train "
-            "first, val then gets its numbers; or give each its own folder."
+            f"FOLDER: {folder} contains the split {other} with the classes {some(names)}; expected the same classes, but "
+            f"{split} has {some(source.class_names)}. When shards are read as a stream, the labels would differ. Write train "
+            "first, so that val gets its class numbers, or give each split its own folder."
         )
 
 
 def _is_whole(manifest: dict[str, Any], folder: Path, split: str, paths: list[Path]) -> bool:
-    """Whether all shards are listed, and the index is as it was written."""
+    """Return whether the manifest lists all shards and the index is unchanged."""
     path = index_path(folder, split)
     listed = [shard["name"] for shard in manifest["shards"]]
     return listed == [path.name for path in paths] and path.is_file() and sha256(path) == manifest["index_sha256"]
 
 
 def _digest(source: Source) -> str:
-    """Of all names and labels, in their order: as many images need not be the same ones."""
+    """Return a digest of all names and labels in order, because an equal number of images may be other images."""
     digest = hashlib.sha256()
     for i, label in enumerate(source.labels.tolist()):
         digest.update(os.fsencode(source.key(i)) + b"\0%d\0" % label)
@@ -297,8 +297,8 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
     different = [name for name in now if before.get(name) != now[name]]
     if different == ["images_sha256"]:
         raise UserError(
-            f"{folder} holds shards made from other images: as many, but of other names or labels (or an earlier version wrote "
-            "them, which did not note these). Give another folder, or delete it."
+            f"{folder} contains shards made from other images: their number is equal, but names or labels differ (or an earlier "
+            "version wrote them, which did not record these). Give another folder, or delete this one."
         )
     if different:
         shown = ", ".join(
@@ -306,7 +306,7 @@ def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> No
             for name in different
             if name != "images_sha256"
         )
-        raise UserError(f"{folder} holds shards made from other {shown}. Give another folder, or delete it.")
+        raise UserError(f"{folder} contains shards made from other {shown}. Give another folder, or delete this one.")
 
 
 def _short(value: Any) -> str:
@@ -314,7 +314,7 @@ def _short(value: Any) -> str:
 
 
 def _check_classes(source: Source, paths: list[Path]) -> None:
-    """Refuse a class of which no image is left; the shards from which some were left out will be written again."""
+    """Raise UserError if a class has no decodable image; the shards with skipped images will then be written again."""
     records = {path: read_record(path) for path in paths}
     left = {label for record in records.values() for *_, label in record["rows"]}
     if not (empty := sorted(set(source.labels.tolist()) - left)):
@@ -326,18 +326,18 @@ def _check_classes(source: Source, paths: list[Path]) -> None:
     names = empty if source.class_names is None else [source.class_names[label] for label in empty]
     raise UserError(
         f"IMAGES: expected at least one image that can be decoded in each class, found none in {some(names)} "
-        f"({len(left_out)} left out in all, such as {': '.join(left_out[0])}). Mend them and run the same command again."
+        f"({len(left_out)} skipped in total, such as {': '.join(left_out[0])}). Repair them and run the same command again."
     )
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-    """timm's info file of all splits."""
+    """Read timm's info file of all splits."""
     info = read_json(folder / INFO)
     if info is None:
         return {"splits": {}}
     if not isinstance(info.get("splits"), dict):
         raise UserError(
-            f"{folder / INFO}: expected the splits, as python -m data.prepare writes them, found none. Give another folder."
+            f"{folder / INFO}: expected splits as python -m data.prepare writes them, found none. Give another folder."
         )
     return info
 
@@ -345,7 +345,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
 def _finish(
     source: Source, folder: Path, split: str, facts: dict[str, Any], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Index, timm's info file, and last the manifest, which says that all is there."""
+    """Write the index, timm's info file, and last the manifest, which marks the split as complete; return the manifest."""
     rows = [(number, *row) for number, record in enumerate(records) for row in record["rows"]]
     shard, key, offset, size, label = zip(*rows)
     index = {name: np.array(v, np.int64) for name, v in {"offset": offset, "size": size, "label": label}.items()}
@@ -354,7 +354,7 @@ def _finish(
     shards = [record["shard"] for record in records]
     info = _read_info(folder)
     others = info.get("num_classes") if set(info["splits"]) - {split} else 0
-    # Those of the splits differ only where classes have no names.
+    # The numbers of the splits differ only if classes have no names.
     info["num_classes"] = max(source.num_classes, others) if isinstance(others, int) else source.num_classes
     info["splits"][split] = {
         "name": split,
@@ -379,8 +379,7 @@ def _finish(
 
 
 def verify(folder: Path) -> list[str]:
-    """Names of the shards and indices in `folder` that are missing or differ from their checksums, of shards that no manifest
-    knows, and of splits that are not finished.
+    """Return the names of missing or changed shards and indices, of shards in no manifest, and of unfinished splits.
 
     Raises:
         UserError: there is no manifest.
@@ -409,16 +408,18 @@ def verify(folder: Path) -> list[str]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Write WebDataset shards of images.")
-    parser.add_argument("images", nargs="?", help="folder, tar, hfds/NAME, …; as data.train_dataset")
-    parser.add_argument("folder", help="where the shards go")
+    parser.add_argument("images", nargs="?", help="folder, tar, hfds/NAME, … (as data.train_dataset)")
+    parser.add_argument("folder", help="folder for the shards")
     parser.add_argument("--split", choices=list(_SPLITS), default="train")
-    parser.add_argument("--short-side", type=int, default=0, metavar="N", help="resize larger images to it; 0: never")
+    parser.add_argument(
+        "--short-side", type=int, default=0, metavar="N", help="resize larger images to N pixels; 0: never"
+    )
     parser.add_argument("--quality", type=int, default=90, metavar="Q", help="JPEG quality of resized images")
-    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images in a shard")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in the shards")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images per shard")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order in the shards")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="number of processes")
     parser.add_argument("--root", default="", help="as data.root")
-    parser.add_argument("--estimate", action="store_true", help="say how much space and time it will take, and no more")
+    parser.add_argument("--estimate", action="store_true", help="only print the estimated space and time")
     parser.add_argument("--verify", action="store_true", help="compare the shards of FOLDER with their checksums")
     arguments = parser.parse_args(argv)
     for name, lowest in (("short_side", 0), ("quality", 1), ("per_shard", 1), ("workers", 0), ("seed", 0)):
@@ -439,17 +440,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verify:
         wrong = verify(folder)
         print(
-            f"not as they were written: {some(wrong)}. Delete files that differ or are not in the manifest; the command that "
-            "wrote the others makes them again."
+            f"not as they were written: {some(wrong)}. Delete files that differ or are not in the manifest. The command that "
+            "wrote the shards then makes missing ones again."
             if wrong
             else "all shards are as they were written"
         )
         return int(bool(wrong))
     images = Path(arguments.images).expanduser()
     if images.is_dir() and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):
-        raise UserError(f"FOLDER: expected a folder outside the images' own, {images}, got {folder}.")
+        raise UserError(f"FOLDER: expected a folder outside the images' folder {images}, got {folder}.")
     split = _SPLITS[arguments.split]
-    # timm's reader knows no class names: the labels in the shards have to be the training set's numbers.
+    # timm's reader knows no class names: the labels in the shards must be the training set's numbers.
     names = _class_names(folder, "train") if split != "train" else None
     with blame("IMAGES"):
         source = open_source(arguments.images, split=arguments.split, root=arguments.root, class_names=names)
@@ -463,22 +464,22 @@ def run(arguments: argparse.Namespace) -> int:
     minutes = expected.seconds / max(arguments.workers, 1) / 60
     print(
         f"{len(source)} images in {source.num_classes} classes: about {expected.size / 1e9:.2f} GB ({free / 1e9:.2f} GB are free "
-        f"in {folder}) and {minutes:.1f} minutes with {arguments.workers} workers."
+        f"in {folder}) and {minutes:.1f} minutes with {arguments.workers} workers are needed."
     )
     if arguments.estimate:
         return 0
     present = sum(path.stat().st_size for path in folder.glob(f"{split}-*.tar"))
     if expected.size - present > free:
         raise UserError(
-            f"FOLDER: about {expected.size / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} GB are free."
+            f"FOLDER: about {expected.size / 1e9:.2f} GB are needed in {folder}, but {free / 1e9:.2f} GB are free."
         )
     with blame("FOLDER"):
         lock = take_folder(folder)
     with writable("FOLDER", folder), lock:
         manifest = prepare(source, folder, split, settings, workers=arguments.workers, progress=True)
     for name, reason in manifest["left_out"][:20]:
-        print(f"left out: {name} ({reason})", file=sys.stderr)
-    left_out = f"; {len(manifest['left_out'])} left out, named in the manifest" if manifest["left_out"] else ""
+        print(f"skipped: {name} ({reason})", file=sys.stderr)
+    left_out = f"; {len(manifest['left_out'])} skipped, listed in the manifest" if manifest["left_out"] else ""
     size = sum(shard["bytes"] for shard in manifest["shards"])
     print(f"{manifest['num_samples']} images in {len(manifest['shards'])} shards, {size / 1e9:.2f} GB{left_out}.")
     return 0
@@ -491,7 +492,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
+        print("interrupted: the same command resumes", file=sys.stderr)
         return 130
 
 

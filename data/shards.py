@@ -1,10 +1,10 @@
-"""Shards that `python -m data.prepare` writes, and reading them by index.
+"""Random access to the shards that `python -m data.prepare` writes.
 
-A folder of shards holds, for each split: `<split>-00000.tar` … (WebDataset: `<key>.jpg`, `<key>.cls`),
-`<split>.index.npz` (where each image lies) and `<split>.manifest.json` (class names, settings, checksums); and
-`_info.json`, from which timm's reader knows all splits. With the index any image is one seek away. So order is a
-function of (seed, epoch), as for a folder, and a run resumes exactly, with any number of processes and workers. Where
-there is no index, shards are read as a stream.
+A folder of shards contains for each split: `<split>-00000.tar` … (WebDataset: `<key>.jpg`, `<key>.cls`),
+`<split>.index.npz` (position of each image) and `<split>.manifest.json` (class names, settings, checksums). It also
+contains `_info.json`, which describes all splits for timm's reader. With the index any image is one seek away. The
+order is therefore a function of (seed, epoch), as for a folder, and a run resumes exactly, with any number of processes
+and workers. Without an index, shards are read as a stream.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def index_path(folder: Path, split: str) -> Path:
 
 
 class ShardSource(Source):
-    """The images of one split; `index` as `_write_index` of `data.prepare` makes it."""
+    """The images of one split; `index` as `_finish` of `data.prepare` writes it."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], index: dict[str, np.ndarray]) -> None:
         super().__init__(index["label"], manifest["class_names"])
@@ -70,10 +70,10 @@ class ShardSource(Source):
 
 
 def read_manifest(folder: Path, split: str) -> dict[str, Any] | None:
-    """A split's manifest; None where there is none.
+    """Return a split's manifest; None if there is none.
 
     Raises:
-        UserError: it is damaged, or of another format.
+        UserError: it is damaged or has another format.
     """
     path = manifest_path(folder, split)
     if (manifest := read_json(path)) is None:
@@ -93,7 +93,9 @@ def read_manifest(folder: Path, split: str) -> dict[str, Any] | None:
     if not wrong and sum(shard["samples"] for shard in manifest["shards"]) != manifest["num_samples"]:
         wrong = ["num_samples", "shards"]
     if wrong:
-        raise UserError(f"{path}: expected a manifest as python -m data.prepare writes it, damaged are {some(wrong)}.")
+        raise UserError(
+            f"{path}: expected a manifest as python -m data.prepare writes it, found damaged {some(wrong)}."
+        )
     return manifest
 
 
@@ -101,15 +103,15 @@ def _is_shard(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(name), kind) for name, kind in _SHARD.items())
-        and Path(entry["name"]).name == entry["name"]  # a manifest from elsewhere must not lead out of its folder
+        and Path(entry["name"]).name == entry["name"]  # a manifest from elsewhere must not point outside its folder
     )
 
 
 def open_shards(folder: Path, request: Request) -> ShardSource | None:
-    """The split's images by index; None where the folder has no manifest of it.
+    """Open the split's images by index; None if the folder has no manifest of the split.
 
     Raises:
-        UserError: shards are missing or of another size, or manifest or index are damaged.
+        UserError: shards are missing or have another size, or manifest or index are damaged.
     """
     manifest = read_manifest(folder, request.split_name)
     if manifest is None:
@@ -117,13 +119,13 @@ def open_shards(folder: Path, request: Request) -> ShardSource | None:
     wrong = [shard["name"] for shard in manifest["shards"] if file_size(folder / shard["name"]) != shard["bytes"]]
     if wrong:
         raise UserError(
-            f"expected the {len(manifest['shards'])} shards of {folder} as its manifest says, missing or of another size are "
-            f"{some(wrong)}. Run python -m data.prepare again, or copy them again."
+            f"expected the {len(manifest['shards'])} shards of {folder} as in its manifest, but these are missing or have another "
+            f"size: {some(wrong)}. Run python -m data.prepare again, or copy them again."
         )
     path = index_path(folder, request.split_name)
     try:
         if sha256(path) != manifest["index_sha256"]:
-            raise ValueError("its checksum is not the manifest's")
+            raise ValueError("its checksum differs from the manifest's")
         with np.load(path) as file:  # no pickles
             return ShardSource(folder, manifest, dict(file))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -131,7 +133,7 @@ def open_shards(folder: Path, request: Request) -> ShardSource | None:
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes; None where there is no such file."""
+    """Return a file's size in bytes; None if there is no such file."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,4 +1,4 @@
-"""What a source of images is: random access, or a stream; and what `open_source` was asked for."""
+"""Base classes of image sources, with random access or as a stream, and the arguments of `open_source`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from PIL import Image
 from common.errors import UserError
 from data.decoding import DECODE_ERRORS, decode
 
-SAMPLED = 16  # images that stand for a data set
+SAMPLED = 16  # images that identify a data set
 
 
 class Source:
-    """Images with random access. A subclass says where image i is; all labels are known from the start.
+    """Images with random access. A subclass defines how to get image i; all labels are known from the start.
 
-    `labels` is int64 (N,). `class_names` is None where the data set only numbers its classes; `num_classes` is then
-    the largest label + 1. `classes` are the numbers of those that it has, sorted; without names, that occur.
+    `labels` is int64 (N,). `class_names` is None if the data set only numbers its classes; `num_classes` is then the
+    largest label + 1. `classes` are the sorted numbers of its classes; without names, of those that occur.
     `of_folders`: its classes are folders, numbered by their sorted names.
     """
 
@@ -41,26 +41,26 @@ class Source:
         return len(self.labels)
 
     def read(self, i: int) -> tuple[bytes | Image.Image, int]:
-        """Image i, as its file's bytes wherever there are any, and its label in [0, num_classes)."""
+        """Return image i, as its file's bytes if there are any, and its label in [0, num_classes)."""
         return self.image(i), int(self.labels[i])
 
     def image(self, i: int) -> bytes | Image.Image:
         raise NotImplementedError
 
     def name(self, i: int) -> str:
-        """Image i's path, or what else tells a person which image it is."""
+        """Return image i's path, or another text by which a person can identify it."""
         raise NotImplementedError
 
     def key(self, i: int) -> str:
-        """Image i's name without the place where the data set lies on this machine."""
+        """Return image i's name without the location of the data set on this machine."""
         return self.name(i)
 
     def size(self, i: int) -> int:
-        """Bytes of image i in memory."""
+        """Return the size of image i in memory in bytes."""
         return len(encoded(self, i))
 
     def relabel(self, numbers: Sequence[int], class_names: list[str]) -> None:
-        """Class c becomes `numbers[c]`, its place among `class_names`."""
+        """Renumber class c to `numbers[c]`, its index in `class_names`."""
         self.labels = np.asarray(numbers, dtype=np.int64)[self.labels]
         self.class_names, self.num_classes, self.classes = class_names, len(class_names), sorted(set(numbers))
 
@@ -68,8 +68,8 @@ class Source:
 class StreamSource:
     """Samples that can only be read in order, through a reader of timm (`wds/`, `tfds/`, `hfids/`).
 
-    `shards` is the number of files to deal to ranks and workers, or None where any number of them can share. These
-    readers decode themselves: of broken images wds/ warns and skips them, the others stop. `classes` as in `Source`.
+    `shards` is the number of files to distribute to ranks and workers, or None if any number of them can share. These
+    readers decode images themselves: wds/ warns about broken images and skips them, the others stop. `classes` as in `Source`.
     """
 
     of_folders = False
@@ -92,20 +92,20 @@ class StreamSource:
         return self._length
 
     def relabel(self, numbers: Sequence[int], class_names: list[str]) -> None:
-        """Class c becomes `numbers[c]`, its place among `class_names`."""
+        """Renumber class c to `numbers[c]`, its index in `class_names`."""
         self._numbers, self.classes = numbers, sorted(set(numbers))
         self.class_names, self.num_classes = class_names, len(class_names)
 
     def samples(
         self, *, training: bool, batch_size: int, seed: int, rank: int, world_size: int, num_workers: int
     ) -> Iterator[tuple[Image.Image, int]]:
-        """This loader worker's (RGB image, label): shuffled and wrapping around if `training`, else each once.
+        """Yield this loader worker's (RGB image, label): shuffled and wrapping around if `training`, else each once.
 
         Raises:
             UserError: a file cannot be read, or a label is not below the number of classes.
         """
         reader = self._make_reader(is_training=training, batch_size=batch_size, seed=seed)
-        # timm would take these from torch.distributed, if that runs; here they are arguments.
+        # timm would take these from torch.distributed if it is initialised; here they are arguments.
         reader.dist_rank, reader.dist_num_replicas = rank, world_size
         reader.set_loader_cfg(num_workers=max(num_workers, 1))
         try:
@@ -123,7 +123,7 @@ class StreamSource:
 
 
 class Collected(Source):
-    """The first `count` samples of a stream, read once and kept in memory, encoded without loss."""
+    """The first `count` samples of a stream, read once and kept in memory, losslessly encoded."""
 
     def __init__(self, stream: StreamSource, count: int) -> None:
         reader = {"training": False, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 1}
@@ -131,7 +131,7 @@ class Collected(Source):
         if not samples:
             raise UserError(f"{stream.spec}: expected at least one image, found none.")
         if len(samples) < (expected := min(count, len(stream))):
-            raise UserError(f"{stream.spec}: expected {expected} images, {len(samples)} came.")
+            raise UserError(f"{stream.spec}: expected {expected} images, got {len(samples)}.")
         super().__init__([label for _, label in samples], stream.class_names)
         self.num_classes, self.classes, self._spec = stream.num_classes, stream.classes, stream.spec
         self._images = [_png(image) for image, _ in samples]
@@ -143,12 +143,12 @@ class Collected(Source):
         return f"{self._spec}[{i}]"
 
     def key(self, i: int) -> str:
-        return f"{self._spec.split('/')[0]}[{i}]"  # what follows may be a folder
+        return f"{self._spec.split('/')[0]}[{i}]"  # the rest may be a folder
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `open_source` was asked for; `split_name` is the split's name in data sets that name their splits."""
+    """Arguments of `open_source`; `split_name` is the split's name in data sets with named splits."""
 
     spec: str
     split: str
@@ -163,10 +163,10 @@ class Request:
 
 
 def facts_of(source: Source | StreamSource) -> dict[str, Any]:
-    """What tells a data set from another, wherever it lies.
+    """Return facts that identify a data set independently of its location.
 
-    `images`, their number; `classes`, their names, None where they have none; `sample`, a digest of up to 16 images and their
-    labels, None where they are only read in order or cannot be read.
+    `images`, their number; `classes`, their names, None if they have none; `sample`, a digest of up to 16 images and their
+    labels, None if they are only read in order or cannot be read.
     """
     facts: dict[str, Any] = {"images": len(source), "classes": source.class_names, "sample": None}
     if isinstance(source, Source):
@@ -174,14 +174,14 @@ def facts_of(source: Source | StreamSource) -> dict[str, Any]:
         try:
             for index in (i * len(source) // count for i in range(count)):
                 digest.update(_content(source.image(index)) + f" {source.labels[index]} ".encode())
-        except (*DECODE_ERRORS, UserError):  # training, which may meet that image or not, deals with it
+        except (*DECODE_ERRORS, UserError):  # left to training, which may or may not use that image
             return facts
         facts["sample"] = digest.hexdigest()[:16]
     return facts
 
 
 def _content(image: bytes | Image.Image) -> bytes:
-    """What is the same on every machine: decoders of lossy files differ in the last bit."""
+    """Return what is the same on every machine: decoders of lossy files differ in the last bit."""
     if isinstance(image, bytes):
         return image
     return repr((image.size, image.mode)).encode() + (image.tobytes() if image.format in (None, "PNG") else b"")

@@ -1,4 +1,4 @@
-"""From an RGB image to a float32 tensor (3, size, size) in [0, 1], not normalised: heavy, basic, evaluation; and mixup.
+"""Transforms of an RGB image to a float32 tensor (3, size, size) in [0, 1], not normalised: heavy, basic, evaluation; mixup.
 
 Random draws come from the global generators of Python, numpy and PyTorch, as timm's and torchvision's do;
 `seeded` makes them a function of a key.
@@ -39,12 +39,12 @@ ImageTransform = Callable[[Image.Image], Tensor]
 
 @contextmanager
 def seeded(*key: int | str) -> Iterator[None]:
-    """Seed Python's, numpy's and PyTorch's CPU generator from `key`; afterwards their states are as they were."""
+    """Seed Python's, numpy's and PyTorch's CPU generator from `key`; restores their states afterwards."""
     seed = derive_seed(*key)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": Interpolatio
 def eval_geometry(
     size: int, crop_pct: float, interpolation: str = "bicubic", crop_mode: str = "center"
 ) -> list[Callable[[Image.Image], Image.Image]]:
-    """Resize the shorter side to ⌊size / crop_pct⌋ pixels (Pillow's, antialiased), crop the centre.
+    """Return transforms that resize the shorter side to ⌊size / crop_pct⌋ pixels (Pillow's, antialiased) and crop the centre.
 
     `crop_mode`: "squash" resizes both sides to `size` instead, "crop" does not resize.
     """
@@ -73,20 +73,20 @@ def eval_geometry(
 def eval_transform(
     size: int, crop_pct: float = 0.875, interpolation: str = "bicubic", crop_mode: str = "center"
 ) -> ImageTransform:
-    """`eval_geometry`, as a tensor."""
+    """Return the transforms of `eval_geometry` and a conversion to a tensor."""
     return Compose([*eval_geometry(size, crop_pct, interpolation, crop_mode), ToTensor()])
 
 
 def train_transform(
     augmentation: int, size: int, *, min_scale: float = 0.08, flip: float = 0.5, crop_pct: float = 0.875
 ) -> ImageTransform:
-    """The training transform ("basic" and "heavy" of the paper's section 3; for mixup see `Mixup`).
+    """Return the training transform ("basic" and "heavy" of the paper's section 3; for mixup see `Mixup`).
 
     Args:
         augmentation: 0 basic: random resized crop and flip; 1 heavy: these, RandAugment and random erasing;
             2 none: as for evaluation.
         size: side of the result in pixels.
-        min_scale: smallest share of the image's area that the crop takes.
+        min_scale: smallest share of the image's area that the crop covers.
         flip: probability of a horizontal flip.
         crop_pct: as in `eval_transform`, for augmentation 2.
     """
@@ -120,9 +120,9 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Imag
 
 
 class NoiseErasing:
-    """Random erasing (Zhong et al. 2020) for images in [0, 1]: a rectangle, drawn by timm, becomes noise.
+    """Random erasing (Zhong et al. 2020) for images in [0, 1]: a rectangle, drawn by timm, is replaced by noise.
 
-    Each of its pixels is N(ImageNet mean, std) clamped to [0, 1]: what N(0, 1) is in normalised images.
+    Each of its pixels is N(ImageNet mean, std) clamped to [0, 1], which corresponds to N(0, 1) in normalised images.
     """
 
     def __init__(self, *, probability: float) -> None:
@@ -131,7 +131,7 @@ class NoiseErasing:
         self._std = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return (3, H, W) `x` with, at times, a rectangle of noise; `x` itself stays as it is."""
+        """Return (3, H, W) `x`, in some cases with a rectangle of noise; `x` itself is unchanged."""
         noise = self._erase(torch.full_like(x, math.nan))  # numbers where timm erases, NaN elsewhere
         return torch.where(noise.isnan(), x, (noise * self._std + self._mean).clamp(0, 1))
 
@@ -149,7 +149,7 @@ class Mixup:
         switch_prob: float = 0.5,
         prob: float = 1.0,
     ) -> None:
-        """`mixup`, `cutmix`: of their Beta distributions; `switch_prob`: share of CutMix; `prob`: of mixed batches."""
+        """Set up; `mixup`, `cutmix`: of their Beta distributions; `switch_prob`: share of CutMix; `prob`: of mixed batches."""
         self._mix = timm.data.Mixup(
             mixup_alpha=mixup,
             cutmix_alpha=cutmix,
@@ -175,6 +175,8 @@ class Mixup:
             UserError: B is odd.
         """
         if len(x) % 2:
-            raise UserError(f"expected an even number of images, as mixup pairs those of a batch, got {len(x)}.")
+            raise UserError(
+                f"expected an even number of images, because mixup pairs them within a batch; got {len(x)}."
+            )
         with seeded("mixup", seed, step, block):
             return self._mix(x.clone(), y)  # timm mixes in place

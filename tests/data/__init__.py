@@ -1,4 +1,4 @@
-"""Tests of the data room, and the small pictures they share."""
+"""Tests of the package data, and the small pictures that they share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL import Image
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
-    """A smooth RGB picture, different for each seed."""
+    """Return a smooth RGB picture, different for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(seed: int, width: int = 40, height: int = 30, kind: str = "PNG") -> bytes:
-    """A file with `picture(seed, width, height)`."""
+    """Return a file's bytes with `picture(seed, width, height)`."""
     file = io.BytesIO()
     picture(seed, width, height).save(file, kind)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Batched augmentation against timm and Pillow: operation by operation, and over many draws."""
+"""Batched augmentation compared with timm and Pillow: operation by operation, and over many draws."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def textured(count: int, height: int = 96, width: int = 96) -> torch.Tensor:
-    """uint8 (count, 3, height, width): shapes and noise on gradients; the last one is flat, the one before nearly so."""
+    """Return uint8 (count, 3, height, width): shapes and noise on gradients; the last is flat, the one before nearly so."""
     rng = np.random.default_rng(0)
     down, across = np.mgrid[:height, :width]
     images = []
@@ -98,7 +98,7 @@ class TestOperations:
             assert augment(x, wanted).shape == x.shape
 
     def test_equalize_knows_all_levels(self) -> None:
-        """Where few pixels share many levels, or one level has nearly all of them."""
+        """Few pixels may share many levels, or one level may have nearly all pixels."""
         images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
         images[0] = torch.arange(256, dtype=torch.uint8).view(16, 16)
         images[1, :, 0, 0], images[2, :, :8] = 200, 3
@@ -110,7 +110,7 @@ class TestOperations:
 class TestAugment:
     @pytest.mark.parametrize("device", DEVICES)
     def test_each_sample_has_its_own(self, device: str) -> None:
-        """A batch is its samples, one by one, whatever else is in it; the images given stay as they are."""
+        """A sample's result does not depend on the rest of its batch; the input images are unchanged."""
         x = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         single = [draw(generator("own", i), 32, flip=0.5, heavy=True) for i in range(64)]
         before, together = x.clone(), augment(x.to(device), concatenated(single)).cpu()
@@ -122,7 +122,7 @@ class TestAugment:
             assert ((together.int() - alone.int()).abs() > 1).float().mean() < 1e-3
 
     def test_by_kind_is_image_by_image(self) -> None:
-        """What a GPU does, here on the CPU."""
+        """The GPU's code, run on the CPU."""
         x = torch.randint(0, 256, (90, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         op, rng = torch.arange(90) % 16 - 1, generator("kinds")
         arg = torch.tensor([OPERATIONS[i].argument(0.9, rng) if i >= 0 else 0.0 for i in op.tolist()])
@@ -151,7 +151,7 @@ class TestAugment:
         assert torch.equal(augment(x.to(memory_format=torch.channels_last), wanted), augment(x, wanted))
 
     def test_the_host_waits_for_nothing(self) -> None:
-        """Nothing asks the images' device for a value: a device without values would raise."""
+        """No value is read back from the images' device: the meta device would raise."""
         x = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device="meta")
         many = concatenated([draw(generator("meta", i), 32, flip=0.5, heavy=True) for i in range(64)])
         assert augment(x, many).shape == x.shape
@@ -187,10 +187,10 @@ class TestDraws:
             assert abs(len(args) - theirs[operation.name]) < 5 * (2 * self.COUNT / 15) ** 0.5
             if len(other):
                 values = np.unique(np.concatenate((args, other)))
-                ours, timm = (
+                actual, timm = (
                     np.searchsorted(np.sort(some), values, side="right") / len(some) for some in (args, other)
                 )
-                assert np.abs(ours - timm).max() < 0.034  # Kolmogorov–Smirnov, 0.1 %
+                assert np.abs(actual - timm).max() < 0.034  # Kolmogorov–Smirnov, 0.1 %
                 assert abs(args.mean() - other.mean()) < 5 * other.std() * (2 / len(args)) ** 0.5
                 assert args.std() == pytest.approx(other.std(), rel=0.03, abs=0.02)
 
@@ -201,17 +201,17 @@ class TestDraws:
             torch.empty(3, 375, 500, device="meta"),
         )
         random.seed(0), torch.manual_seed(0)
-        ours = np.array([draw_crop(rng, 375, 500, min_scale=0.08) for _ in range(20_000)])
+        drawn = np.array([draw_crop(rng, 375, 500, min_scale=0.08) for _ in range(20_000)])
         ratio = (3 / 4, 4 / 3)
         timm = RandomResizedCropAndInterpolation.get_params
         for theirs in (
             np.array([timm(image, (0.08, 1.0), ratio) for _ in range(20_000)]),
             np.array([RandomResizedCrop.get_params(device, [0.08, 1.0], list(ratio)) for _ in range(4_000)]),
         ):
-            scale = 5 * theirs.std(0) * (1 / len(theirs) + 1 / len(ours)) ** 0.5
-            assert (np.abs(ours.mean(0) - theirs.mean(0)) < scale).all()
+            scale = 5 * theirs.std(0) * (1 / len(theirs) + 1 / len(drawn)) ** 0.5
+            assert (np.abs(drawn.mean(0) - theirs.mean(0)) < scale).all()
             levels = np.linspace(0.01, 0.99, 50)
-            distance = np.abs(np.quantile(ours, levels, axis=0) - np.quantile(theirs, levels, axis=0))
+            distance = np.abs(np.quantile(drawn, levels, axis=0) - np.quantile(theirs, levels, axis=0))
             assert (distance < 0.06 * np.array([375, 500, 375, 500])).all()
 
     @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 60), (60, 1), (2000, 10), (10, 2000), (3, 2), (300, 10)])
@@ -268,7 +268,7 @@ class TestDraws:
         assert not torch.equal(first[0], other[0])
 
     def test_are_pinned(self) -> None:
-        """Other draws would make runs that go on with a new version differ from what they began as."""
+        """With other draws, a run resumed with a new version would differ from its beginning."""
         wanted = draw(generator("sample", 0, 0, 8), 224, flip=0.5, heavy=True)
         assert wanted.op.tolist() == [[0, 10]] and wanted.arg[0, 1].item() == pytest.approx(1.835631251335144)
 

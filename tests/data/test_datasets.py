@@ -1,4 +1,4 @@
-"""Sources: what is found where, class numbers, errors, and images in memory."""
+"""Image sources: layouts, class numbers, errors, and images in memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TestFolder:
         write_folder(tmp_path / "train", {"a": 3, "b": 2})
         write_folder(tmp_path / val, {"a": 1, "b": 1})
         assert len(opened(tmp_path)) == 5 and len(opened(tmp_path, "val")) == 2
-        assert len(opened(tmp_path / "train", "val")) == 5  # named directly: taken as it is
+        assert len(opened(tmp_path / "train", "val")) == 5  # given directly: used as it is
 
     def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
         write_folder(tmp_path, {"car": 1, "train": 2})
@@ -135,7 +135,7 @@ class TestLinks:
             ("a/circle", "circle"),
         ],
     )
-    def test_a_way_round_is_left_out(self, tmp_path: Path, link: str, target: str) -> None:
+    def test_a_circular_link_is_skipped(self, tmp_path: Path, link: str, target: str) -> None:
         root = write_folder(tmp_path / "set", {"a": 1, "a/deep": 1, "b": 1})
         plain = contents(opened(root))
         (root / link).symlink_to(target)
@@ -160,8 +160,8 @@ class TestLinks:
         with pytest.raises(DECODE_ERRORS, match=r"No such file.*set/a/gone.png"):
             source.read(1)
 
-    def test_pipes_are_left_out(self, tmp_path: Path) -> None:
-        """To read one would wait for ever."""
+    def test_pipes_are_skipped(self, tmp_path: Path) -> None:
+        """Reading one would block for ever."""
         root = write_folder(tmp_path / "set", {"a": 1})
         os.mkfifo(root / "a" / "pipe.png")
         (root / "a" / "link.png").symlink_to("pipe.png")
@@ -170,11 +170,11 @@ class TestLinks:
         assert [source.key(i) for i in range(len(source))] == ["a/000.png", "a/circle.png"]
 
     def test_dangling_class_is_an_error(self, tmp_path: Path) -> None:
-        """Left out, it would shift the numbers of all classes after it."""
+        """Skipping it would shift the numbers of all classes after it."""
         root = write_folder(tmp_path / "set", {"a": 1})
         (root / "b").symlink_to(tmp_path / "gone")
         (root / ".hidden").symlink_to(tmp_path / "gone")
-        with pytest.raises(UserError, match=".*set, found links that lead nowhere: b\\."):
+        with pytest.raises(UserError, match=".*set, found broken links: b\\."):
             opened(root)
 
     def test_a_folder_in_a_class_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def add(tar: tarfile.TarFile, name: str, *, data: bytes = b"", link: str = "", k
 
 
 def test_members_replaced_in_a_tar(tmp_path: Path) -> None:
-    """As extraction leaves it: of equal names the last, whatever it is; a hard link stays what it was made from."""
+    """As after extraction: the last member of a name counts, whatever it is; a hard link keeps its original content."""
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         add(tar, "a/0.png", data=encoded(0))
         add(tar, "a/1.png", data=encoded(1))
@@ -387,7 +387,7 @@ class TestLinksInTar:
     def test_a_class_that_is_a_link(self, tmp_path: Path) -> None:
         root = write_folder(tmp_path / "set", {"a": 1})
         (root / "b").symlink_to("a")
-        with pytest.raises(UserError, match="links to folders, or out of it: ./b → a"):
+        with pytest.raises(UserError, match="links to folders or to the outside: ./b → a"):
             opened(pack(tmp_path / "set.tar", root))
         subprocess.run(["tar", "-chf", tmp_path / "whole.tar", "-C", root, "."], check=True)
         assert contents(opened(tmp_path / "whole.tar")) == contents(opened(root))
@@ -505,7 +505,7 @@ class TestWebDataset:
         assert len(opened(f"wds/{tmp_path}", "val", split_name="{0..1}.tar|3")) == 3
         with pytest.raises(UserError, match="split validation of"):
             opened(f"wds/{tmp_path}", "val")
-        with pytest.raises(UserError, match="stream.*leave in_memory off"):
+        with pytest.raises(UserError, match="stream.*turn in_memory off"):
             opened(f"wds/{tmp_path}", in_memory=True)
 
 
@@ -519,7 +519,7 @@ class TestWebDataset:
         ("tfds/x", "tensorflow_datasets", "tensorflow tensorflow-datasets"),
     ],
 )
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, spec: str, module: str, package: str) -> None:
+def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch, spec: str, module: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
     with pytest.raises(UserError, match=f"{spec} needs a package: pip install {package}"):
         opened(spec)
@@ -585,11 +585,11 @@ class TestInMemory:
             if enough:
                 assert len(opened(tmp_path / "images", in_memory=True)) == 2
             else:
-                with pytest.raises(UserError, match=rf"keeping .* needs 0.00 GiB.*{short}.*Leave in_memory off"):
+                with pytest.raises(UserError, match=rf"keeping .* needs 0.00 GiB.*{short}.*Turn in_memory off"):
                     opened(tmp_path / "images", in_memory=True)
 
     def test_another_process_opens_the_same_memory(self, tmp_path: Path) -> None:
-        """Two processes of a machine: the second reads what the first one keeps, though the files are empty, and after its end."""
+        """The second process of a machine reads the first one's memory, although the files are empty and the first has closed."""
         write_folder(tmp_path, {"a": 3})
         first = opened(tmp_path, in_memory=True)
         path = memory._path(first._file)
@@ -597,7 +597,7 @@ class TestInMemory:
         here, there = context.Pipe()
 
         def second() -> None:
-            # What it has inherited, which processes that are started do not have.
+            # Close what was inherited, because processes that are started do not have it.
             first._content.close()
             first._file.close()
             source = opened(tmp_path, in_memory=True, once=lambda *_: path)
@@ -620,7 +620,7 @@ class TestInMemory:
 
     def test_memory_of_a_process_that_cannot_be_seen(self, tmp_path: Path) -> None:
         write_folder(tmp_path, {"a": 3})
-        with pytest.raises(UserError, match=".*/proc/1/fd/999.*in one container.*leave in_memory off"):
+        with pytest.raises(UserError, match=".*/proc/1/fd/999.*in one container.*turn in_memory off"):
             opened(tmp_path, in_memory=True, once=lambda *_: "/proc/1/fd/999")
 
     def test_nothing_is_left_behind(self, tmp_path: Path) -> None:

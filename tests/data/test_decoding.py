@@ -1,4 +1,4 @@
-"""Decoding for training and evaluation: against Pillow, and what is unusual, broken, or dangerous."""
+"""Decoding for training and evaluation: compared with Pillow, and with unusual, broken and dangerous files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def whole(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 class Chooser:
-    """Chooses always the same crop, and remembers for which image."""
+    """Chooses always the same crop, and records the size of the image."""
 
     def __init__(self, box: tuple[int, int, int, int]) -> None:
         self._box = box
@@ -112,14 +112,14 @@ def bomb() -> bytes:
 
 
 def jpeg_bomb() -> bytes:
-    """A small JPEG whose header says 60,000 × 60,000 pixels."""
+    """Return a small JPEG whose header says 60,000 × 60,000 pixels."""
     data = encoded(1, 64, 64, "JPEG")
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + struct.pack(">2H", 60_000, 60_000) + data[at + 4 :]
 
 
 def right_files() -> dict[str, tuple[bytes, np.ndarray]]:
-    """Unusual files, and the pixels that they are."""
+    """Return unusual files and their pixels."""
     rgb = picture(1, 40, 30)
     grey16 = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
     cmyk = Image.merge("CMYK", [Image.new("L", (40, 30), level) for level in (0, 255, 255, 0)])  # red
@@ -171,8 +171,8 @@ class TestBadData:
         assert difference(CropDecoder()(data, whole, 24), pillows_crop_of(expected)) <= 12
 
     @pytest.mark.parametrize("pipeline", ["fast", "timm"])
-    def test_is_shown_or_named(self, tmp_path: Path, pipeline: str) -> None:
-        """All of it at once, in training and evaluation, with every augmentation; broken files are replaced and named."""
+    def test_is_shown_or_reported(self, tmp_path: Path, pipeline: str) -> None:
+        """All files at once, in training and evaluation, with every augmentation; broken files are replaced and reported."""
         (tmp_path / "a").mkdir()
         good = {name: data for name, (data, _) in right_files().items() if not name.endswith(".gif")}
         for name, data in {**good, **wrong_files()}.items():

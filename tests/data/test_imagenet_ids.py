@@ -1,4 +1,4 @@
-"""RobustBench's list of ImageNet images, and the validation folder that it is looked up in."""
+"""RobustBench's list of ImageNet images, and the validation folder with these images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def installed_list() -> ImageIds:
 
 
 def write_imagenet(folder: Path, ids: ImageIds) -> Path:
-    """`folder/val` with 1,000 class folders and the listed images, which are all the same file."""
+    """Write `folder/val` with 1,000 class folders and the listed images, which are all the same file."""
     image = folder / "image.JPEG"
     image.parent.mkdir(parents=True, exist_ok=True)
     image.write_bytes(encoded(0, kind="JPEG"))
@@ -40,7 +40,7 @@ def write_imagenet(folder: Path, ids: ImageIds) -> Path:
 
 
 def link_classes(target: Path, imagenet: Path, names: list[str]) -> Path:
-    """A validation folder whose class folders are links to those of `imagenet`."""
+    """Make a validation folder whose class folders are links to those of `imagenet`."""
     target.mkdir(parents=True)
     for name in names:
         (target / name).symlink_to(imagenet / "val" / name)
@@ -107,7 +107,7 @@ class TestList:
 
     @staticmethod
     def install(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A robustbench that cannot be imported, with a list of images and without a map of classes."""
+        """Install a robustbench that cannot be imported, with a list of images and without a map of classes."""
         folder = place / "robustbench" / "helper_files"
         folder.mkdir(parents=True)
         (place / "robustbench" / "__init__.py").write_text("raise ImportError('one of its packages is missing')")
@@ -116,7 +116,7 @@ class TestList:
         monkeypatch.syspath_prepend(place)
         return folder
 
-    def test_what_looks_like_imagenet(self, ids: ImageIds) -> None:
+    def test_folders_named_like_imagenet(self, ids: ImageIds) -> None:
         for names, expected in [
             (ids.class_names, True),
             ([*ids.class_names, "more"], True),
@@ -160,7 +160,9 @@ class TestListed:
             f"expected the folders of all 1000 classes in {folder}, missing: {', '.join(gone)}."
         )
 
-    def test_missing_files_are_counted_and_the_first_named(self, tmp_path: Path, imagenet: Path, ids: ImageIds) -> None:
+    def test_missing_files_are_counted_and_the_first_listed(
+        self, tmp_path: Path, imagenet: Path, ids: ImageIds
+    ) -> None:
         emptied = set(ids.class_names[::250])
         folder = link_classes(tmp_path / "set", imagenet, sorted(set(ids.class_names) - emptied))
         for name in emptied:

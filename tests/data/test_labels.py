@@ -1,4 +1,4 @@
-"""Files that say which class a folder or an image is, and folders named by numbers."""
+"""Files with the classes of folders or images, and folders with numbers as names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNNAMED = Classes(1000, None)
         ([str(i) for i in range(1000)], list(range(1000))),
         (sorted(str(i) for i in range(1000)), sorted(range(1000), key=str)),
         (sorted(str(i) for i in range(1, 1001)), [int(name) - 1 for name in sorted(str(i) for i in range(1, 1001))]),
-        (["0007", "0100", "1000"], [6, 99, 999]),  # neither contiguous nor from 0 on
+        (["0007", "0100", "1000"], [6, 99, 999]),  # neither contiguous nor starting at 0
         (["0", "999"], [0, 999]),
     ],
 )
@@ -70,18 +70,18 @@ def test_lines_at_a_space_or_a_comma(tmp_path: Path) -> None:
         ("a 0\nb dog\n", "line 2: expected a class from 0 to 3, or a name such as tench, Tinca for b, got 'dog'"),
         ("a 0\nb 4\n", "line 2: expected a class from 0 to 3, .*got '4'"),
         ("a dog\nb 0\n", "line 1: expected a class"),  # no header: there is such a folder
-        ("a 0\n\na 1\nb 0\n", "line 3: a has a class already, by .*, line 1"),
+        ("a 0\n\na 1\nb 0\n", "line 3: a already has a class, from .*, line 1"),
         ("a 0\nb\n", "line 2: expected a name and a class, got 'b'"),
         ("a 0\n", "expected a class for each folder, found none for b"),
         ("", "expected at least one line"),
-        ('{"a": 0, "b": 1, "a": 2}', "entry 3: a has a class already, by .*, entry 1"),
+        ('{"a": 0, "b": 1, "a": 2}', "entry 3: a already has a class, from .*, entry 1"),
         ('{"a": 0, "b": true}', "entry 2: expected a class from 0 to 3, .*got True"),
         ('{"a": 0, "b": [1]}', "entry 2: expected a class from 0 to 3, .*got "),
         ('{"a": 0,', "expected JSON .*line 1"),
         (None, "cannot read .*No such file"),
     ],
 )
-def test_bad_maps_are_named_with_their_line(tmp_path: Path, text: str | None, said: str) -> None:
+def test_errors_in_maps_show_the_line(tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
         (tmp_path / "map").write_text(text)
     with pytest.raises(UserError, match=said) as error:
@@ -121,7 +121,7 @@ def test_an_index_of_classes(
             "found '0' on the left and '1' on the right; give classes as numbers without",
         ),
         (["n01440764", "zebra"], INDEX, "expected a class for each folder, found none for zebra"),
-        (["crane"], '{"134": "crane", "517": "crane"}', "entry 2: crane has a class already, by .*entry 1"),
+        (["crane"], '{"134": "crane", "517": "crane"}', "entry 2: crane already has a class, from .*entry 1"),
         (["n01440764"], '{"3": "n01440764"}', "entry 1: expected a class from 0 to 2.* for n01440764, got 3"),
     ],
 )
@@ -132,12 +132,12 @@ def test_an_index_that_is_not_clear(tmp_path: Path, names: list[str], text: str,
 
 
 def test_numbers_in_quotes_are_names_first(tmp_path: Path) -> None:
-    """Where the classes of a network are called by numbers, in an order of their own."""
+    """The network's class names are numbers in another order."""
     classes, path = Classes(3, ["0", "10", "2"]), tmp_path / "map.json"
     path.write_text('{"a": 2, "b": "2", "c": "10", "d": "1"}')
     assert classes_by_map(["a", "b", "c", "d"], path, classes) == [2, 2, 1, 1]
     path.write_text('{"a": 1}')
-    with pytest.raises(UserError, match="1 may be the class called '1', or that in the place 1, '2'"):
+    with pytest.raises(UserError, match="1 may be the class called '1', or the class at index 1, '2'"):
         classes_by_map(["a"], path, Classes(3, ["1", "2", "3"]))
     (tmp_path / "map").write_text("0 1\n1 2\n")  # lines are folder and class, whatever the folders are called
     assert classes_by_map(["0", "1"], tmp_path / "map", Classes(3, ["1", "2", "3"])) == [0, 1]
@@ -188,9 +188,9 @@ def test_kaggles_solution(flat: Path, tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("1.png 0\n3.png 1\n", "labels.txt, line 2: expected an image in .*flat, there is no 3.png"),
-        ("1.png 0\n3.png 1\n4.png 1\n", "line 2: .*there is no 3.png; missing in all: 2"),
+        ("1.png 0\n3.png 1\n4.png 1\n", "line 2: .*there is no 3.png; missing in total: 2"),
         (f"1.png 0\n{'x' * 300}/1.png 1\n", "cannot read .*File name too long"),
-        ("1.png 0\n2.png 1\n./1.png 1\n", "labels.txt, line 3: 1.png has a class already, by .*, line 1"),
+        ("1.png 0\n2.png 1\n./1.png 1\n", "labels.txt, line 3: 1.png already has a class, from .*, line 1"),
         ("file label\n1.png dog\n", "labels.txt, line 2: expected a class"),
         ("file label\n", "expected at least one line"),
         ("missing.png 2000\n1.png 0\n", "line 1: expected a class from 0 to 3, .* for missing.png, got '2000'"),
@@ -200,23 +200,23 @@ def test_kaggles_solution(flat: Path, tmp_path: Path) -> None:
         ('{"missing": "dog", "1.png": 0}', "entry 1: expected a class .*got 'dog'"),
         (
             "490\n361\n",
-            "line 1: expected a name and a class, got '490'; numbers alone, as in ILSVRC's devkit, are in an order",
+            "line 1: expected a name and a class, got '490'; numbers alone, as in ILSVRC's devkit, use the devkit's own order",
         ),
         (
             "1.png 0\nsub/../../other/2.png 1\n",
-            "line 2: expected an image in .*flat, got ../other/2.png, which leads out of it",
+            "line 2: expected an image in .*flat, got ../other/2.png, which is outside of it",
         ),
-        ("/etc/1.png 0\n", "line 1: expected an image in .*flat, got /etc/1.png, which leads out of it"),
-        ("1 0\n1.png 0\n", "line 2: 1.png has a class already, by .*, line 1"),
+        ("/etc/1.png 0\n", "line 1: expected an image in .*flat, got /etc/1.png, which is outside of it"),
+        ("1 0\n1.png 0\n", "line 2: 1.png already has a class, from .*, line 1"),
         ("a.b 0\n", "line 1: expected one image called a.b in .*flat, found a.b.JPEG, a.b.png"),
         (
             "1.png\t0\tcat\n",
-            "line 1: expected a name and a class, got .*; of more columns .* one of file, .* one of label, ",
+            "line 1: expected a name and a class, got .*; with more columns, .* one of file, .* one of label, ",
         ),
         ("1.png n02 1 2 3 4 cat 1 2 3 4\n", "line 1: expected a class .*got 'n02 1 2 3 4 cat"),
     ],
 )
-def test_bad_lists_are_named_with_their_line(flat: Path, tmp_path: Path, text: str, said: str) -> None:
+def test_errors_in_lists_show_the_line(flat: Path, tmp_path: Path, text: str, said: str) -> None:
     for name in ("a.b.png", "a.b.JPEG"):
         (flat / name).write_bytes(encoded(0))
     (tmp_path / "labels.txt").write_text(text)

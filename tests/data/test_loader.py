@@ -48,7 +48,7 @@ class Pictures(Source):
 
 
 class Confession(Source):
-    """No images: the reason why one cannot be decoded tells about the process that reads it."""
+    """A source without images: the reason why one cannot be decoded describes the process that reads it."""
 
     def __init__(self) -> None:
         super().__init__([0] * 4, ["a"])
@@ -118,7 +118,7 @@ class TestOrder:
         assert same(first, together(loader.epoch(0, 12))) and same(second, together(basic(source).epoch(1, 12)))
         assert not torch.equal(first.index, together(basic(source, seed=8).epoch(0, 12)).index)
 
-    def test_each_sample_has_draws_of_its_own(self) -> None:
+    def test_each_sample_has_its_own_draws(self) -> None:
         source = Pictures(8)
         source._files = [encoded(0)] * 8
         shown = together(basic(source).epoch(0, 12))
@@ -139,7 +139,7 @@ class TestOrder:
                 assert all(same(a, b) for a, b in zip(rest, whole[start * accum :], strict=True))
 
     def test_another_number_of_processes_keeps_the_blocks(self) -> None:
-        """Block = micro-batch × processes + rank: a run may go on with two processes where one had two micro-batches."""
+        """Block = micro-batch × processes + rank: two processes can resume a run of one process with two micro-batches."""
         source = Pictures(26)
         one = list(basic(source, accum=2).epoch(1, 12))
         two = [basic(source, rank=rank, world_size=2) for rank in (0, 1)]
@@ -155,7 +155,7 @@ class TestOrder:
         assert together(basic(Pictures(12)).epoch(0, 4)).index.tolist() == [9, 3, 4, 11, 7, 5, 2, 0, 6, 8, 10, 1]
 
     def test_too_few_images(self) -> None:
-        with pytest.raises(UserError, match="^batch_size: .*12 images .*2 × 3 .* 2 processes.*11 of"):
+        with pytest.raises(UserError, match="^batch_size: .*12 images .*2 × 3 .* 2 processes.*only 11"):
             basic(Pictures(11), world_size=2, accum=3)
 
 
@@ -258,7 +258,7 @@ def workers() -> list[psutil.Process]:
 
 
 def death_in(batches: Callable[[], Iterable[Batch]], *, kill: bool) -> str | None:
-    """What a process says of a worker that dies (or is killed) while it reads the batches."""
+    """Return a process's message about a worker that dies (or is killed) while it reads the batches."""
 
     def read() -> str | None:
         try:
@@ -303,7 +303,7 @@ class TestDeadWorkers:
 
         assert "is killed by signal: Killed" in death_in(batches, kill=True)
 
-    def test_worker_that_dies_of_full_shared_memory_is_told_what_to_give(self) -> None:
+    def test_message_about_a_worker_that_dies_of_full_shared_memory_says_what_to_change(self) -> None:
         died = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that")
         said = dead_worker(died)
         assert said.startswith("DataLoader worker (pid 7) is killed by signal: Bus error: /dev/shm, the shared memory ")
@@ -340,7 +340,7 @@ class TestDeadWorkers:
         with pytest.raises(UserError, match="^/dev/shm, the shared memory .* is full"):
             list(basic(Pictures(8), batch_size=2, num_workers=2).epoch(0, 8))
 
-    def test_death_that_shows_after_the_broken_connection_is_told(self) -> None:
+    def test_death_that_shows_after_the_broken_connection_is_reported(self) -> None:
         def read() -> str | None:
             with pytest.raises(RuntimeError) as caught:
                 list(_batches_of(LateDeath()))
@@ -372,17 +372,17 @@ class TestDeadWorkers:
         assert in_a_child(read)
 
     def test_workers_end_with_their_killed_parent(self) -> None:
-        ours, theirs = multiprocessing.get_context("fork").Pipe()
+        here, there = multiprocessing.get_context("fork").Pipe()
 
         def parent() -> None:
             batches = basic(Pictures(64), num_workers=2).epoch(0, 8)
             next(batches)
-            theirs.send([child.pid for child in multiprocessing.active_children()])
+            there.send([child.pid for child in multiprocessing.active_children()])
             time.sleep(60)
 
         process = multiprocessing.get_context("fork").Process(target=parent)
         process.start()
-        workers = ours.recv()
+        workers = here.recv()
         assert len(workers) == 2 and all(map(alive, workers))
         process.kill()
         process.join()
@@ -408,7 +408,7 @@ def broken_files() -> dict[str, bytes]:
 
 class TestBrokenImages:
     @pytest.mark.parametrize("kind", broken_files())
-    def test_is_replaced_in_training_and_left_out_in_evaluation(self, tmp_path: Path, kind: str) -> None:
+    def test_is_replaced_in_training_and_skipped_in_evaluation(self, tmp_path: Path, kind: str) -> None:
         write_folder(tmp_path, {"a": 2, "b": 2})
         path = tmp_path / "a" / "001.png"
         path.write_bytes(broken_files()[kind])
@@ -431,7 +431,7 @@ class TestBrokenImages:
         assert [name for name, _ in shown.failures] == [str(tmp_path / "a" / "002.png")]
         assert "FileNotFoundError" in shown.failures[0][1]
 
-    def test_several_in_a_row_are_all_named(self) -> None:
+    def test_several_in_a_row_are_all_reported(self) -> None:
         shown = together(basic(Pictures(8, broken=[2, 3, 4])).epoch(0, 8))
         assert sorted(shown.index.tolist()) == [0, 1, 5, 5, 5, 5, 6, 7]
         assert sorted(name for name, _ in shown.failures) == [f"picture {i}" for i in (2, 3, 3, 4, 4, 4)]
@@ -603,7 +603,7 @@ class TestStreams:
     def test_an_evaluation_of_fewer_samples_than_announced(
         self, source: StreamSource, tmp_path: Path, rank: int, workers: int
     ) -> None:
-        """Cut between two members: nothing else shows that."""
+        """A cut between two members is visible only in the number of samples."""
         shard = tmp_path / "Shards" / "1.tar"
         with tarfile.open(shard) as tar:
             end = tar.getmembers()[4].offset
@@ -613,10 +613,10 @@ class TestStreams:
         loader = EvalLoader(source, rank=rank, world_size=2, **options)
         for _ in range(2):
             assert sum(len(batch.y) for batch in loader) == 10
-        assert [text.split(" announces ")[1][:24] for text in said] == (
-            [] if rank else ["24 images, 20 came, and "] * 2
+        assert [text.split(" announces ")[1][:32] for text in said] == (
+            [] if rank else ["24 images, but 20 were read, and"] * 2
         )
-        with pytest.raises(UserError, match="wds/.*: expected 10 images, 8 came"):
+        with pytest.raises(UserError, match="wds/.*: expected 10 images, got 8"):
             Collected(open_source(f"wds/{tmp_path}/Shards", split="val", split_name="{0..1}.tar|12"), 10)
 
     @pytest.mark.parametrize("workers", [0, 1])

@@ -58,7 +58,7 @@ def shards(images: Path, tmp_path: Path) -> Path:
 
 
 def unfinish(shards: Path) -> None:
-    """As if the command had been interrupted before its last step."""
+    """Restore the state of a command that was interrupted before its last step."""
     manifest = shards / "train.manifest.json"
     (shards / "train.begun.json").write_text(json.dumps(json.loads(manifest.read_text())["made_from"]))
     manifest.unlink()
@@ -76,10 +76,10 @@ class TestPrepare:
         assert found.size(3) == len(found.image(3)) and order[3] in found.name(3)
         assert not list(shards.glob("*.record.json")) and not list(shards.glob("*.begun.json"))
 
-    def test_goes_on_where_it_was_interrupted(
+    def test_resumes_where_it_was_interrupted(
         self, images: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Killed in its third shard, with a damaged one before it: the same bytes in the end, whole shards not written again."""
+        """Killed in its third shard, after a damaged one: the result has the same bytes, and complete shards are not rewritten."""
         add, calls, other = data.prepare._add, [], tmp_path / "other"
 
         def killed(*arguments: object) -> None:
@@ -135,7 +135,7 @@ class TestPrepare:
         expected = np.asarray(Image.open(images / "b" / "large.jpg").resize((67, 40), Image.Resampling.BICUBIC), float)
         assert np.abs(np.asarray(decode(large), float) - expected).mean() < 4 and large[:2] == b"\xff\xd8"
 
-    def test_what_is_no_image_is_left_out_and_named(
+    def test_what_is_no_image_is_skipped_and_listed(
         self, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (images / "a" / "text.jpg").write_bytes(b"404 Not Found")
@@ -145,7 +145,7 @@ class TestPrepare:
         assert sorted(name for name, _ in manifest["left_out"]) == ["a/empty.png", "a/text.jpg"]
         assert manifest["num_samples"] == len(opened(tmp_path / "shards")) == 19
         said = capsys.readouterr()
-        assert "left out: a/text.jpg" in said.err and "2 left out" in said.out
+        assert "skipped: a/text.jpg" in said.err and "2 skipped" in said.out
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_file_that_cannot_be_read_ends_it(self, images: Path, tmp_path: Path, workers: int, capsys) -> None:
@@ -165,7 +165,7 @@ class TestPrepare:
         (images / "d").mkdir()
         (images / "d" / "text.jpg").write_bytes(b"404 Not Found")
         assert prepare(images, tmp_path / "shards") == 2
-        assert "found none in d (1 left out in all, such as d/text.jpg: " in capsys.readouterr().err
+        assert "found none in d (1 skipped in total, such as d/text.jpg: " in capsys.readouterr().err
         (images / "d" / "text.jpg").write_bytes(encoded(9, kind="JPEG"))
         assert prepare(images, tmp_path / "shards") == 0 and len(opened(tmp_path / "shards")) == 20
 
@@ -207,7 +207,7 @@ class TestPrepare:
         before = contents(shards)
         (images / "c" / "000.png").rename(images / "a" / "new.png")
         assert prepare(images, shards) == 2
-        assert "made from other images: as many" in capsys.readouterr().err and contents(shards) == before
+        assert "made from other images: their number is equal" in capsys.readouterr().err and contents(shards) == before
 
     @pytest.mark.parametrize("below", [".", "shards", "a", "../link/shards"])
     def test_a_folder_among_the_images_is_refused(self, images: Path, below: str, capsys) -> None:
@@ -230,7 +230,7 @@ class TestPrepare:
         (shards / "train-00002.tar").unlink()
         before = contents(shards)
         assert prepare(images, shards) == 2 and contents(shards) == before
-        assert "train-00002.tar is missing or of another size, and cannot be made again" in capsys.readouterr().err
+        assert "train-00002.tar is missing or has another size, and cannot be made again" in capsys.readouterr().err
 
     def test_both_splits_in_one_folder(self, images: Path, shards: Path, tmp_path: Path) -> None:
         write_folder(tmp_path / "v", {"a": 2, "c": 1})
@@ -261,7 +261,7 @@ class TestPrepare:
             path.unlink()
         before = contents(folder)
         assert prepare(images, folder) == 2 and contents(folder) == before
-        assert "holds the split validation with the classes b, c; expected the same" in capsys.readouterr().err
+        assert "contains the split validation with the classes b, c; expected the same" in capsys.readouterr().err
         write_folder(tmp_path / "v", {"d": 1})
         assert prepare(images, tmp_path / "other") == 0
         assert prepare(tmp_path / "v", tmp_path / "other", "--split=val") == 2
@@ -269,17 +269,17 @@ class TestPrepare:
 
     @pytest.mark.parametrize("name", ["train.begun.json", "_info.json"])
     @pytest.mark.parametrize("content", ["", "[]", '{"splits": 3}'])
-    def test_damaged_files_in_the_folder_are_named_before_anything_is_written(
+    def test_damaged_files_in_the_folder_are_reported_before_anything_is_written(
         self, images: Path, tmp_path: Path, name: str, content: str, capsys
     ) -> None:
         (tmp_path / "shards").mkdir()
         (tmp_path / "shards" / name).write_text(content)
         assert prepare(images, tmp_path / "shards") == 2
-        said, other = capsys.readouterr().err, str(tmp_path / "shards") + " holds shards made from other"
+        said, other = capsys.readouterr().err, str(tmp_path / "shards") + " contains shards made from other"
         assert f"shards/{name}" in said or other in said
         assert contents(tmp_path / "shards") == {name: content.encode()}
 
-    def test_verify_names_what_no_manifest_knows(self, images: Path, shards: Path, tmp_path: Path, capsys) -> None:
+    def test_verify_reports_what_is_in_no_manifest(self, images: Path, shards: Path, tmp_path: Path, capsys) -> None:
         (shards / "train-00005.tar").write_bytes(b"")
         (shards / "validation.begun.json").write_text("{}")
         assert data.prepare.main(["--verify", str(shards)]) == 1
@@ -431,7 +431,7 @@ class TestHTTP:
             assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and all(map(torch.equal, a.draws, b.draws))
 
     def test_processes_and_workers_share_the_shards(self, address: str) -> None:
-        """What an evaluation of the stream shows is each image once, over two ranks."""
+        """An evaluation of the stream over two ranks shows each image once."""
         shown = [
             batch.y
             for rank in range(2)

@@ -1,4 +1,4 @@
-"""Transforms against Pillow, timm's own geometry, and the definition of mixup."""
+"""Transforms compared with Pillow, timm's own geometry, and the definition of mixup."""
 
 from __future__ import annotations
 
@@ -141,18 +141,18 @@ class TestNoiseErasing:
         for trial in range(100):
             before = x.clone()
             with seeded(trial):
-                ours = NoiseErasing(probability=0.5)(x)
+                result = NoiseErasing(probability=0.5)(x)
             with seeded(trial):
                 timms = RandomErasing(0.5, mode="pixel", device="cpu")((x - self.MEAN) / self.STD)
-            torch.testing.assert_close(ours, (timms * self.STD + self.MEAN).clamp(0, 1), rtol=0, atol=1e-6)
-            assert torch.equal(x, before) and ours.min() >= 0 and ours.max() <= 1
-            erased += not torch.equal(ours, x)
+            torch.testing.assert_close(result, (timms * self.STD + self.MEAN).clamp(0, 1), rtol=0, atol=1e-6)
+            assert torch.equal(x, before) and result.min() >= 0 and result.max() <= 1
+            erased += not torch.equal(result, x)
         assert 30 < erased < 70
 
     def test_frequency_rectangle_and_noise_of_the_recipe(self) -> None:
         erase = train_transform(1, 32).transforms[-1]
         assert isinstance(erase, NoiseErasing)
-        x, shares, noise = torch.full((3, 32, 32), 2.0), [], []  # 2 is no colour, so it shows what was left
+        x, shares, noise = torch.full((3, 32, 32), 2.0), [], []  # 2 is no colour, so it marks the unchanged pixels
         for trial in range(1200):
             with seeded(trial):
                 changed = erase(x)
