@@ -1,4 +1,4 @@
-"""The doors between the rooms open one way, and training needs none of the packages that only others need."""
+"""Packages import each other in one direction only, and training needs none of the packages that only others need."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from training.config import TrainConfig
 PROJECT = Path(__file__).resolve().parent.parent
 ENTRIES = ["train", "runner_aa_eval", "demo", "hubconf"]
 
-# A room imports from itself and from lower floors only. Entries are scripts and may use one another.
-FLOORS = {
+# A package imports from itself and from lower layers only. Entries are scripts and may import one another.
+LAYERS = {
     **dict.fromkeys([*ENTRIES, "ablation", "benchmarks", "tools"], 5),
     **dict.fromkeys(["training", "evaluation"], 4),
     "zoo": 3,
@@ -31,12 +31,13 @@ FLOORS = {
 }
 PACKAGES = ["ablation", "training", "evaluation", "zoo", "attacks", "data", "common"]
 
-# These rooms know neither flags nor ranks.
-PURE_ROOMS = ["attacks", "data", "utils_architecture"]
+# These packages are independent of flags and ranks.
+PURE_PACKAGES = ["attacks", "data", "utils_architecture"]
 FLAGS_AND_RANKS = ["common.flags", "common.processes"]
 
-# What these rooms say names no flag of `train.py` and `runner_aa_eval.py` (`blame` does); command lines of their own may.
-INNER_ROOMS = [*PURE_ROOMS, "common", "zoo"]
+# Messages of these packages contain no flags of `train.py` and `runner_aa_eval.py` (`blame` adds them). The packages' own
+# command lines may.
+INNER_PACKAGES = [*PURE_PACKAGES, "common", "zoo"]
 COMMAND_LINES = ["prepare.py", "__main__.py"]
 
 # Libraries that one file alone imports.
@@ -46,7 +47,7 @@ OWNERS = {
     "torch.nn.parallel": "common/processes.py",
 }
 
-# What training does without.
+# Packages that training does not need.
 NOT_FOR_TRAINING = [
     "robustbench",
     "pyautoattack",
@@ -60,7 +61,7 @@ NOT_FOR_TRAINING = [
 
 @dataclass(frozen=True)
 class Import:
-    """One module that the file at `path`, relative to the project's root, uses in line `line`."""
+    """A module that the file at `path`, relative to the project's root, uses in line `line`."""
 
     path: str
     line: int
@@ -75,7 +76,7 @@ def is_within(module: str, package: str) -> bool:
 
 
 def dotted_name(node: ast.expr) -> str | None:
-    """`a.b.c` for an expression that is such a chain of names; None for any other."""
+    """Return `a.b.c` for an expression that is such a chain of names; None for any other."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (base := dotted_name(node.value)) is not None:
@@ -84,10 +85,10 @@ def dotted_name(node: ast.expr) -> str | None:
 
 
 def modules_used(source: str, package: str) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import in a file of `package` ("" at the top), inside functions too.
+    """Yield (line, module) of every import in a file of `package` ("" at the top), also inside functions.
 
-    `from a import b` yields `a.b`, as `b` may be a module. So does an expression `a.b` where `import a` gives
-    the name, and a call of `import_module` or `__import__` with a text.
+    `from a import b` yields `a.b`, because `b` may be a module. The same holds for an expression `a.b` after `import a`,
+    and for a call of `import_module` or `__import__` with a string.
     """
     tree = ast.parse(source)
     imported: set[str] = set()
@@ -114,7 +115,7 @@ def modules_used(source: str, package: str) -> Iterator[tuple[int, str]]:
 
 
 def texts(source: str) -> list[tuple[int, str]]:
-    """(line, text) of every text but docstrings."""
+    """Return (line, text) of every string except docstrings."""
     tree = ast.parse(source)
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings]
@@ -122,9 +123,9 @@ def texts(source: str) -> list[tuple[int, str]]:
 
 
 def project_files() -> list[Path]:
-    """Every Python file of the project but its tests."""
-    rooms = [path for name in FLOORS for path in sorted((PROJECT / name).rglob("*.py"))]
-    return [*sorted(PROJECT.glob("*.py")), *rooms]
+    """Return every Python file of the project except its tests."""
+    packages = [path for name in LAYERS for path in sorted((PROJECT / name).rglob("*.py"))]
+    return [*sorted(PROJECT.glob("*.py")), *packages]
 
 
 def imports_of(path: Path) -> list[Import]:
@@ -138,24 +139,24 @@ def imports() -> list[Import]:
     return [found for path in project_files() for found in imports_of(path)]
 
 
-def room_of(path: str) -> str:
+def package_of(path: str) -> str:
     return path.split("/")[0].removesuffix(".py")
 
 
-def wrong_doors(imports: list[Import]) -> list[str]:
-    """The imports that go up, or sideways into another room of the same floor, or into the tests."""
+def wrong_imports(imports: list[Import]) -> list[str]:
+    """Return the imports from a higher layer, from another package of the same layer, or from the tests."""
     wrong = []
     for found in imports:
-        room, target = room_of(found.path), found.module.split(".")[0]
-        if room == target or target not in [*FLOORS, "tests"]:
+        package, target = package_of(found.path), found.module.split(".")[0]
+        if package == target or target not in [*LAYERS, "tests"]:
             continue
-        both_entries = room in ENTRIES and target in ENTRIES
-        if target == "tests" or (FLOORS[target] >= FLOORS[room] and not both_entries):
+        both_entries = package in ENTRIES and target in ENTRIES
+        if target == "tests" or (LAYERS[target] >= LAYERS[package] and not both_entries):
             wrong.append(str(found))
     return wrong
 
 
-# The walk itself
+# The search for imports itself
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def wrong_doors(imports: list[Import]) -> list[str]:
         ("__import__('fastargs')", "", ["fastargs"]),
     ],
 )
-def test_walk_finds_every_form_of_import(source: str, package: str, modules: list[str]) -> None:
+def test_search_finds_every_form_of_import(source: str, package: str, modules: list[str]) -> None:
     assert [module for _, module in modules_used(source, package)] == modules
 
 
@@ -194,14 +195,14 @@ def test_walk_finds_every_form_of_import(source: str, package: str, modules: lis
         ("data/loader.py", "datasets.load_dataset", False),
     ],
 )
-def test_doors_open_one_way(path: str, module: str, is_wrong: bool) -> None:
-    assert bool(wrong_doors([Import(path, 1, module)])) == is_wrong
+def test_imports_go_one_way(path: str, module: str, is_wrong: bool) -> None:
+    assert bool(wrong_imports([Import(path, 1, module)])) == is_wrong
 
 
 # The project
 
 
-def test_every_entry_and_room_exists_and_has_a_floor() -> None:
+def test_every_entry_and_package_exists_and_has_a_layer() -> None:
     for entry in ENTRIES:
         assert (PROJECT / f"{entry}.py").is_file(), f"the entry {entry}.py is missing"
     for package in PACKAGES:
@@ -209,31 +210,31 @@ def test_every_entry_and_room_exists_and_has_a_floor() -> None:
         assert (PROJECT / init).is_file(), f"without {init} an installed package of that name would win"
     scripts = {path.stem for path in PROJECT.glob("*.py")}
     packages = {path.parent.name for path in PROJECT.glob("*/__init__.py")} - {"tests"}
-    assert scripts | packages <= set(FLOORS), "a new room: give it a floor in FLOORS"
+    assert scripts | packages <= set(LAYERS), "a new package: give it a layer in LAYERS"
 
 
-def test_rooms_import_from_lower_floors_only(imports: list[Import]) -> None:
-    assert wrong_doors(imports) == []
+def test_packages_import_from_lower_layers_only(imports: list[Import]) -> None:
+    assert wrong_imports(imports) == []
 
 
-def test_attacks_data_and_models_know_neither_flags_nor_ranks(imports: list[Import]) -> None:
-    pure = [found for found in imports if room_of(found.path) in PURE_ROOMS]
+def test_attacks_data_and_models_are_independent_of_flags_and_ranks(imports: list[Import]) -> None:
+    pure = [found for found in imports if package_of(found.path) in PURE_PACKAGES]
     assert pure
     assert [str(found) for found in pure if any(is_within(found.module, name) for name in FLAGS_AND_RANKS)] == []
 
 
-def test_only_the_boundary_names_flags_in_what_it_says() -> None:
+def test_only_the_outer_layers_have_flags_in_messages() -> None:
     names = {
         f"{section}.{field.name}"
         for config in (TrainConfig, EvalConfig)
         for section, cls in sections_of(config)
         for field in dataclasses.fields(cls)
     }
-    inner = [path for path in project_files() if room_of(path.relative_to(PROJECT).as_posix()) in INNER_ROOMS]
+    inner = [path for path in project_files() if package_of(path.relative_to(PROJECT).as_posix()) in INNER_PACKAGES]
     said = {path: texts(path.read_text(encoding="utf-8")) for path in inner if path.name not in COMMAND_LINES}
     assert len(names) > 80 and len(said) > 40
-    named = re.compile("|".join(map(re.escape, names)))
-    assert [f"{path}:{line}" for path, lines in said.items() for line, text in lines if named.search(text)] == []
+    flags = re.compile("|".join(map(re.escape, names)))
+    assert [f"{path}:{line}" for path, lines in said.items() for line, text in lines if flags.search(text)] == []
 
 
 @pytest.mark.parametrize(("library", "owner"), OWNERS.items())
@@ -251,8 +252,8 @@ def test_names_lead_to_this_project(name: str) -> None:
 
 
 def test_training_imports_silently_and_without_the_packages_of_evaluation() -> None:
-    rooms = ["common", "attacks", "data", "zoo", "training"]
-    files = [path for room in rooms for path in sorted((PROJECT / room).glob("*.py"))]
+    packages = ["common", "attacks", "data", "zoo", "training"]
+    files = [path for package in packages for path in sorted((PROJECT / package).glob("*.py"))]
     names = [".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in files]
     modules = ["train", "utils_architecture", *(name.removesuffix(".__init__") for name in names)]
     code = f"""

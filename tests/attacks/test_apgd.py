@@ -1,4 +1,4 @@
-"""APGD against the published attack's numbers, an independent brute force, and the promises of its docstring."""
+"""APGD compared with the published attack's numbers, an independent brute force, and the claims of its docstring."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_equals_published_attack(golden, norm, n_iter, labels):
 def micro(arch="convnext_micro", seed=0, normalized=False):
     torch.manual_seed(seed)
     model = get_new_model(arch, not_original=True, num_classes=10)
-    for p in model.parameters():  # away from the flat landscape of an untrained network
+    for p in model.parameters():  # avoid the flat loss landscape of an untrained network
         if p.dim() > 1:
             nn.init.normal_(p, std=(2 / p[0].numel()) ** 0.5)
     return normalize_model(model) if normalized else model
@@ -115,7 +115,7 @@ def test_number_of_passes(norm, n_iter):
 
 
 def test_linear_model_reaches_the_optimum():
-    """Against a linear two-class model the strongest Linf perturbation is known: eps against the weights' sign."""
+    """For a linear two-class model the strongest Linf perturbation is known: eps against the weights' sign."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(2, 48, generator=generator, dtype=torch.float64)
     x = 0.3 + 0.4 * torch.rand(5, 3, 4, 4, generator=generator, dtype=torch.float64)  # the box does not bind
@@ -125,7 +125,7 @@ def test_linear_model_reaches_the_optimum():
     torch.testing.assert_close(result.x_best.flatten(1), x.flatten(1) + 0.1 * against, atol=1e-12, rtol=0)
 
 
-def test_model_is_given_back_as_it_was():
+def test_model_is_restored():
     model, (x, y) = micro(), batch()
     model.train()
     model.stages[1].eval()
@@ -145,7 +145,7 @@ def test_model_is_given_back_as_it_was():
     assert list(grads) == ["head.fc.weight"] and (grads["head.fc.weight"] == 7).all()
 
 
-def test_model_is_given_back_after_an_error():
+def test_model_is_restored_after_an_error():
     model, (x, y) = micro(), batch()
     model.train()
     with pytest.raises((RuntimeError, IndexError)):
@@ -161,7 +161,7 @@ def test_works_without_gradients_around_it():
 
 
 def zero_share(model, x, y, dtype):
-    """Share of coordinates that one Linf step leaves in place although the box has room."""
+    """Return the share of coordinates that one Linf step leaves unchanged although the box does not bind."""
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         x_adv = apgd(model, x, y, norm="Linf", eps=0.05, n_iter=1).x_best_adv
     return (x_adv == x).float().mean().item()
@@ -238,7 +238,7 @@ def test_on_step_sees_every_evaluation():
 
 
 @pytest.mark.parametrize("change", [{"norm": "linf"}, {"eps": 0.0}, {"eps": float("nan")}, {"n_iter": 0}])
-def test_refuses(change):
+def test_rejects(change):
     x, y = batch(2)
     with pytest.raises(ValueError, match="|".join(change)):
         apgd(lambda x: x.flatten(1)[:, :10], x, y, **({"norm": "Linf", "eps": 0.1, "n_iter": 2} | change))
@@ -268,7 +268,7 @@ def test_no_synchronisation_on_a_gpu(norm):
 
 
 class NoReads(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where a value is read back from the device: what would be a synchronisation on a GPU."""
+    """Dispatch mode that fails if a value is read back from the device, which would be a synchronisation on a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__

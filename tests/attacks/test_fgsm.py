@@ -1,4 +1,4 @@
-"""FGSM against its definition, and the promises of its docstring."""
+"""FGSM compared with its definition and the claims of its docstring."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_soft_labels(case):
 
 
 @pytest.mark.parametrize("change", [{"norm": "L2"}, {"eps": 0.0}, {"noise_level": -1.0}])
-def test_refuses(case, change):
+def test_rejects(case, change):
     model, x, y = case
     with pytest.raises(ValueError, match="|".join(change)):
         fgsm(model, x, y, **({"eps": EPS} | change))

@@ -1,4 +1,4 @@
-"""The attacks that training knows: flags, threat models, names."""
+"""The attacks that training can select: flags, threat models, names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
 
 
 class Reads:
-    """Flags that note which of them are read."""
+    """Flags that record which of them are read."""
 
     def __init__(self, flags):
         self._flags, self.read = flags, set()
@@ -33,7 +33,7 @@ class Reads:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_entry_names_the_flags_that_its_attack_reads(name):
-    """One that is forgotten would be idle: two different trainings would share a folder."""
+    """A forgotten flag would count as idle, and two different trainings would share a folder."""
     adv = Reads(AdvConfig(attack=name))
     build_attack(adv)(MODEL, X, Y, eps=0.05)
     assert adv.read - {"attack", "norm"} == set(ATTACKS[name].flags)
@@ -69,7 +69,7 @@ def test_an_attack_is_a_line(monkeypatch):
 
 
 def test_nothing_falls_through():
-    """A name in the choices of a flag that no code knows is an error, not another training."""
+    """A name in a flag's choices that no code handles is an error, not another training."""
     with pytest.raises(KeyError):
         build_attack(AdvConfig(attack="other"))
     with pytest.raises(KeyError):

@@ -1,4 +1,4 @@
-"""Projections against an independent solver, directions and norms against their definitions."""
+"""Projections compared with an independent solver, directions and norms with their definitions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def points(dtype=torch.float64, n=4, seed=0, spread=0.5):
 
 
 def l1_by_bisection(x_new, x, eps):
-    """δ(λ) = clip(soft-threshold(u, λ), box): bisection on λ, an independent way to the projection."""
+    """Project with δ(λ) = clip(soft-threshold(u, λ), box) by bisection on λ, independently of the implementation."""
     u = x_new - x
     low, high = torch.zeros(len(x), dtype=x.dtype), u.abs().flatten(1).amax(dim=1)
 

@@ -1,4 +1,4 @@
-"""Flags and config files: what is accepted, what is refused, and what the error says."""
+"""Flags and config files: accepted values, rejected values, and error messages."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_config_file(tmp_path):
 
 
 def test_params_of_a_run_as_a_config_file(tmp_path):
-    """They hold all flags; given are those that were given to the run, or differ from their defaults."""
+    """params.json contains all flags; those that the run was given, or that differ from their defaults, count as given."""
     run, file = load("--lr.lr=1", "--adv.alpha=1"), tmp_path / "params.json"
     for provenance, given in (({"given": ["adv.alpha", "lr.lr"]}, {"adv.alpha", "lr.lr"}), ({}, {"lr.lr"})):
         file.write_text(json.dumps(config_to_dict(run) | {"provenance": provenance}))

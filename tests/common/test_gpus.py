@@ -1,4 +1,4 @@
-"""The GPUs that PyTorch can use, by what CUDA and the driver's management library say."""
+"""The number of GPUs that PyTorch can use, from CUDA and the driver's management library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common.gpus import usable_gpus
 
 
 def counts(monkeypatch, *, listed, usable):
-    """What PyTorch counts, and CUDA; an exception: it cannot start."""
+    """Set the counts of PyTorch and CUDA; an exception as `usable`: CUDA cannot start."""
 
     def init():
         if isinstance(usable, Exception):
@@ -43,7 +43,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020)."
         (AssertionError("Invalid device id"), "Invalid device id"),
     ],
 )
-def test_a_gpu_that_cannot_be_used_is_said(monkeypatch, error, reason):
+def test_a_gpu_that_cannot_be_used_is_reported(monkeypatch, error, reason):
     counts(monkeypatch, listed=8, usable=error)
     with pytest.raises(UserError, match=r"^this machine has a GPU, but PyTorch .* CUDA_VISIBLE_DEVICES") as said:
         usable_gpus()

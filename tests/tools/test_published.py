@@ -1,4 +1,4 @@
-"""README's table of published models and the pictures of docs/ against the table of the zoo."""
+"""README's table of published models and the pictures of docs/ compared with the table of the zoo."""
 
 from __future__ import annotations
 
