@@ -88,9 +88,7 @@ def take_folder(folder: Path, *, patience: float = 0.0) -> BinaryIO:
             if error.errno not in NO_LOCKS:
                 lock.close()
                 raise
-            print(
-                f"warning: {folder} cannot be locked. Make sure that only one run at a time uses it.", file=sys.stderr
-            )
+            print(f"warning: {folder} cannot be locked. Let only one run at a time use it.", file=sys.stderr)
             return lock
 
 

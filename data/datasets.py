@@ -260,7 +260,5 @@ def _opener(request: Request) -> Callable[[Request], Source | StreamSource]:
     if kind == "digits" or kind not in _OPENERS:
         return _OPENERS.get(request.spec, open_path)
     if not name:
-        raise UserError(
-            f"expected a name after {kind}/, got {request.spec!r}; for a folder of that name write ./{kind}."
-        )
+        raise UserError(f"expected a name after {kind}/, got {request.spec!r}; a folder of that name is ./{kind}.")
     return _OPENERS[kind]

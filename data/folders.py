@@ -358,9 +358,8 @@ def _tar_files(members: list[tarfile.TarInfo], request: Request) -> list[tuple[s
     links: dict[str, tarfile.TarInfo] = {}
     for member in members:
         name = posixpath.normpath(member.name)
-        same = (
-            files.get(_target(member)) if member.islnk() else None
-        )  # resolved now, as a later member may take that name
+        # Resolved now, because a later member may take that name.
+        same = files.get(_target(member)) if member.islnk() else None
         files.pop(name, None)
         links.pop(name, None)
         if member.isreg():

@@ -241,10 +241,7 @@ class EvalLoader:
         on_warning: Callable[[str], None] = print_warning,
         upright: bool = True,
     ) -> None:
-        """Set the loader up; arguments as in `TrainLoader`, `eval_transform` and `decode`.
-
-        `keep_workers`: keep worker processes until `close` (not for streams).
-        """
+        """Set up; arguments as in `TrainLoader`, `eval_transform`, `decode`; `keep_workers`: until `close` (not for streams)."""
         workers = {"num_workers": num_workers, "pin_memory": pin_memory}
         self._source, self._size, self._batch_size, self._rank, self._world_size = (
             source,

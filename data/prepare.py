@@ -411,9 +411,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("images", nargs="?", help="folder, tar, hfds/NAME, … (as data.train_dataset)")
     parser.add_argument("folder", help="folder for the shards")
     parser.add_argument("--split", choices=list(_SPLITS), default="train")
-    parser.add_argument(
-        "--short-side", type=int, default=0, metavar="N", help="resize larger images to N pixels; 0: never"
-    )
+    parser.add_argument("--short-side", type=int, default=0, metavar="N", help="resize larger images to N px; 0: never")
     parser.add_argument("--quality", type=int, default=90, metavar="Q", help="JPEG quality of resized images")
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images per shard")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the shards")

@@ -93,9 +93,7 @@ def read_manifest(folder: Path, split: str) -> dict[str, Any] | None:
     if not wrong and sum(shard["samples"] for shard in manifest["shards"]) != manifest["num_samples"]:
         wrong = ["num_samples", "shards"]
     if wrong:
-        raise UserError(
-            f"{path}: expected a manifest as python -m data.prepare writes it, found damaged {some(wrong)}."
-        )
+        raise UserError(f"{path}: expected a manifest as python -m data.prepare writes it, damaged: {some(wrong)}.")
     return manifest
 
 

@@ -175,8 +175,6 @@ class Mixup:
             UserError: B is odd.
         """
         if len(x) % 2:
-            raise UserError(
-                f"expected an even number of images, because mixup pairs them within a batch; got {len(x)}."
-            )
+            raise UserError(f"expected an even number of images, because mixup pairs them; got {len(x)}.")
         with seeded("mixup", seed, step, block):
             return self._mix(x.clone(), y)  # timm mixes in place

@@ -160,9 +160,7 @@ class TestListed:
             f"expected the folders of all 1000 classes in {folder}, missing: {', '.join(gone)}."
         )
 
-    def test_missing_files_are_counted_and_the_first_listed(
-        self, tmp_path: Path, imagenet: Path, ids: ImageIds
-    ) -> None:
+    def test_missing_files_are_counted_and_the_first_shown(self, tmp_path: Path, imagenet: Path, ids: ImageIds) -> None:
         emptied = set(ids.class_names[::250])
         folder = link_classes(tmp_path / "set", imagenet, sorted(set(ids.class_names) - emptied))
         for name in emptied:
