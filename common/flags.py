@@ -346,7 +346,8 @@ def _read_config_file(path: Path, config: fastargs.Config) -> tuple[dict[str, An
             raise UserError(f"{path}: {name} has no value; give one, or delete the line.")
     if provenance is None:
         return values, set(values)
-    # A value that differs from its default was given, or set by the run for its device; without default, for its machine.
+    # A value that differs from its default was given, or set by the run for its device. Values without default do not count,
+    # because the run may have set them for its machine.
     given = {name for name, value in values.items() if params[name].default not in (None, value)}
     given |= set(provenance.get("given", ())) if isinstance(provenance, dict) else set()
     return values, values.keys() & given

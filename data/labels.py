@@ -17,7 +17,7 @@ from common.errors import UserError, blame
 from data.source import Source, StreamSource, some
 
 Row = tuple[str, str, Any]  # the position in a file, the name of a folder or image, its class
-_MANY = 10  # folders with numbers as names
+_MANY = 10  # from this many folders with numbers as names on, classes may be missing among them
 # Names of the columns in a header, in lower case, without _ and spaces.
 _NAME_COLUMNS = ("file", "filename", "folder", "image", "imageid", "path")
 _CLASS_COLUMNS = ("label", "class", "classid", "target", "wnid", "predictionstring")
