@@ -1,4 +1,4 @@
-"""README's table of published models and the pictures of docs/, made from zoo/published.yaml.
+"""The tables of published models in README.md and docs/models.md, and their pictures, made from zoo/published.yaml.
 
 python -m tools.published      regenerates them
 """
@@ -24,13 +24,14 @@ from zoo.published import KNOWN, PUBLISHED, Published
 
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 DRAWN_PX = 224
+HEAD = ("convnext_tiny_cvst", "vit_s_cvst", "convnext_base_cvst", "convnext_large_cvst")  # in README.md
 # Key of the PNG's text entry with the drawn values, which reveals a picture that is older than the table.
 DRAWN_KEY = "Points"
 
 
-# -------------------------------------------------------------------------------------------------- README's table
-def readme_table() -> str:
-    """Return the Markdown table of README's section "Published models", with its footnotes."""
+# -------------------------------------------------------------------------------------------------- tables
+def full_table(root: str) -> str:
+    """Return the Markdown table of docs/models.md with its footnotes; `root` leads from the page to the project's root."""
     notes = [row.note for row in PUBLISHED.values() if row.note]
     lines = []
     for row in PUBLISHED.values():
@@ -41,7 +42,7 @@ def readme_table() -> str:
             "px": " / ".join(map(str, row.results)),
             "clean": " / ".join("–" if r is None else f"{r.clean:.1f}" for r in results),
             "AutoAttack": " / ".join("–" if r is None else f"{r.autoattack:.1f}" for r in results),
-            "command": f"[`--config-file {row.config}`]({row.config})",
+            "command": f"[`--config-file {row.config}`]({root}{row.config})",
             "weights": f"[share]({row.links[0]})",
             "RobustBench": f"`{row.robustbench_id}`" if row.robustbench_id else "–",
         }
@@ -54,34 +55,44 @@ def readme_table() -> str:
     return "\n".join([*lines, "", footnotes])
 
 
-def readme_section(picture: str) -> str:
-    """Return the text between the markers in README: the picture, at the relative path `picture`, and the table."""
+def short_table() -> str:
+    """Return the Markdown table of README.md: the networks of `HEAD`, at 224 px."""
+    lines = ["| published model | clean | AutoAttack, Linf 4/255 | config |", "|---|---|---|---|"]
+    for row in map(PUBLISHED.get, HEAD):
+        result = row.results[DRAWN_PX]
+        numbers = (f"{result.clean:.1f} %", f"{result.autoattack:.1f} %")
+        lines.append(_line((row.title, *numbers, f"[`{Path(row.config).stem}`]({row.config})")))
+    return "\n".join(lines)
+
+
+def section(picture: str, table: str) -> str:
+    """Return the text between the markers of a page: the picture, at the relative path `picture`, and the table."""
     alternative = f"AutoAttack accuracy at {DRAWN_PX} px of the published models against parameters and multiply-adds"
-    return f"{BEGIN}\n![{alternative}]({picture})\n\n{readme_table()}\n{END}"
+    return f"{BEGIN}\n![{alternative}]({picture})\n\n{table}\n{END}"
 
 
-def update_readme(readme: Path, picture: Path) -> None:
-    """Draw the picture and replace the text between the markers in `readme`.
+def update_page(page: Path, picture: Path, table: str) -> None:
+    """Draw the picture and replace the text between the markers of `page`.
 
     Raises:
-        UserError: `readme` cannot be read or lacks the markers; then nothing is written.
+        UserError: `page` cannot be read or lacks the markers; then nothing is written.
     """
     try:
-        text = readme.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{readme}: expected a README with the table of published models; {error}.") from error
+        raise UserError(f"{page}: expected a page with the table of published models; {error}.") from error
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
         raise UserError(
-            f"{readme}: expected {BEGIN} and then {END}, each once, around the table of published models; "
+            f"{page}: expected {BEGIN} and then {END}, each once, around the table of published models; "
             f"got {text.count(BEGIN)} and {text.count(END)} of them, or the wrong order."
         )
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_published(picture)
-    link = Path(os.path.relpath(picture, readme.parent)).as_posix()
-    new = before + readme_section(link) + after
-    write_atomically(readme, lambda file: file.write(new.encode()))
+    link = Path(os.path.relpath(picture, page.parent)).as_posix()
+    new = before + section(link, table) + after
+    write_atomically(page, lambda file: file.write(new.encode()))
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -92,7 +103,7 @@ def _mark(number: int) -> str:
     return "¹²³⁴⁵⁶⁷⁸⁹"[number]
 
 
-# ------------------------------------------------------------------------------------------------ README's picture
+# ------------------------------------------------------------------------------------------------ picture
 _MARKERS = {"ConvNeXt": ("o", "#0072b2"), "ViT": ("s", "#d55e00"), "ConvNeXt-iso": ("D", "#009e73")}
 # Position of a label beside its marker in a panel: to the right unless that would cover another label.
 _LABEL_PLACES = {
@@ -268,5 +279,6 @@ def _legend() -> list:
 
 
 if __name__ == "__main__":
-    update_readme(PROJECT / "README.md", PROJECT / "docs" / "published.png")
+    for page, table in (("README.md", short_table()), ("docs/models.md", full_table("../"))):
+        update_page(PROJECT / page, PROJECT / "docs" / "published.png", table)
     draw_all(PROJECT / "docs" / "robust_models.png")

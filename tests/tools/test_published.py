@@ -1,4 +1,4 @@
-"""README's table of published models and the pictures of docs/ compared with the table of the zoo."""
+"""The tables of published models and the pictures of docs/ compared with the table of the zoo."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from tools.published import (
     draw_published,
     drawn_bars,
     drawn_points,
-    readme_section,
-    readme_table,
+    full_table,
+    section,
+    short_table,
     stem_pairs,
-    update_readme,
+    update_page,
 )
 from zoo.published import PUBLISHED
 
@@ -33,15 +34,18 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_readme_is_up_to_date() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "page, picture, table",
+    [("README.md", "docs/published.png", short_table()), ("docs/models.md", "published.png", full_table("../"))],
+)
+def test_tables_are_up_to_date(page: str, picture: str, table: str) -> None:
+    text = (PROJECT / page).read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
-    section = text[text.index("## Published models") : text.index("## Flags")]
-    assert readme_section("docs/published.png") in section, "run `python -m tools.published`"
+    assert section(picture, table) in text, "run `python -m tools.published`"
 
 
 def test_table_holds_every_number_of_the_paper() -> None:
-    head, _, *lines, _, footnotes = readme_table().splitlines()
+    head, _, *lines, _, footnotes = full_table("").splitlines()
     assert cells(head) == ["model", "epochs", "px", "clean", "AutoAttack", "command", "weights", "RobustBench"]
     rows = {cells(line)[0]: dict(zip(cells(head), cells(line))) for line in lines}
     assert rows.keys() == PAPER.keys()
@@ -66,8 +70,8 @@ def test_update_replaces_what_is_between_the_markers_alone(tmp_path: Path) -> No
     readme, picture = tmp_path / "README.md", tmp_path / "pictures" / "published.png"
     readme.write_text(f"# Title\n\nBefore – ¹\n\n{BEGIN}\nold\n{END}\n\nAfter\n", encoding="utf-8")
     for _ in range(2):  # the second time there is nothing left to change
-        update_readme(readme, picture)
-        expected = f"# Title\n\nBefore – ¹\n\n{readme_section('pictures/published.png')}\n\nAfter\n"
+        update_page(readme, picture, "table")
+        expected = f"# Title\n\nBefore – ¹\n\n{section('pictures/published.png', 'table')}\n\nAfter\n"
         assert readme.read_text(encoding="utf-8") == expected
     assert picture.is_file()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["README.md", "pictures", "published.png"]
@@ -80,13 +84,13 @@ def test_update_wants_each_marker_once_and_in_order(tmp_path: Path, text: str) -
     readme, picture = tmp_path / "README.md", tmp_path / "published.png"
     readme.write_text(text)
     with pytest.raises(UserError, match="README.md: expected <!-- published: begin -->"):
-        update_readme(readme, picture)
+        update_page(readme, picture, "table")
     assert readme.read_text() == text and not picture.exists()
 
 
 def test_update_wants_a_readme(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a README"):
-        update_readme(tmp_path / "README.md", tmp_path / "published.png")
+    with pytest.raises(UserError, match="expected a page"):
+        update_page(tmp_path / "README.md", tmp_path / "published.png", "table")
 
 
 # ---------------------------------------------------------------------------------------------------------- picture
