@@ -1,1 +1,1 @@
-"""Grids of trainings: flags × seeds as data, run side by side, evaluated, and summarised with intervals."""
+"""Grids of training runs (flags × seeds): run in parallel, evaluated, and summarised with confidence intervals."""

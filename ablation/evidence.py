@@ -1,17 +1,17 @@
-"""What a grid says of a paper's claims: evidence.md and evidence.json.
+"""Comparison of a grid's results with a paper's claims: evidence.md and evidence.json.
 
 A claims file is YAML:
 
     title: …                       # heading of the page
-    text: …                        # what stands above the table
-    commands: [bash …]             # how to repeat it
+    text: …                        # text above the table
+    commands: [bash …]             # commands that reproduce the results
     claims:
       - claim: ConvStem beats PatchStem under adversarial training
-        paper: "48.6 → 49.5 %"     # its number, or why there is none
-        compare: [patch, base]     # runs of the grid; the claim says that the second is better
-        metric: Linf 8/255         # under this
-        minus: clean               # perhaps: better by more than under this one
-    notes: …                       # what stands below
+        paper: "48.6 → 49.5 %"     # the paper's number, or why there is none
+        compare: [patch, base]     # two runs of the grid; the claim is that the second is better
+        metric: Linf 8/255         # metric of the comparison
+        minus: clean               # optional: the gain must exceed that under this metric
+    notes: …                       # text below the table
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Claim:
 
 
 def verdict(difference: Difference | None) -> str:
-    """Whether the difference is above zero, below, or neither can be told.
+    """Return the verdict on a claim: the difference is above zero, below zero, undecided or missing.
 
-    It counts as told where both intervals lie on one side: training again with other seeds, and trying other test images, would
-    show the same sign. With one seed only the images speak.
+    The sign counts as decided if both intervals lie on one side of zero: other seeds and other test images would show the same
+    sign. With one seed only the interval over images counts.
     """
     if difference is None:
         return NOT_RUN
@@ -67,7 +67,7 @@ def write_evidence(summary: Summary, path: Path, folder: Path) -> None:
     """Write evidence.md, evidence.json and evidence.png of a claims file.
 
     Raises:
-        UserError: as `read_claims`, or the folder cannot be written.
+        UserError: as `read_claims`, or the folder is not writable.
     """
     content, claims = read_claims(path, summary.grid)
     found = [(claim, summary.difference(*claim.compare, claim.metric, minus=claim.minus)) for claim in claims]
@@ -79,10 +79,10 @@ def write_evidence(summary: Summary, path: Path, folder: Path) -> None:
 
 
 def read_claims(path: Path, grid: Grid) -> tuple[Mapping[str, Any], list[Claim]]:
-    """The file's texts, and its claims.
+    """Read the texts and the claims of a file.
 
     Raises:
-        UserError: it cannot be read, holds no claim, or names runs, metrics or keys that are not there.
+        UserError: the file is unreadable, has no claim, or uses unknown runs, metrics or keys.
     """
     with blame("claims"):
         content = read_yaml(path)
@@ -93,7 +93,7 @@ def read_claims(path: Path, grid: Grid) -> tuple[Mapping[str, Any], list[Claim]]
             raise UserError(f"claims: {path}: {key}: expected text, got {content[key]!r}.")
     commands = content.setdefault("commands", [])
     if not isinstance(commands, list) or not all(isinstance(command, str) for command in commands):
-        raise UserError(f"claims: {path}: commands: expected a list of texts, got {commands!r}.")
+        raise UserError(f"claims: {path}: commands: expected a list of strings, got {commands!r}.")
     claims = content["claims"]
     return content, [_claim(item, f"claims: {path}, claim {number}", grid) for number, item in enumerate(claims, 1)]
 
@@ -115,7 +115,7 @@ def _claim(item: Any, where: str, grid: Grid) -> Claim:
     for key, value, known in (("metric", metric, metrics), ("minus", minus, ["", *metrics])):
         if not is_one_of(value, known):
             raise UserError(
-                f"{where}: {key}: expected what {' and '.join(pair)} are both evaluated under ({'; '.join(metrics)}); "
+                f"{where}: {key}: expected a metric that both {' and '.join(pair)} have ({'; '.join(metrics)}); "
                 f"got {value!r}."
             )
     return Claim(claim, str(paper), (pair[0], pair[1]), metric, minus)
@@ -125,12 +125,12 @@ def _markdown(content: Mapping[str, Any], summary: Summary, found: list[tuple[Cl
     rows = []
     for claim, difference in found:
         first, second = claim.compare
-        how = f"{second} − {first}, {claim.metric}" + (f", less the same for {claim.minus}" if claim.minus else "")
+        how = f"{second} − {first}, {claim.metric}" + (f", minus that for {claim.minus}" if claim.minus else "")
         rows.append(
             {
                 "claim": claim.claim,
                 "paper": claim.paper,
-                "ours": f"{100 * difference.mean:+.1f}" if difference else NOTHING,
+                "this implementation": f"{100 * difference.mean:+.1f}" if difference else NOTHING,
                 "95 %, seeds": show_interval(difference.ci95) if difference and difference.ci95 else NOTHING,
                 "95 %, images": show_interval(difference.ci95_images)
                 if difference and difference.ci95_images
@@ -143,19 +143,19 @@ def _markdown(content: Mapping[str, Any], summary: Summary, found: list[tuple[Cl
     parts = [f"# {content['title'] or 'Evidence'}", content["text"].strip()]
     parts.append(markdown_table(rows))
     parts.append(
-        "Ours: mean over seeds of the paired difference, in percentage points of accuracy. 95 %, seeds: Student's t over seeds, "
-        "on the same test images; images: over test images, for the same networks. Agrees, or does not agree: both intervals lie "
-        "on one side of zero."
+        "This implementation: mean over seeds of the paired difference, in percentage points of accuracy. 95 %, seeds: Student's t "
+        "interval over seeds, for the same test images. 95 %, images: interval over test images, for the same networks. The "
+        "verdict is 'agrees' or 'does not agree' if both intervals lie on one side of zero."
     )
     parts.append(f"## Results\n\nAccuracy in %, mean ± standard deviation over seeds.\n\n{summary.results_table()}")
-    parts.append("![bars](evidence.png)")
+    parts.append("![accuracy of all runs](evidence.png)")
     if summary.grid.compare:
         parts.append(f"Paired differences [95 % interval over seeds]:\n\n{summary.comparisons_table()}")
     if problems := summary.problems():
-        parts.append("Failed, odd and missing runs:\n\n" + "\n".join(f"- {line}" for line in problems))
+        parts.append("Failed, unusual and missing runs:\n\n" + "\n".join(f"- {line}" for line in problems))
     parts.append(f"## Setting\n\n{describe_setting(summary.setting())}")
     if commands := content["commands"]:
-        parts.append("## To repeat it\n\n```bash\n" + "\n".join(commands) + "\n```")
+        parts.append("## Reproduction\n\n```bash\n" + "\n".join(commands) + "\n```")
     parts.append(content["notes"].strip())
     return "\n\n".join(part for part in parts if part) + "\n"
 

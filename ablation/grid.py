@@ -1,23 +1,23 @@
-"""A grid of trainings as data: arms (sets of flags) × seeds, how they are evaluated, and what is compared.
+"""Grids of trainings: arms (sets of flags) × seeds, their evaluations, and comparisons between them.
 
-A grid is a YAML file; every key but `seeds` may be missing:
+A grid is a YAML file. Every key except `seeds` is optional:
 
-    extends: other.yaml            # a grid to start from, beside this file; mappings merge, the rest replaces
-    config: configs/base.yaml      # config files of train.py, in order
+    extends: other.yaml            # base grid in the same folder; mappings merge, other values replace
+    config: configs/base.yaml      # config files of train.py, in this order
     train: {training.epochs: 2}    # flags of train.py for every arm; sections may be nested
-    axes:                          # every combination of their values is an arm
-      adv.n_iter: [1, 2, 3]        #   the values of one flag, or
+    axes:                          # every combination of values becomes an arm
+      adv.n_iter: [1, 2, 3]        #   values of one flag, or
       stem: {patch: {model.not_original: 0}, conv: {model.not_original: 1}}   # named sets of flags
-    arms:                          # or arms one by one: flags, and
-      clean: {evaluate: false}     #   evaluate: false, or flags of runner_aa_eval.py for this arm
-      robust: {from: clean, adv.attack: apgd}     # from: the arm whose weights it starts from, with the same seed
+    arms:                          # single arms: flags, and
+      clean: {evaluate: false}     #   evaluate: false, or flags of runner_aa_eval.py for this arm only
+      robust: {from: clean, adv.attack: apgd}     # from: the arm whose weights it starts from (same seed)
     seeds: [0, 1, 2]
     evaluate: {eval.norms: "Linf,L2", eval.img_size: 32}     # flags of runner_aa_eval.py
-    variants:                      # further evaluations of what was trained for an arm
-      robust_raw: {of: robust, weights: raw}      # of: arm; weights: raw or ema (default: ema where there is one); flags
-    compare:                       # differences b − a, seed by seed; without it: along each axis, and of arms to the first
+    variants:                      # further evaluations of an arm's weights
+      robust_raw: {of: robust, weights: raw}      # of: arm; weights: raw or ema (default: ema, if available); flags
+    compare:                       # paired differences b − a; default: along each axis, and every arm against the first
       - [robust_raw, robust]
-    claims: claims.yaml            # beside this file: what the comparisons say of a paper's claims (see ablation.evidence)
+    claims: claims.yaml            # file in the same folder with a paper's claims (see ablation.evidence)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from training.identity import find_folder
 
 GRID_KEYS = {"extends", "config", "train", "axes", "arms", "seeds", "evaluate", "variants", "compare", "claims"}
 NETWORKS = ("raw", "ema")
-# Flags that every run and evaluation gets from the grid, and what decides on them.
+# Flags that the grid sets itself, and the option that determines each.
 DECIDED = {
     "data.seed": "seeds (--seeds)",
     "logging.folder": "--out",
@@ -52,19 +52,19 @@ DECIDED = {
     "eval.gpus": "--jobs",
     "eval.workers": "--threads",
 }
-NAME = re.compile(r"(?!train$)[A-Za-z0-9][\w.=+-]*")  # files are named after evaluations, and train.out after none
+NAME = re.compile(r"(?!train$)[A-Za-z0-9][\w.=+-]*")  # evaluations name files; train.out is the output of the training
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One set of flags, trained with every seed.
+    """A set of flags that is trained with every seed.
 
     Attributes:
-        name: in tables; also a folder's name.
-        flags: of train.py, by dotted name.
+        name: name in tables and of the folder.
+        flags: flags of train.py, by dotted name.
         start: the arm whose weights it starts from, "" for none.
-        evaluate: flags of runner_aa_eval.py for this arm alone; None: it is not evaluated.
-        at: axis → value, for arms made of axes.
+        evaluate: flags of runner_aa_eval.py for this arm only; None: the arm is not evaluated.
+        at: axis → value, for arms generated from axes.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the results: an arm under one evaluation. `weights` is "", "raw" or "ema"."""
+    """A row of the results: an arm with one evaluation. `weights` is "", "raw" or "ema"."""
 
     name: str
     arm: str
@@ -86,7 +86,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Grid:
-    """A whole grid; see the module. `out` holds a folder for each cell, and the summary."""
+    """A whole grid (format: see the module). `out` contains one folder per cell, and the summary."""
 
     name: str
     out: Path
@@ -101,14 +101,14 @@ class Grid:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Arm by arm, so that what is named first is whole first."""
+        """All cells, arm by arm: the first arms finish first."""
         return [Cell(self, arm, seed) for arm in self.arms.values() for seed in self.seeds]
 
     def cells_of(self, arms: Sequence[str]) -> list[Cell]:
-        """The trainings of these arms and of those they start from, in the grid's order; all for no names.
+        """Return the cells of these arms and of the arms they start from, in the grid's order; all cells if `arms` is empty.
 
         Raises:
-            UserError: no such arm.
+            UserError: unknown arm.
         """
         if unknown := [name for name in arms if name not in self.arms]:
             raise UserError(f"--arms: expected some of {', '.join(self.arms)}; got {unknown[0]!r}.")
@@ -119,13 +119,13 @@ class Grid:
         return [cell for cell in self.cells if cell.arm.name in wanted]
 
     def cell(self, arm: str, seed: int) -> Cell:
-        """The training of an arm with a seed."""
+        """Return the cell of an arm and a seed."""
         return self.cells[list(self.arms).index(arm) * len(self.seeds) + self.seeds.index(seed)]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: an arm with one seed."""
+    """A cell of the grid: the training of one arm with one seed."""
 
     grid: Grid
     arm: Arm
@@ -136,7 +136,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Holds the run's folder, its evaluations, what they print, and record.json."""
+        """Folder with the run folder, its evaluations, their output, and record.json."""
         return self.grid.out / self.arm.name / f"seed{self.seed}"
 
     @property
@@ -144,7 +144,7 @@ class Cell:
         return self.grid.cell(self.arm.start, self.seed) if self.arm.start else None
 
     def train_argv(self) -> list[str]:
-        """Command line of train.py, without the program's name."""
+        """Return the command line of train.py, without the program's name."""
         argv = [f"--config-file={path}" for path in self.grid.config]
         argv += [f"--{name}={value}" for name, value in {**self.grid.train, **self.arm.flags}.items()]
         argv += [*self.grid.extra, f"--data.seed={self.seed}", f"--logging.folder={self.folder}"]
@@ -165,20 +165,20 @@ class Cell:
         return [entry for entry in self.grid.entries.values() if entry.arm == self.arm.name]
 
     def weights_kind(self, entry: Entry) -> str:
-        """Which weights an entry evaluates: raw or ema."""
+        """Return which weights an entry evaluates: raw or ema."""
         return entry.weights or ("ema" if self.config.model.model_ema else "raw")
 
     def weights(self, entry: Entry) -> Path:
-        """The file an entry evaluates; its name is known before it is there."""
+        """Return the path of the weights that an entry evaluates; the file need not exist yet."""
         ema = "_ema" if self.weights_kind(entry) == "ema" else ""
         return self.run_folder / f"weights{ema}_{self.config.training.epochs}.pt"
 
     def eval_folder(self, entry: Entry) -> Path:
-        """Where the reports of an entry are."""
+        """Return the folder with the reports of an entry."""
         return Path(self.eval_argv(entry)[-1].partition("=")[2])
 
     def eval_argv(self, entry: Entry) -> list[str]:
-        """Command line of runner_aa_eval.py, but for devices."""
+        """Return the command line of runner_aa_eval.py, without the flags of devices."""
         data = self.config.data
         flags = {"data.val_dataset": data.val_dataset, "data.root": data.root, "data.val_split": data.val_split}
         flags = {name: value for name, value in flags.items() if value} | dict(entry.flags)
@@ -190,16 +190,16 @@ class Cell:
 
 # ------------------------------------------------------------------------------------------------------ reading
 def load_grid(path: Path, *, out: Path | None = None, seeds: Sequence[int] = (), extra: Sequence[str] = ()) -> Grid:
-    """Read a grid, and look at every command line it stands for.
+    """Read a grid and check the command lines of all its runs.
 
     Args:
         path: the YAML file.
-        out: folder of the grid's runs; None: runs/ablations/<file's name>.
-        seeds: instead of the file's.
-        extra: flags of train.py that override all others, such as the data's place on this machine.
+        out: output folder; None: runs/ablations/<name of the file>.
+        seeds: replace the seeds of the file.
+        extra: flags of train.py that override all others, such as the location of the data on this machine.
 
     Raises:
-        UserError: unreadable file, unknown key or flag, wrong value, an arm that is not there.
+        UserError: unreadable file, unknown key or flag, wrong value, or unknown arm.
     """
     _refuse_decided((flag.removeprefix("--").partition("=")[0] for flag in extra), "command line")
     content = _read(path)
@@ -227,7 +227,7 @@ def _config_file(path: Any) -> str:
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A grid's keys, with those of the grid it extends."""
+    """Return the content of a grid, merged into that of the grid it extends."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a grid with the keys {_words(GRID_KEYS)}; got {type(content).__name__}.")
@@ -239,7 +239,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return content
     other = path.parent / str(content.pop("extends"))
     if other.resolve() in (path.resolve(), *above):
-        raise UserError(f"{path}: extends: {other} leads back to itself.")
+        raise UserError(f"{path}: extends: {other} leads to a cycle.")
     return _merged(_read(other, (*above, path.resolve())), content)
 
 
@@ -256,9 +256,9 @@ def _arms(content: Mapping[str, Any], path: Path) -> dict[str, Arm]:
         arms[str(name)] = _arm(str(name), _mapping(value, f"{where}: {name}"), f"{where}: {name}")
     for arm in _axis_arms(content.get("axes"), path):
         if arm.name in arms:
-            raise UserError(f"{path}: the arm {arm.name} is given twice.")
+            raise UserError(f"{path}: the arm {arm.name} is defined twice.")
         arms[arm.name] = arm
-    if not arms:  # the same flags with several seeds
+    if not arms:  # one set of flags with several seeds
         arms["run"] = Arm("run", {})
     for arm in arms.values():
         chain = [arm.name]
@@ -266,25 +266,25 @@ def _arms(content: Mapping[str, Any], path: Path) -> dict[str, Arm]:
             if start not in arms:
                 raise UserError(f"{where}: {chain[-1]}: from: expected one of {_words(arms)}; got {start!r}.")
             if start in chain:
-                raise UserError(f"{where}: {arm.name}: from leads back to itself ({' → '.join([*chain, start])}).")
+                raise UserError(f"{where}: {arm.name}: from leads to a cycle ({' → '.join([*chain, start])}).")
             chain.append(start)
     return arms
 
 
 def _arm(name: str, value: Mapping[str, Any], where: str, at: Mapping[str, str] | None = None) -> Arm:
     if not NAME.fullmatch(name):
-        raise UserError(f"{where}: expected a name of letters, digits and _ . = + -, and not train; got {name!r}.")
+        raise UserError(f"{where}: expected a name of letters, digits and _ . = + -, other than train; got {name!r}.")
     flags = dict(value)
     start, evaluate = flags.pop("from", ""), flags.pop("evaluate", {})
     evaluate = None if evaluate is False else _flags({} if evaluate is True else evaluate, f"{where}: evaluate")
     flags = _flags(flags, where)
     if start and "model.ckpt_path" in flags:
-        raise UserError(f"{where}: expected from or model.ckpt_path, got both.")
+        raise UserError(f"{where}: expected either from or model.ckpt_path, got both.")
     return Arm(name, flags, str(start or ""), evaluate, at or {})
 
 
 def _axis_arms(axes: Any, path: Path) -> list[Arm]:
-    """The arms that a product of axes stands for."""
+    """Return the arms of the product of all axes."""
     if not axes:
         return []
     choices: list[list[tuple[str, str, dict[str, Any]]]] = []
@@ -295,10 +295,10 @@ def _axis_arms(axes: Any, path: Path) -> list[Arm]:
             if len(set(texts)) != len(texts):
                 raise UserError(f"{where}: expected different values, got {', '.join(texts)}.")
             values = {text: {axis: text} for text in texts}
-        named = _mapping(values, where).items()
-        if not named:
+        options = _mapping(values, where).items()
+        if not options:
             raise UserError(f"{where}: expected at least one value.")
-        choices.append([(str(axis), str(name), dict(_mapping(flags, f"{where}: {name}"))) for name, flags in named])
+        choices.append([(str(axis), str(name), dict(_mapping(flags, f"{where}: {name}"))) for name, flags in options])
     arms = []
     for chosen in itertools.product(*choices):
         at = {axis: name for axis, name, _ in chosen}
@@ -346,7 +346,7 @@ def _comparisons(pairs: Any, grid: Grid, path: Path) -> tuple[tuple[str, str], .
 
 
 def _default_comparisons(grid: Grid) -> list[tuple[str, str]]:
-    """Along each axis to its first value, all else equal; of arms without axes to the first of them."""
+    """Compare along each axis with its first value, other axes equal; compare arms without axes with the first of them."""
     shown = [arm for arm in grid.arms.values() if arm.name in grid.entries]
     plain = [arm for arm in shown if not arm.at]
     pairs = [(plain[0].name, arm.name) for arm in plain[1:]]
@@ -361,12 +361,12 @@ def _default_comparisons(grid: Grid) -> list[tuple[str, str]]:
 def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
     fine = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
     if not fine or len(set(seeds)) != len(seeds):
-        raise UserError(f"{path}: seeds: expected a list of different whole numbers from 0 on; got {seeds!r}.")
+        raise UserError(f"{path}: seeds: expected a list of different whole numbers of at least 0; got {seeds!r}.")
     return tuple(seeds)
 
 
 def _check(grid: Grid, path: Path) -> None:
-    """Read the command lines of one seed: the others differ in nothing that could be wrong."""
+    """Check the command lines for the first seed; those of other seeds differ only in the seed."""
     for cell in grid.cells[:: len(grid.seeds)]:
         with blame(f"{path}: {cell.arm.name}"):
             ema = cell.config.model.model_ema
@@ -377,7 +377,7 @@ def _check(grid: Grid, path: Path) -> None:
 
 
 def _flags(value: Any, where: str) -> dict[str, str]:
-    """Dotted names → texts, of flags whose sections may be nested."""
+    """Return flags as dotted name → text; sections in `value` may be nested."""
     flags = {}
     for name, content in _mapping(value, where).items():
         inner = content if isinstance(content, dict) else None
@@ -392,7 +392,7 @@ def _flags(value: Any, where: str) -> dict[str, str]:
 def _refuse_decided(names: Iterable[str], where: str) -> None:
     for name in names:
         if name in DECIDED:
-            raise UserError(f"{where}: {name} is decided by {DECIDED[name]}; expected no such flag.")
+            raise UserError(f"{where}: {name} is set by {DECIDED[name]}; remove this flag.")
 
 
 def _text(value: Any, where: str) -> str:
@@ -422,7 +422,7 @@ def _list(value: Any, where: str) -> list[Any]:
 
 
 def is_one_of(name: Any, names: Container[str]) -> bool:
-    """Whether a YAML value, perhaps a list, is one of the names."""
+    """Return whether a YAML value of any type is one of the names."""
     return isinstance(name, str) and name in names
 
 

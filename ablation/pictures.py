@@ -1,4 +1,4 @@
-"""Bars with error bars."""
+"""Bar charts with error bars."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COLUMNS = 3
 
 
 def draw_bars(path: Path, bars: Mapping[str, Mapping[str, Mean | None]], metrics: Sequence[str]) -> None:
-    """A panel for each metric, a bar for each run: mean over seeds, in %, with the standard deviation as error bar.
+    """Draw one panel per metric with one bar per run: the mean over seeds in %; error bars show the standard deviation.
 
     Args:
-        path: the PNG to write.
-        bars: run → metric → mean; None where there is none.
-        metrics: in order.
+        path: PNG file to write.
+        bars: run → metric → mean; None if there is no value.
+        metrics: names, in the order of the panels.
     """
     names = [name for name, of_run in bars.items() if any(of_run.values())]
     rows, columns = max(1, math.ceil(len(metrics) / COLUMNS)), max(1, min(len(metrics), COLUMNS))

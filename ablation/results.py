@@ -1,4 +1,4 @@
-"""What a grid has found so far, read from its folders."""
+"""Results of a grid so far, read from its folders."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from evaluation.plan import show_eps
 from training.status import read_log
 
 CLEAN, CLEAN_ALL = "clean", "clean, all images"
-# Networks that guess lie below this many standard deviations above chance, 98 of 100.
+# A network counts as guessing below this many standard deviations above chance: 98 % of guessing networks are.
 GUESSING = 2.0
 
 
 @dataclass
 class Result:
-    """One network under one evaluation: a row of the results with one seed.
+    """One network under one evaluation: a row of the results for one seed.
 
     Attributes:
         status: finished; failed, diverged, stopped or open.
-        notes: why it is not finished, and what is odd about it.
+        notes: why it is not finished, and anything unusual.
         metrics: name → value.
-        seconds: of the training, and of this evaluation.
-        provenance: of the evaluation.
+        seconds: duration of the training and of this evaluation.
+        provenance: provenance of the evaluation.
     """
 
     entry: Entry
@@ -47,7 +47,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Training:
-    """One training, whether it is evaluated or only lends its weights: seconds it took, and its provenance, {} before it ran."""
+    """One training, evaluated or used only as a start: its duration in seconds and its provenance ({} before it ran)."""
 
     arm: str
     seed: int
@@ -56,7 +56,7 @@ class Training:
 
 
 def read_trainings(grid: Grid) -> list[Training]:
-    """Of all arms and seeds."""
+    """Read the trainings of all arms and seeds."""
     found = []
     for cell in grid.cells:
         seconds = read_record(cell)["stages"].get("train", {}).get("seconds", 0.0)
@@ -66,12 +66,12 @@ def read_trainings(grid: Grid) -> list[Training]:
 
 
 def read_results(grid: Grid) -> list[Result]:
-    """Entry by entry, seed by seed; also of what failed or has not run."""
+    """Read all results, entry by entry and seed by seed, including failed and missing ones."""
     return [read_result(grid.cell(entry.arm, seed), entry) for entry in grid.entries.values() for seed in grid.seeds]
 
 
 def read_result(cell: Cell, entry: Entry) -> Result:
-    """One network under one evaluation."""
+    """Read the result of one network under one evaluation."""
     stages = read_record(cell)["stages"]
     result = Result(entry, cell.seed, "open")
     for stage, name in (("train", "training"), (entry.name, "evaluation")):
@@ -86,7 +86,7 @@ def read_result(cell: Cell, entry: Entry) -> Result:
         result.metrics.update(_validation_metrics(cell, entry, last))
         result.notes += _oddities(last)
     finished = trained and summary is not None
-    if finished:  # what was noted of earlier calls is over
+    if finished:  # notes on earlier attempts no longer apply
         result.status, result.notes = "finished", [n for n in result.notes if ":" not in n]
     if summary is not None:
         for report in summary["evaluations"]:
@@ -97,11 +97,11 @@ def read_result(cell: Cell, entry: Entry) -> Result:
             if any(value.images is None for value in metrics.values()):
                 name = f"{report['norm']} {show_eps(report['eps'])}, {report['data']['img_size']} px"
                 result.notes.append(
-                    f"evaluation damaged: no report.json of {name} with a verdicts.csv of the same {report['n']} images, so its "
-                    f"intervals are wider; delete {cell.eval_folder(entry)} to have it made again"
+                    f"evaluation damaged: no report.json of {name} has a verdicts.csv for the same {report['n']} images, so its "
+                    f"intervals are wider; delete {cell.eval_folder(entry)} to repeat the evaluation"
                 )
     elif (file := cell.eval_folder(entry) / "summary.json").exists():
-        result.notes.append(f"evaluation damaged: {file} is no summary of an evaluation; the next start makes it again")
+        result.notes.append(f"evaluation damaged: {file} is not a valid summary; the next start repeats the evaluation")
     if finished:
         chance = 1 / cell.config.model.num_classes
         shares = [value for name, value in result.metrics.items() if name.startswith(CLEAN) and value.n]
@@ -111,7 +111,7 @@ def read_result(cell: Cell, entry: Entry) -> Result:
 
 
 def metric_names(cell: Cell, entry: Entry) -> list[str]:
-    """The metrics that a finished run has under an evaluation, which its flags decide."""
+    """Return the names of the metrics of a finished run under an evaluation; they follow from its flags."""
     settings = load_config(EvalConfig, cell.eval_argv(entry)).eval
     names = []
     for size in settings.img_size or (cell.config.validation.resolution,):
@@ -121,7 +121,7 @@ def metric_names(cell: Cell, entry: Entry) -> list[str]:
 
 
 def _metrics(cell: Cell, entry: Entry, report: Mapping[str, Any], *, several: bool) -> Iterator[tuple[str, Value]]:
-    """Of one evaluation of the entry: clean, and under its threat model; by image."""
+    """Return the metrics of one report: clean accuracy and robust accuracy, with the verdicts of its images."""
     px = _px(report["data"]["img_size"], several=several)
     clean, standing = _verdicts(cell.eval_folder(entry), report) or (None, None)
     yield CLEAN + px, Value(report["clean_acc"], report["n"], clean)
@@ -137,9 +137,9 @@ def _threat(norm: str, eps: float) -> str:
 
 
 def _verdicts(folder: Path, report: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The images of a report, in order: (N,) 1 where it is right without attack, and (N,) where it withstood all attacks.
+    """Return two (N,) arrays of 0 and 1 for the images of a report: correct without attack, and correct under all attacks.
 
-    None where they are not known: a file is missing or cut, or says something else than the report.
+    Return None if a file is missing, truncated or inconsistent with the report.
     """
     for file in sorted(folder.rglob("report.json")):
         found = json_or_nothing(file)
@@ -167,14 +167,14 @@ def _sizes(summary: Mapping[str, Any]) -> set[int]:
 
 
 def _validation_metrics(cell: Cell, entry: Entry, last: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
-    """What the last epoch's validation says of the same weights, where the images and their size are the same."""
+    """Return the metrics of the last epoch's validation of the same weights, if images and image size are the same."""
     for name, (key, n) in _validations(cell, entry).items():
         if is_share(last.get(key)):
             yield name, Value(last[key], n)
 
 
 def _validations(cell: Cell, entry: Entry) -> dict[str, tuple[str, int]]:
-    """Metric → its key in the record of the last epoch, and the number of images where it counts."""
+    """Return metric → key in the record of the last epoch, and the number of images (0: unknown)."""
     config = cell.config
     size = str(config.validation.resolution)
     if dict(entry.flags).get("eval.img_size", size) != size:
@@ -193,14 +193,14 @@ def _oddities(last: Mapping[str, Any]) -> list[str]:
 
 
 def _last_epoch(log: Path) -> dict[str, Any]:
-    """The record of the last epoch; {} where there is none."""
+    """Return the record of the last epoch, {} if there is none."""
     with suppress(OSError):
         return ([{}] + read_log(log, "epoch"))[-1]
     return {}
 
 
 def _whole_provenance(found: Any) -> Mapping[str, Any]:
-    """What `common.provenance` wrote; {} where that is damaged."""
+    """Return a record of `common.provenance`, {} if it is damaged."""
     if not isinstance(found, dict):
         return {}
     versions, devices = found.get("versions", {}), found.get("devices", [])

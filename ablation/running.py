@@ -1,8 +1,8 @@
-"""Train and evaluate the cells of a grid, several at a time, on this machine and on others that share the folder.
+"""Train and evaluate the cells of a grid in parallel, on this machine and on others that share the folder.
 
-A cell is claimed by a lock in its folder, so any number of programs may work on one grid: each takes the next cell that is
-ready, unfinished and unclaimed. Finished trainings and evaluations are found on the disk and skipped; interrupted ones go on
-where they were, as train.py and runner_aa_eval.py do.
+A lock in its folder marks a cell as taken, so several programs can work on one grid. Each program takes the next cell that
+is ready, unfinished and not taken. Trainings and evaluations that are finished on disk are skipped. train.py and
+runner_aa_eval.py resume interrupted ones.
 """
 
 from __future__ import annotations
@@ -30,42 +30,42 @@ from common.provenance import PROJECT, commit
 from training.stop import STOPPED
 
 RECORD = "record.json"
-# What a summary reads of an evaluation's report, besides shares.
+# Keys of an evaluation's report that a summary reads, besides the accuracies.
 REPORT = {"norm": str, "eps": (int, float), "seed": int, "attacks": list, "n": int, "data": dict}
-DIVERGED = 3  # exit status of train.py, which another try would only repeat
+DIVERGED = 3  # exit status of train.py; training again would diverge again
 POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one cell at a time runs: a GPU, "" for the CPU, and the threads it has."""
+    """A slot for one cell at a time: a GPU ("" for the CPU) and a number of CPU threads."""
 
     gpu: str
     threads: int
 
     def environment(self) -> dict[str, str]:
         more = {"CUDA_VISIBLE_DEVICES": self.gpu, "OMP_NUM_THREADS": str(self.threads)}
-        # OpenMP's threads spin while they wait, which slows several busy programs on one machine down; spin only briefly.
+        # Waiting OpenMP threads spin, which slows down other busy programs on the machine. Let them spin only briefly.
         return {"GOMP_SPINCOUNT": "10000", **os.environ, **more}
 
     def eval_flags(self) -> list[str]:
         if self.gpu:
-            return ["--eval.gpus=0"]  # the only one it sees; "auto" would wait for the other runs on it
+            return ["--eval.gpus=0"]  # the only visible GPU; "auto" would wait for other runs on it
         return ["--eval.gpus=none", f"--eval.workers={self.threads}"]
 
 
-# ------------------------------------------------------------------------------------------- what is on the disk
+# ------------------------------------------------------------------------------------------- state on disk
 def json_or_nothing(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; {} where it is missing or damaged, or holds something else."""
+    """Return the mapping in a JSON file, {} if the file is missing, damaged or not a mapping."""
     with suppress(UserError):
         return read_json(path) or {}
     return {}
 
 
 def read_record(cell: Cell) -> dict[str, dict[str, Any]]:
-    """What is known of a cell: `stages`, which holds for `train` and each evaluation `status`, `reason` and `seconds`.
+    """Return the record of a cell: `stages` with `status`, `reason` and `seconds` of `train` and of each evaluation.
 
-    Stages that are damaged are left out.
+    Damaged stages are omitted.
     """
     stages = json_or_nothing(cell.folder / RECORD).get("stages")
     stages = stages if isinstance(stages, dict) else {}
@@ -73,12 +73,12 @@ def read_record(cell: Cell) -> dict[str, dict[str, Any]]:
 
 
 def train_status(cell: Cell) -> str:
-    """The status that train.py left: running, stopped, finished, failed, diverged; "" before it ran, or if it is damaged."""
+    """Return the status in the run folder: running, stopped, finished, failed or diverged; "" if missing or damaged."""
     return str(json_or_nothing(cell.run_folder / "status.json").get("status", ""))
 
 
 def has_its_images(cell: Cell) -> bool:
-    """Whether the run was trained on images that lie where the cell's do; else train.py has to look at them."""
+    """Return whether the run was trained on images at the cell's path; if not, train.py has to check the images."""
     try:
         before = json_or_nothing(cell.run_folder / "params.json")["data"]["train_dataset"]
     except (KeyError, TypeError):  # damaged
@@ -87,14 +87,14 @@ def has_its_images(cell: Cell) -> bool:
 
 
 def evaluation_summary(cell: Cell, entry: Entry) -> dict[str, Any] | None:
-    """summary.json of a finished evaluation; None where there is none, or a damaged one."""
+    """Return summary.json of a finished evaluation, None if it is missing or damaged."""
     summary = json_or_nothing(cell.eval_folder(entry) / "summary.json")
     reports = summary.get("evaluations")
     return summary if isinstance(reports, list) and all(map(_is_report, reports)) else None
 
 
 def is_share(value: Any) -> bool:
-    """Whether it is a number in [0, 1]."""
+    """Return whether `value` is a number in [0, 1]."""
     return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
@@ -105,7 +105,7 @@ def _is_call(call: Any) -> bool:
 
 
 def _is_report(report: Any) -> bool:
-    """Whether it is the report of one evaluation."""
+    """Return whether `report` is the report of one evaluation."""
     if not isinstance(report, dict) or any(not isinstance(report.get(key), kind) for key, kind in REPORT.items()):
         return False
     shares = is_share(report.get("clean_acc")) and is_share(report.get("robust_acc"))
@@ -119,20 +119,20 @@ def is_finished(cell: Cell) -> bool:
 
 # --------------------------------------------------------------------------------------------------- scheduling
 class Runner:
-    """Works on cells until all are finished, failed, or claimed by programs that never end."""
+    """Scheduler that trains and evaluates cells until all are finished or failed."""
 
     def __init__(self, cells: Sequence[Cell], slots: Sequence[Place], *, on_change: Callable[[], None]) -> None:
-        """`on_change` is called, in this thread, after each cell."""
+        """Prepare the runner; `run` calls `on_change` after each cell, in its own thread."""
         self._cells, self._slots, self._on_change = list(cells), list(slots), on_change
         self._children: set[subprocess.Popen] = set()
-        self._guard = threading.RLock()  # a signal may come while stop() holds it
+        self._guard = threading.RLock()  # reentrant: a signal may arrive inside stop()
         self._stopping = False
 
     def run(self) -> int:
-        """Returns an exit status: 0 all are finished; 1 some failed, or could not start for one that did; 75 stopped."""
+        """Run all cells and return the exit status: 0 all finished; 1 some failed, or start from a failed one; 75 stopped."""
         state = {(cell.arm.name, cell.seed): "finished" if is_finished(cell) else "open" for cell in self._cells}
         if done := sum(value == "finished" for value in state.values()):
-            say(f"{done} of {len(state)} runs finished before, skipped.")
+            say(f"{done} of {len(state)} runs are already finished and skipped.")
         free, busy = list(self._slots), {}
         with ThreadPoolExecutor(len(self._slots)) as pool:
             try:
@@ -149,13 +149,13 @@ class Runner:
         return STOPPED if self._stopping else int("failed" in state.values())
 
     def _start(self, state: dict, free: list[Place], busy: dict[Future, tuple], pool: ThreadPoolExecutor) -> bool:
-        """Give every free slot a cell, as far as there are any."""
+        """Start a cell on every free slot, as long as cells are ready; return whether any started."""
         started = False
         for cell in self._cells:
             key = (cell.arm.name, cell.seed)
             if state[key] != "open" or not free:
                 continue
-            if is_finished(cell):  # by another program
+            if is_finished(cell):  # finished by another program
                 state[key] = "finished"
                 continue
             if cell.parent and train_status(cell.parent) != "finished":
@@ -180,7 +180,7 @@ class Runner:
             self._on_change()
 
     def stop(self) -> None:
-        """Ask what runs to save its state and end; nothing starts any more."""
+        """Ask the running programs to save their state and exit, and start no others."""
         self._stopping = True
         with self._guard:
             children = list(self._children)
@@ -190,13 +190,13 @@ class Runner:
 
     # -------------------------------------------------------------------------------- one cell, in a thread
     def _work(self, cell: Cell, slot: Place, lock: BinaryIO) -> bool:
-        """Train, then evaluate; returns whether all of it is finished."""
+        """Train, then evaluate; return whether both are finished."""
         with lock:
             if not self._train(cell, slot, lock):
                 return False
             done = [
                 self._evaluate(cell, entry, slot, lock) for entry in cell.entries()
-            ]  # one that fails stops no other
+            ]  # a failure does not stop the others
             return all(done)
 
     def _train(self, cell: Cell, slot: Place, lock: BinaryIO) -> bool:
@@ -221,7 +221,7 @@ class Runner:
         )
 
     def _call(self, cell: Cell, stage: str, argv: list[str], slot: Place, lock: BinaryIO) -> bool:
-        """Run a program of the project; what it prints goes to a file."""
+        """Run a program of the project with its output in a file; return whether it succeeded."""
         output = cell.folder / f"{stage}.out"
         began = time.monotonic()
         with open(output, "ab") as file:
@@ -234,15 +234,15 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=file,
-                    start_new_session=True,  # Ctrl-C reaches it once, through stop()
-                    pass_fds=[lock.fileno()],  # it goes on holding the cell, should this program be killed
+                    start_new_session=True,  # Ctrl-C reaches the child only through stop()
+                    pass_fds=[lock.fileno()],  # the child keeps the lock if this program is killed
                 )
                 self._children.add(child)
             status = child.wait()
             with self._guard:
                 self._children.discard(child)
         seconds = time.monotonic() - began
-        if status == STOPPED:  # a file `stop`, or the end of a Slurm job: what comes next would stop too
+        if status == STOPPED:  # a file `stop`, or the end of a Slurm job: later programs would stop too
             self.stop()
         if self._stopping and status != 0:
             note(cell, stage, "stopped", "stopped on request", seconds)
@@ -251,12 +251,12 @@ class Runner:
         reason = "" if status == 0 else f"status {status}: {_last_words(output)}"
         note(cell, stage, name, reason, seconds)
         if status:
-            say(f"{cell}: {stage} {name}, {reason} (all of it: {output})")
+            say(f"{cell}: {stage} {name}, {reason} (full output: {output})")
         return status == 0
 
 
 def note(cell: Cell, stage: str, status: str, reason: str, seconds: float) -> None:
-    """Add a call to the cell's record; its seconds add up over restarts."""
+    """Write a stage to the cell's record; seconds accumulate over restarts."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     record = read_record(cell)
     stages = record["stages"]
@@ -267,7 +267,7 @@ def note(cell: Cell, stage: str, status: str, reason: str, seconds: float) -> No
 
 
 def _claim(cell: Cell) -> BinaryIO | None:
-    """The lock of a cell that nobody works on; None for any other."""
+    """Take the lock of a cell; return None if another program has it."""
     with writable("--out", cell.folder):
         cell.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -277,7 +277,7 @@ def _claim(cell: Cell) -> BinaryIO | None:
 
 
 def _last_words(output: Path) -> str:
-    """The last line of a program's output, or its last error."""
+    """Return the last error in a program's output, or else its last line."""
     lines = [
         line.strip() for line in output.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()
     ]
@@ -286,13 +286,13 @@ def _last_words(output: Path) -> str:
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def stopping_on_signals(runner: Runner) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT stop the runner; gives a list that then holds the signal."""
+    """Stop the runner on SIGTERM and SIGINT; yield a list that receives the signal."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:

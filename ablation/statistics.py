@@ -11,12 +11,12 @@ from scipy.stats import t
 
 LEVEL = 0.95
 Z95 = 1.96
-RULE_OF_THREE = 3.0  # what was never seen in n images may yet happen to 3 / n of them, at 95 %
+RULE_OF_THREE = 3.0  # an event not seen in n images has a rate of at most 3 / n, at 95 % confidence
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Of one value a seed, in [0, 1]; `sd` over seeds (n − 1), None for a single one."""
+    """Mean of one value in [0, 1] per seed; `sd` over seeds (n − 1), None for a single seed."""
 
     mean: float
     sd: float | None
@@ -28,10 +28,10 @@ class Difference:
     """Mean over seeds of paired differences, each in [−1, 1].
 
     Attributes:
-        mean: of them.
-        ci95: Student's t over seeds: what training again with other seeds would give on the same images; None for one seed.
-        ci95_images: what other test images would give with the same networks: normal, over images whose verdicts are paired where
-            they are known, else binomial and unpaired; None where the number of images is not known.
+        mean: mean of the differences.
+        ci95: Student's t interval over seeds, for training with other seeds and the same images; None for one seed.
+        ci95_images: normal interval over images, for other test images and the same networks; paired by image if verdicts are
+            known, else binomial and unpaired; None if the number of images is unknown.
         seeds: number of pairs.
     """
 
@@ -43,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Value:
-    """One metric of one network: a share in [0, 1], of so many images, and (N,) 0 or 1 for each, where known."""
+    """One metric of one network: a share in [0, 1] of `n` images, and (N,) 0 or 1 per image, if known."""
 
     share: float
     n: int
@@ -51,15 +51,16 @@ class Value:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Mean and standard deviation of at least one value."""
+    """Return mean and standard deviation of at least one value."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Mean(float(np.mean(values)), sd, len(values))
 
 
 def t_interval(values: Sequence[float], *, grain: float = 0.0) -> tuple[float, float] | None:
-    """Student's 95 % interval of the mean; None for fewer than two values.
+    """Return Student's 95 % interval of the mean, None for fewer than two values.
 
-    Values are multiples of `grain`: a few that happen to be equal still have the spread of the rounding.
+    Values are multiples of `grain`. The standard deviation is at least that of the rounding, so equal values do not give a zero
+    interval.
     """
     if len(values) < 2:
         return None
@@ -70,13 +71,13 @@ def t_interval(values: Sequence[float], *, grain: float = 0.0) -> tuple[float, f
 
 
 def paired(terms: Sequence[tuple[int, Mapping[int, Value]]]) -> Difference | None:
-    """Sum of signed metrics, paired by seed: [(−1, a), (+1, b)] is the difference b − a.
+    """Return the sum of signed metrics, paired by seed: [(−1, a), (+1, b)] is the difference b − a.
 
     Args:
         terms: (sign, seed → value).
 
     Returns:
-        None where no seed has all of them.
+        None if no seed has all metrics.
     """
     seeds = sorted(set.intersection(*(set(values) for _, values in terms)))
     if not seeds:
@@ -97,7 +98,7 @@ def _over_images(terms: Sequence[tuple[int, Mapping[int, Value]]], seeds: Sequen
         by_image = sum(sign * np.mean([v.images for v in row], axis=0) for (sign, _), row in zip(terms, values))
         spread = float(np.std(by_image, ddof=1)) / math.sqrt(len(by_image)) if len(by_image) > 1 else 1.0
         error = max(spread, RULE_OF_THREE / Z95 / len(by_image))
-    else:  # the networks of different seeds were tried on the same images: no smaller an error for having several
+    else:  # all seeds share the test images, so several seeds do not reduce the error
         shares = [float(np.mean([v.share for v in row])) for row in values]
         error = math.sqrt(sum(p * (1 - p) / min(v.n for v in row) for p, row in zip(shares, values)))
         error = max(error, RULE_OF_THREE / Z95 / min(v.n for row in values for v in row))

@@ -1,12 +1,13 @@
-"""A part of a data set as class folders, for short runs.
+"""Export of a part of a data set as class folders, for short runs.
 
     python -m ablation.subset torch/CIFAR10 images/cifar10/train --root images --split train --per-class 1000
     python -m ablation.subset torch/CIFAR10 images/cifar10/val --root images --split train --per-class 100 --skip 4500
     python -m ablation.subset torch/CIFAR10 images/cifar10/test --root images --split test  --per-class 100
 
-SOURCE is anything that `data.train_dataset` takes and that can be read in any order. Of each class, images number `skip` to
-`skip + per_class` of an order shuffled once and for all are written, as the bytes of the source's files, else as PNG: so parts
-of one split with different `--skip` do not overlap, and more images are those of fewer and others. An existing folder is refused.
+SOURCE is any data set that `data.train_dataset` accepts, except streams. The order of each class's images is shuffled with a
+fixed seed, and images `skip` to `skip + per_class` are written: the bytes of the source's files, or PNG where there are none.
+Parts of one split with disjoint ranges do not overlap. A larger `--per-class` includes the images of a smaller one.
+The output folder must not exist.
 
 Exit status: 0; 2 wrong input.
 """
@@ -33,16 +34,16 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line (without the program's name); returns the exit status."""
+    """Run one command line (without the program's name) and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m ablation.subset", description="A part of a data set as class folders."
+        prog="python -m ablation.subset", description="Export a part of a data set as class folders."
     )
     parser.add_argument("source", help="data set, as for data.train_dataset")
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("out", type=Path, help="output folder; must not exist")
     parser.add_argument("--split", default="train", help="name of the split (default train)")
-    parser.add_argument("--root", default="", help="where the data set's files are (data.root)")
-    parser.add_argument("--per-class", type=int, required=True, help="images of each class")
-    parser.add_argument("--skip", type=int, default=0, help="leave out so many of each class first")
+    parser.add_argument("--root", default="", help="folder of the data set's files (data.root)")
+    parser.add_argument("--per-class", type=int, required=True, help="images per class")
+    parser.add_argument("--skip", type=int, default=0, help="images to skip at the start of each class")
     arguments = parser.parse_args(argv)
     try:
         count = write_subset(**vars(arguments))
@@ -54,15 +55,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_subset(source: str, out: Path, *, split: str, root: str, per_class: int, skip: int) -> int:
-    """Write the folder `out`, whole or not at all; returns the number of images.
+    """Write the folder `out`, completely or not at all, and return the number of images.
 
     Raises:
-        UserError: no such data set, or one that can only be read in order; too few images of a class; `out` exists.
+        UserError: unknown data set, or one that can only be read in order; a class with too few images; `out` exists.
     """
     if per_class < 1 or skip < 0:
-        raise UserError(f"--per-class, --skip: expected at least 1 and 0, got {per_class} and {skip}.")
+        raise UserError(f"--per-class, --skip: expected at least 1 and at least 0, got {per_class} and {skip}.")
     if out.exists():
-        raise UserError(f"{out} exists already; expected a folder to be made.")
+        raise UserError(f"{out} exists already; expected the path of a new folder.")
     with blame("source"):
         opened = open_source(source, split="train" if split == "train" else "val", root=root, split_name=split)
     if isinstance(opened, StreamSource):
@@ -84,12 +85,12 @@ def write_subset(source: str, out: Path, *, split: str, root: str, per_class: in
 
 
 def _write_class(source: Source, number: int, folder: Path, part: slice) -> int:
-    """Write the images of one class into a folder of its name."""
+    """Write the images of one class into a folder with the class's name; return their number."""
     width = len(str(source.num_classes - 1))
     name = source.class_names[number] if source.class_names else f"{number:0{width}d}"
     of_class = np.flatnonzero(source.labels == number)
     bits = np.random.MT19937(derive_seed("subset", number, len(of_class)))
-    chosen = np.random.RandomState(bits).permutation(of_class)[part]  # numpy never changes RandomState's results
+    chosen = np.random.RandomState(bits).permutation(of_class)[part]  # numpy keeps RandomState's results stable
     if len(chosen) < part.stop - part.start:
         raise UserError(
             f"class {name} has {len(of_class)} images; expected at least {part.stop} (--skip and --per-class)."

@@ -1,4 +1,4 @@
-"""The summary of a grid: Markdown, CSV, JSON, and bars with error bars."""
+"""Summary of a grid: Markdown, CSV, JSON and a bar chart."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NOTHING = "–"
 
 
 class Summary:
-    """Results of a grid, ready for tables."""
+    """Results of a grid with the statistics and tables made from them."""
 
     def __init__(self, grid: Grid, results: Sequence[Result], trainings: Sequence[Training]) -> None:
         self.grid, self.results, self.trainings = grid, list(results), list(trainings)
         self.metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
 
     def values(self, entry: str, metric: str) -> dict[int, Value]:
-        """Seed → value, of the runs that have one."""
+        """Return seed → value for the runs that have the metric."""
         return {r.seed: r.metrics[metric] for r in self.results if r.entry.name == entry and metric in r.metrics}
 
     def mean(self, entry: str, metric: str) -> Mean | None:
@@ -37,7 +37,7 @@ class Summary:
         return mean_of([value.share for value in values.values()]) if values else None
 
     def difference(self, first: str, second: str, metric: str, *, minus: str = "") -> Difference | None:
-        """Second minus first under a metric, seed by seed; less the same under the metric `minus`, if given."""
+        """Return second minus first for a metric, paired by seed; with `minus`, less the same difference for that metric."""
         terms = [(-1, self.values(first, metric)), (1, self.values(second, metric))]
         if minus:
             terms += [(1, self.values(first, minus)), (-1, self.values(second, minus))]
@@ -45,7 +45,7 @@ class Summary:
 
     # ---------------------------------------------------------------------------------------------- tables
     def results_table(self) -> str:
-        """A row for each entry: mean ± standard deviation over seeds, in %."""
+        """Return a table with a row per entry: mean ± standard deviation over seeds, in %."""
         rows = []
         for name in self.grid.entries:
             of_entry = [r for r in self.results if r.entry.name == name]
@@ -59,7 +59,7 @@ class Summary:
         return markdown_table(rows) if rows else "No run is evaluated."
 
     def comparisons_table(self) -> str:
-        """A row for each comparison: mean of the paired differences, in points, with its interval over seeds."""
+        """Return a table with a row per comparison: mean paired difference in points, with its interval over seeds."""
         rows = []
         for first, second in self.grid.compare:
             found = {metric: self.difference(first, second, metric) for metric in self.metrics}
@@ -71,7 +71,7 @@ class Summary:
         return markdown_table(rows)
 
     def problems(self) -> list[str]:
-        """Runs that failed or are odd, one line each; runs that are not there yet, in one line for each entry."""
+        """Return one line per failed or unusual run, and one line per entry with missing runs."""
         lines = [f"{r.entry.name}, seed {r.seed}: {r.status}; {'; '.join(r.notes)}" for r in self.results if r.notes]
         for name in self.grid.entries:
             missing = [str(r.seed) for r in self.results if r.entry.name == name and r.status == "open" and not r.notes]
@@ -80,7 +80,7 @@ class Summary:
         return lines
 
     def setting(self) -> dict[str, Any]:
-        """Commits, versions and hardware that the numbers were made with, and the time they took."""
+        """Return commits, versions and hardware of the results, and the time that they took."""
         known = [p for r in self.results for p in r.provenance] + [t.provenance for t in self.trainings if t.provenance]
         versions: dict[str, set[str]] = {}
         for provenance in known:
@@ -114,11 +114,11 @@ class Summary:
                 "{interval over images}.\n\n" + self.comparisons_table()
             )
         if problems := self.problems():
-            parts.append("Failed, odd and missing runs:\n\n" + "\n".join(f"- {line}" for line in problems))
+            parts.append("Failed, unusual and missing runs:\n\n" + "\n".join(f"- {line}" for line in problems))
         return "\n\n".join([*parts, describe_setting(self.setting())]) + "\n"
 
     def csv(self) -> str:
-        """One line for each entry, seed and metric."""
+        """Return a table with one line per entry, seed and metric."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["run", "arm", "weights", "seed", "status", "metric", "share", "images", "notes"])
@@ -147,12 +147,12 @@ class Summary:
         }
 
     def draw(self, path: Path) -> None:
-        """Bars of all means, as a PNG."""
+        """Draw a bar chart of all means as a PNG file."""
         bars = {name: {m: self.mean(name, m) for m in self.metrics} for name in self.grid.entries}
         draw_bars(path, bars, self.metrics)
 
     def write(self) -> None:
-        """summary.md, summary.csv, summary.json and summary.png into the grid's folder."""
+        """Write summary.md, summary.csv, summary.json and summary.png into the grid's folder."""
         out = self.grid.out
         with writable("--out", out):
             out.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ class Summary:
 
 
 def summarise(grid: Grid) -> Summary:
-    """Read what is there, and write the summary."""
+    """Read the existing results, write the summary and return it."""
     summary = Summary(grid, read_results(grid), read_trainings(grid))
     summary.write()
     return summary
@@ -189,13 +189,13 @@ def show_interval(interval: tuple[float, float]) -> str:
 
 
 def describe_setting(setting: Mapping[str, Any]) -> str:
-    """One paragraph."""
+    """Return one paragraph on hardware, time, commits and versions."""
     if not setting["commits"]:
         return "Nothing has run yet."
     versions = ", ".join(f"{name} {'/'.join(found)}" for name, found in setting["versions"].items())
     commits = ", ".join(commit[:10] + commit[40:] for commit in setting["commits"])
     return (
-        f"{setting['trainings']} trainings, {setting['hours']:.2f} hours with their evaluations, summed over runs, on "
-        f"{', '.join(setting['devices'])} ({'/'.join(map(str, setting['threads']))} threads a run); commit {commits}; "
+        f"{setting['trainings']} trainings, {setting['hours']:.2f} hours including evaluations, summed over runs, on "
+        f"{', '.join(setting['devices'])} ({'/'.join(map(str, setting['threads']))} threads per run); commit {commits}; "
         f"Python {'/'.join(setting['python'])}, {versions}."
     )

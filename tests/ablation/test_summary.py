@@ -155,7 +155,7 @@ def test_evidence(summary: Summary, tmp_path: Path) -> None:
         ({"claim": "x", "compare": [["a"], "b"], "metric": "clean"}, "expected two of a, b, c, d, e; got [['a'], 'b']"),
         (
             {"claim": "x", "compare": ["a", "b"], "metric": ["clean"]},
-            "metric: expected what a and b are both evaluated",
+            "metric: expected a metric that both a and b have",
         ),
         (
             {"claim": "x", "compare": ["a", "b"], "metric": "nonsense"},
@@ -163,7 +163,7 @@ def test_evidence(summary: Summary, tmp_path: Path) -> None:
         ),
         (
             {"claim": "x", "compare": ["a", "b"], "metric": "clean", "minus": "Linf 4/255"},
-            "minus: expected what a and b",
+            "minus: expected a metric that both a and b have",
         ),
         ({"claim": ["x"], "compare": ["a", "b"], "metric": "clean"}, "claim 1: claim: expected text"),
         ({"claim": "x", "paper": {}, "compare": ["a", "b"], "metric": "clean"}, "paper: expected text or a number"),
@@ -183,7 +183,7 @@ def test_claims_that_are_refused(summary: Summary, tmp_path: Path, claim: dict, 
         ({"claims": []}, "a list `claims` of at least one claim"),
         ({"text": 5}, "text: expected text, got 5"),
         ({"notes": ["x"]}, "notes: expected text, got ['x']"),
-        ({"commands": "bash x"}, "commands: expected a list of texts, got 'bash x'"),
+        ({"commands": "bash x"}, "commands: expected a list of strings, got 'bash x'"),
     ],
 )
 def test_claims_files_that_are_refused_before_training(summary: Summary, tmp_path: Path, capsys, more, words) -> None:
