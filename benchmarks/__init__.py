@@ -1,1 +1,1 @@
-"""Measured claims: each script prints a table; `--quick` for a small run, `--json FILE` to keep the figures."""
+"""Benchmarks: each script prints a table. `--quick` makes a small run, `--json FILE` writes the figures to a file."""

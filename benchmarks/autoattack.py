@@ -1,11 +1,11 @@
-"""The runner against plain pyautoattack on the same network and images, in turns.
+"""Benchmark of runner_aa_eval.py against plain pyautoattack on the same network and images, in interleaved runs.
 
     python -m benchmarks.autoattack [--quick] [--json FILE] [--repeats 5] [--model RUN_FOLDER]
-    python -m benchmarks.autoattack --cuda-model weights.pt --cuda-data /data/imagenet       with a GPU
+    python -m benchmarks.autoattack --cuda-model weights.pt --cuda-data /data/imagenet       on a GPU
 
-On the CPU: held-out digits, one thread a process, wall time of whole programs. Without --model a small network is trained first.
-On a GPU also ConvNeXt-B with ConvStem at 224 pixels. Its weights must be robust ones: of a network that falls at
-the first attack, verdicts and times say nothing. Without them, a few attack steps on random weights are timed.
+On the CPU: held-out digits, one thread per process, wall time of whole programs. Without --model a small network is trained
+first. On a GPU also ConvNeXt-B with ConvStem at 224 pixels, with robust weights: if the first attack breaks all images,
+verdicts and times are not meaningful. Without such weights, a few attack steps on random weights are timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from common.precision import float32_matmul
 from evaluation.autoattack import perturb, standard_autoattack
 from zoo.models import build_model
 
-# Enough robustness for a good part of the images to stand against all attacks, in about 20 seconds of training.
+# About 20 seconds of training, after which a good part of the images withstands all attacks.
 TRAINING = (
     "--training.epochs=5",
     "--adv.eps_warmup_epochs=3",
@@ -49,14 +49,14 @@ DIGITS = (
 )
 FULL = ("--eval.n_ex=6", "--eval.batch_size=1", "--eval.fullaa=1")
 QUICK = ("--eval.n_ex=4", "--eval.batch_size=2", "--eval.fullaa=0")
-TOO_SMALL = "--quick: starting the programs takes longer than the attacks"
+TOO_SMALL = "--quick: program start-up takes longer than the attacks"
 IMAGENET_EPS = 4 / 255
 STEPS, STEP_IMAGES = 20, 64
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation: wall seconds of the whole program, verdict by position, share of worker time outside attacks (ours)."""
+    """One evaluation: wall seconds of the program, verdict by position, share of worker time outside attacks (runner only)."""
 
     seconds: float
     verdicts: dict[int, str]
@@ -64,7 +64,7 @@ class Run:
 
 
 def run_plain(flags: Sequence[str], folder: Path) -> Run:
-    """pyautoattack's own loop, in a new process."""
+    """Run pyautoattack's own loop in a new process."""
     arguments = ["-m", "benchmarks.plain_autoattack", *flags, f"--eval.out={folder}"]
     seconds = run_program(arguments, env=environment())
     with open(folder / "verdicts.csv", newline="") as file:
@@ -72,7 +72,7 @@ def run_plain(flags: Sequence[str], folder: Path) -> Run:
 
 
 def run_ours(flags: Sequence[str], folder: Path) -> Run:
-    """runner_aa_eval.py in a new process."""
+    """Run runner_aa_eval.py in a new process."""
     seconds = run_program(["runner_aa_eval.py", *flags, f"--eval.out={folder}"], env=environment())
     (report,) = folder.rglob("report.json")
     figures = json.loads(report.read_text())
@@ -83,13 +83,13 @@ def run_ours(flags: Sequence[str], folder: Path) -> Run:
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    """All rows."""
+    """Measure all rows, on the CPU and on a GPU."""
     with tempfile.TemporaryDirectory(prefix="autoattack") as folder:
         return [*on_cpu(arguments, Path(folder)), *on_gpu(arguments, Path(folder))]
 
 
 def on_cpu(arguments: argparse.Namespace, folder: Path) -> list[Row]:
-    """`repeats` rounds of plain, one worker, two workers; ratios are formed within a round."""
+    """Measure `repeats` rounds of plain, one worker and two workers; ratios are taken within a round."""
     network = arguments.model or train_on_digits(folder, "demo_robust", *TRAINING)
     flags = [f"--eval.model_in={network}", *DIGITS, *(QUICK if arguments.quick else FULL)]
     plain, one, two = [], [], []
@@ -119,7 +119,7 @@ def on_cpu(arguments: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def on_gpu(arguments: argparse.Namespace, folder: Path) -> list[Row]:
-    """tf32, channels_last and compilation against true float32."""
+    """Measure tf32, channels_last and compilation against true float32."""
     speedup, differing = ("cuda_speedup", "times plain", ">= 1.8"), ("cuda_differing", "verdicts of 512", "<= 3")
 
     def rows(
@@ -139,8 +139,8 @@ def on_gpu(arguments: argparse.Namespace, folder: Path) -> list[Row]:
             size=224,
             device=torch.device("cuda"),
         )
-        note = f"{STEPS} steps of APGD-CE on random weights, batches of {STEP_IMAGES}; without start and compilation"
-        return rows(ratio, None, note, "needs --cuda-model and --cuda-data: random weights withstand nothing")
+        note = f"{STEPS} steps of APGD-CE on random weights, batches of {STEP_IMAGES}; without start-up and compilation"
+        return rows(ratio, None, note, "needs --cuda-model and --cuda-data: random weights are not robust")
     flags = [
         f"--eval.model_in={arguments.cuda_model}",
         "--model.arch=convnext_base",
@@ -155,15 +155,15 @@ def on_gpu(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     ]
     plain = run_plain(flags, folder / "cuda_plain")
     fast = ("--eval.precision=tf32", "--eval.channels_last=1", "--eval.compile=1")
-    ours = run_ours([*flags, *fast], folder / "cuda_ours")
-    differ = sum(ours.verdicts[position] != verdict for position, verdict in plain.verdicts.items())
+    found = run_ours([*flags, *fast], folder / "cuda_ours")
+    differ = sum(found.verdicts[position] != verdict for position, verdict in plain.verdicts.items())
     what = f"{len(plain.verdicts)} images, {'all' if arguments.cuda_fullaa else 'first two'} attacks"
-    note = f"{what}, plain {plain.seconds:.0f} s, ours {ours.seconds:.0f} s"
-    return rows(plain.seconds / ours.seconds, differ, note, what, counts=not arguments.quick)
+    note = f"{what}, plain {plain.seconds:.0f} s, this implementation {found.seconds:.0f} s"
+    return rows(plain.seconds / found.seconds, differ, note, what, counts=not arguments.quick)
 
 
 def time_steps(model: nn.Module, *, size: int, device: torch.device) -> float:
-    """How many times faster steps of APGD-CE are in the fast form; median of three, in turns, after one to warm up."""
+    """Return the speed-up of APGD-CE steps in the fast form: median of three interleaved runs after one warm-up."""
     model = model.to(device).eval().requires_grad_(False)
     x = torch.rand(STEP_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def time_steps(model: nn.Module, *, size: int, device: torch.device) -> float:
             engine.apgd.n_iter = STEPS
             begin = time.perf_counter()
             with float32_matmul(tf32=is_fast):
-                perturb(engine, "apgd-ce", x, y, seed=0).cpu()  # waits for the GPU
+                perturb(engine, "apgd-ce", x, y, seed=0).cpu()  # the copy waits for the GPU
             seconds[is_fast].append(time.perf_counter() - begin)
     return statistics.median(seconds[False][1:]) / statistics.median(seconds[True][1:])
 
@@ -187,10 +187,10 @@ def time_steps(model: nn.Module, *, size: int, device: torch.device) -> float:
 if __name__ == "__main__":
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, help="rounds (default 5; 1 with --quick)")
-    parser.add_argument("--model", type=Path, help="run folder or weights of a network for digits; default: train one")
+    parser.add_argument("--model", type=Path, help="run folder or weights of a digits network (default: train one)")
     parser.add_argument("--cuda-model", type=Path, help="robust weights of ConvNeXt-B with ConvStem")
     parser.add_argument("--cuda-data", help="validation images of ImageNet, as data.val_dataset")
-    parser.add_argument("--cuda-images", type=int, default=512, help="how many of them")
+    parser.add_argument("--cuda-images", type=int, default=512, help="number of validation images")
     parser.add_argument(
         "--cuda-fullaa", type=int, choices=(0, 1), default=1, help="1: all four attacks; 0: the first two"
     )

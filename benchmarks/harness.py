@@ -1,4 +1,4 @@
-"""What every benchmark does alike: options, timed programs, rows of figures, and where they go."""
+"""Common parts of all benchmarks: options, timed programs, rows of figures and their output."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from common.provenance import PROJECT, provenance
 from common.tables import markdown_table
 from training.config import TrainConfig
 
-TAIL = 2000  # characters of a failed program's output that are shown
+TAIL = 2000  # characters of a failed program's output to show
 CHECKS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, "==": operator.eq}
 
 Row = dict[str, Any]
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have."""
+    """Return a parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="a small run that shows that all works; few figures count")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--quick", action="store_true", help="a small test run; most targets are not checked")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     return parser
 
 
@@ -45,15 +45,15 @@ def row(
     note: str = "",
     counts: bool = True,
 ) -> Row:
-    """One figure: the median of several runs, with their spread.
+    """Return a row with one figure: the median of several runs, with their spread.
 
     Args:
-        name: of the row.
-        figures: one a run; None where it could not be measured (`note` says why).
-        unit: of the figure.
-        target: such as "<= 1.05"; None where there is none.
-        note: what a reader should know.
-        counts: False where this run is too small to hold the figure against its target.
+        name: name of the row.
+        figures: one value per run; None if it could not be measured (`note` says why).
+        unit: unit of the figure.
+        target: condition such as "<= 1.05"; None for no target.
+        note: remark for the reader.
+        counts: False if this run is too small to check the figure against its target.
     """
     figure = None if figures is None else statistics.median(figures)
     ok = None
@@ -73,7 +73,7 @@ def row(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+    """Return the rows as a Markdown table."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"
@@ -95,14 +95,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def publish(rows: Sequence[Row], path: Path | None, started: Mapping[str, str]) -> int:
-    """Print the rows, write them to `path` if there is one; returns the exit status: 1 where a target is missed.
+    """Print the rows and write them to `path`, if given; return the exit status: 1 if a target is missed.
 
-    `started`: when, and from which commit, the program was.
+    `started`: start time and commit of the program.
     """
     print(table(rows))
     if path is not None:
         measured_with = provenance() | started
-        del measured_with["command"]  # names of folders that exist on one machine only
+        del measured_with["command"]  # contains folders of this machine
         content = {"device": ", ".join(measured_with.pop("devices")), **measured_with, "rows": list(rows)}
         with writable("--json", path):
             write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
@@ -110,10 +110,10 @@ def publish(rows: Sequence[Row], path: Path | None, started: Mapping[str, str]) 
 
 
 def main(measure: Callable[[argparse.Namespace], Sequence[Row]], arguments: argparse.Namespace) -> int:
-    """Measure and publish; returns the exit status."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # end programs on the way out
+    """Measure and publish; return the exit status."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # also ends child programs
     try:
-        if arguments.json is not None:  # a folder that cannot be had shows now, not after the measurements
+        if arguments.json is not None:  # report an unusable folder before the measurements
             with writable("--json", arguments.json.parent):
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
         started = {name: value for name, value in provenance().items() if name in ("started", "commit")}
@@ -124,22 +124,22 @@ def main(measure: Callable[[argparse.Namespace], Sequence[Row]], arguments: argp
 
 
 def environment() -> Mapping[str, str]:
-    """The environment of measured programs: one thread a process, OpenMP's threads not spinning while they wait."""
+    """Return the environment of measured programs: one thread per process; OpenMP's threads do not spin while they wait."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
 
 
 def run_program(arguments: Sequence[str], *, env: Mapping[str, str] | None = None) -> float:
-    """Run a Python program in the project's root; returns its wall time in seconds.
+    """Run a Python program in the project's root and return its wall time in seconds.
 
     Raises:
-        UserError: it failed, the end of its output is in the message; or it trained uncompiled where it was to be compiled.
+        UserError: the program failed (the message has the end of its output), or it fell back to uncompiled training.
     """
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=PROJECT, env=env, capture_output=True, text=True)
     seconds = time.perf_counter() - begin
     if done.returncode != 0:
         raise UserError(
-            f"{arguments[0]} ended with status {done.returncode}: {done.stderr[-TAIL:] or done.stdout[-TAIL:]}"
+            f"{arguments[0]} failed with exit status {done.returncode}: {done.stderr[-TAIL:] or done.stdout[-TAIL:]}"
         )
     uncompiled = [line for line in done.stderr.splitlines() if "training runs uncompiled" in line]
     if uncompiled:
@@ -148,7 +148,7 @@ def run_program(arguments: Sequence[str], *, env: Mapping[str, str] | None = Non
 
 
 def train_on_digits(folder: Path, config: str, *flags: str) -> Path:
-    """Train the network of configs/<config>.yaml with train.py; returns its run folder in `folder`."""
+    """Train the network of configs/<config>.yaml with train.py and return its run folder in `folder`."""
     argv = ["--config-file", str(PROJECT / "configs" / f"{config}.yaml"), f"--logging.folder={folder}", *flags]
     print(f"training a network ({config}) …", file=sys.stderr)
     run_program(["train.py", *argv])

@@ -1,10 +1,10 @@
-"""How fast training images are decoded and augmented, on one core and on the training device.
+"""Benchmark of decoding and augmentation of training images, on one core and on the training device.
 
     python -m benchmarks.loader --data FOLDER_OR_TAR [--images 240] [--repeats 7] [--quick] [--json FILE]
 
-`--data`: photos as for `data.train_dataset`. Everything runs in turns, in one process with one thread; a repetition's
-ratios are taken within it. Times are of the processor, so that other programs on the machine count little. `heavy`
-augmentation at 224 pixels without mixup, which is the same for both pipelines.
+`--data`: photos as for `data.train_dataset`. All parts run interleaved, in one process with one thread; ratios are taken
+within a repetition. Times are CPU times, so other programs on the machine have little effect. Augmentation is `heavy` at
+224 pixels, without mixup, which is the same for both pipelines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Batch = tuple[torch.Tensor, Draws]
 
 
 def encoded_images(source: Source, count: int) -> list[bytes]:
-    """`count` images that can be decoded, from the beginning again where there are fewer."""
+    """Return `count` encoded images that can be decoded; start again at the first if there are fewer."""
     files = []
     for i in range(min(len(source), count)):
         image = source.image(i)
@@ -49,7 +49,7 @@ def encoded_images(source: Source, count: int) -> list[bytes]:
                 continue
             files.append(image)
     if not files:
-        raise UserError("--data: expected image files, found none that can be decoded.")
+        raise UserError("--data: expected image files, but none can be decoded.")
     return [files[i % len(files)] for i in range(count)]
 
 
@@ -73,7 +73,7 @@ def timed(action: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 
 
 def measure_cpu(files: list[bytes], repeats: int) -> dict[str, list[float]]:
-    """Seconds for all files, by part, one for each repetition. The parts take turns, batch by batch."""
+    """Return the seconds of each part for all files, one value per repetition. The parts are interleaved, batch by batch."""
     timm, fast = (train_pipeline(name, HEAVY, SIZE, **SETTINGS) for name in ("timm", "fast"))
     seconds: dict[str, list[float]] = {name: [] for name in ("timm", "workers", "device")}
     for repeat in range(-1, repeats):
@@ -84,7 +84,7 @@ def measure_cpu(files: list[bytes], repeats: int) -> dict[str, list[float]]:
             took, batch = timed(workers_part, some, fast, repeat)
             sums["workers"] += took
             sums["device"] += timed(device_part, batch)[0]
-        if repeat >= 0:  # the first is to warm up
+        if repeat >= 0:  # the first repetition is a warm-up
             for name, value in sums.items():
                 seconds[name].append(value)
     return seconds
@@ -92,7 +92,7 @@ def measure_cpu(files: list[bytes], repeats: int) -> dict[str, list[float]]:
 
 def cpu_rows(seconds: dict[str, list[float]], images: int, *, counts: bool) -> list[Row]:
     timm, workers, device = (np.array(seconds[name]) for name in ("timm", "workers", "device"))
-    speed = "images/s and core"
+    speed = "images/s per core"
     return [
         row("timm_heavy", list(images / timm), speed, note="data.pipeline=timm: all in the workers"),
         row("workers", list(images / workers), speed, note="data.pipeline=fast: decode, crop, draw"),
@@ -103,7 +103,7 @@ def cpu_rows(seconds: dict[str, list[float]], images: int, *, counts: bool) -> l
 
 
 def device_row(files: list[bytes]) -> Row:
-    """The device's part on a GPU, as training runs it: draws on the host, no waiting in between."""
+    """Measure the device's part on a GPU, as in training: random draws on the host, no sync within a batch."""
     if not torch.cuda.is_available():
         return row("device_part", None, "images/s", ">= 20000", note="needs a GPU")
     fast = train_pipeline("fast", HEAVY, SIZE, **SETTINGS)
@@ -123,7 +123,7 @@ def device_row(files: list[bytes]) -> Row:
 
 
 def crop_differences(files: list[bytes], count: int) -> np.ndarray:
-    """Mean absolute difference, in levels of 255, of each of `count` random crops to Pillow's."""
+    """Return the mean absolute difference of `count` random crops from those of Pillow, in levels of 255."""
     decoder, differences = CropDecoder(), []
     for i in range(count):
         rng, boxes = generator("parity", i), []
@@ -149,7 +149,7 @@ def parity_rows(differences: np.ndarray) -> list[Row]:
 
 
 def workers_memory(source: Source, workers: int, batches: int) -> float:
-    """GiB of this process and its workers together, at most, while they load `batches` batches of the fast pipeline."""
+    """Return the peak memory in GiB of this process and its workers while they load `batches` batches (fast pipeline)."""
     loader = TrainLoader(Repeated(source, batches * BATCH), augmentation=HEAVY, batch_size=BATCH, num_workers=workers)
     most = 0
     for _ in loader.epoch(0, SIZE):
@@ -159,7 +159,7 @@ def workers_memory(source: Source, workers: int, batches: int) -> float:
 
 
 class Repeated(Source):
-    """`count` images of a source, from the beginning again where it has fewer."""
+    """Source of `count` images that repeats the images of another source."""
 
     def __init__(self, source: Source, count: int) -> None:
         super().__init__([source.labels[i % len(source)] for i in range(count)], source.class_names)
@@ -191,9 +191,9 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 
 def parse() -> argparse.Namespace:
-    parser = options("How fast training images are decoded and augmented.")
+    parser = options("Benchmark of decoding and augmentation of training images.")
     parser.add_argument("--data", required=True, help="photos: a folder or tar of class folders")
-    parser.add_argument("--images", type=int, default=240, help="photos a repetition")
+    parser.add_argument("--images", type=int, default=240, help="photos per repetition")
     parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""pyautoattack as its users call it, chunk by chunk; what runner_aa_eval.py is measured against.
+"""Evaluation with plain pyautoattack, chunk by chunk: the baseline for runner_aa_eval.py.
 
     python -m benchmarks.plain_autoattack <flags of runner_aa_eval.py, one network, size and norm>
 
-Writes `eval.out`/verdicts.csv: position and "clean" (misclassified without attack), "broken" or "robust".
+Writes `eval.out`/verdicts.csv: the position and "clean" (misclassified without attack), "broken" or "robust".
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A training step of the published design, to measure ours against: written from a description of what it does.
+"""Training step of the published design, a baseline for this implementation; written from a description of the design.
 
-Eager; float16 with loss scaling on a GPU; the attack runs on the trained network, switched to eval mode and back; its
-bookkeeping indexes with boolean masks and reads values back at every update; channel LayerNorm of the stem as reductions over
-the channels of NCHW tensors; the average of the weights on the host at every step; AdamW as PyTorch makes it by default.
+The step runs eagerly, on a GPU in float16 with loss scaling. The attack runs on the trained network, switched to eval mode and
+back. It indexes with boolean masks and reads values back to the host at every update. The stem's channel LayerNorm reduces over
+the channels of NCHW tensors. The EMA is updated on the host at every step. AdamW has PyTorch's default implementation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils_architecture import ConvStem
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of (B, C, H, W), as sums over dimension 1; takes over the parameters of `norm`."""
+    """LayerNorm over the channels of (B, C, H, W), as reductions over dimension 1; shares the parameters of `norm`."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ChannelNorm(nn.Module):
 
 
 def with_channel_norms(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose ConvStem, if it has one, normalises with `ChannelNorm`."""
+    """Return a copy of `model` whose ConvStem, if any, normalises with `ChannelNorm`."""
     model = copy.deepcopy(model)
     for stem in [module for module in model.modules() if isinstance(module, ConvStem)]:
         for name, layer in list(stem.stem.named_children()):
@@ -42,12 +42,12 @@ def with_channel_norms(model: nn.Module) -> nn.Module:
 
 
 def published_apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, n_iter: int) -> Tensor:
-    """APGD for Linf with boolean masks: (B, C, H, W) in [0, 1], y int64 (B,) → the iterates of highest loss."""
+    """Run APGD for Linf with boolean masks: x (B, C, H, W) in [0, 1], y int64 (B,) → the iterates with the highest loss."""
     mode = model.training
     model.eval()
     every, shortest, shorter = max(int(0.22 * n_iter), 1), max(int(0.06 * n_iter), 1), max(int(0.03 * n_iter), 1)
 
-    def look(x_adv: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def evaluate(x_adv: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         x_adv = x_adv.clone().requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
             losses = F.cross_entropy(
@@ -59,18 +59,18 @@ def published_apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, n_iter
     def project(z: Tensor) -> Tensor:
         return torch.clamp(torch.min(torch.max(z, x - eps), x + eps), 0.0, 1.0)
 
-    losses, gradient = look(x, True)
+    losses, gradient = evaluate(x, True)
     x_adv, x_old, x_best, best, gradient_best = x.clone(), x.clone(), x.clone(), losses.clone(), gradient.clone()
     step = torch.full((len(x), 1, 1, 1), 2 * eps, dtype=x.dtype, device=x.device)
     history = torch.zeros(n_iter + 1, len(x), dtype=losses.dtype, device=x.device)
-    history[0] = -torch.inf  # the first update counts as a rise
+    history[0] = -torch.inf  # the first update counts as an increase
     best_at_check, halved_last, since = best.clone(), torch.ones_like(best, dtype=torch.bool), 0
     for i in range(n_iter):
         z = project(x_adv + step * gradient.sign())
         if i > 0:
             z = project(x_adv + 0.75 * (z - x_adv) + 0.25 * (x_adv - x_old))
         x_old, x_adv = x_adv.clone(), z
-        losses, new = look(x_adv, i + 1 < n_iter)
+        losses, new = evaluate(x_adv, i + 1 < n_iter)
         gradient = new if new is not None else gradient
         better = (losses > best).nonzero().squeeze(1)
         x_best[better], gradient_best[better], best[better] = x_adv[better], gradient[better], losses[better]
@@ -84,18 +84,18 @@ def published_apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, n_iter
                 x_adv[halve], gradient[halve] = x_best[halve].clone(), gradient_best[halve].clone()
             halved_last, best_at_check, since = halve, best.clone(), 0
             every = max(every - shorter, shortest)
-        float(best.sum())  # what it prints, or could
+        float(best.sum())  # read back, as for a printed loss
     model.train(mode)
     return x_best
 
 
 class PublishedTraining:
-    """Network, optimiser, loss scale and average of the published design, starting from a copy of `model`.
+    """Network, optimiser, loss scale and EMA of the published design, starting from a copy of `model`.
 
     Args:
-        model: on its device, in its memory format.
-        arch: its name, for the rule of weight decay.
-        eps, n_iter: of the attack (Linf).
+        model: network, on its device and in its memory format.
+        arch: name of the architecture, for the weight-decay rule.
+        eps, n_iter: radius and steps of the attack (Linf).
     """
 
     def __init__(self, model: nn.Module, *, arch: str, eps: float, n_iter: int) -> None:
@@ -108,7 +108,7 @@ class PublishedTraining:
         self.average = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     def step(self, x: Tensor, y: Tensor) -> float:
-        """One step on images (B, 3, H, W) and labels int64 (B,) of the host; returns the loss."""
+        """Take one step on images (B, 3, H, W) and labels int64 (B,) on the host, and return the loss."""
         x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         y = y.to(self.device, non_blocking=True)
         self.model.train()
@@ -128,5 +128,5 @@ class PublishedTraining:
         return loss.item()
 
     def free(self) -> None:
-        """Let go of the gradients, which the design keeps until its next step: they belong to the memory of a step."""
+        """Free the gradients, so that they count as memory of this step; the design keeps them until its next step."""
         self.optimizer.zero_grad()

@@ -1,10 +1,11 @@
-"""A step of adversarial training: the published design, ours with and without a forward pass reused, ours without attack, in turns.
+"""Benchmark of a step of adversarial training: this implementation against the published design.
 
     python -m benchmarks.train_step --arch convnext_tiny [--quick] [--json FILE]
 
-APGD with 2 steps at Linf 4/255, AdamW, average of the weights, ConvStem where there is one. On a CPU in float32, on a GPU in
-float16 (published) and bfloat16 (ours; `--precision`), where cuDNN tries its convolutions for both. One command an
-architecture; the model's FLOPs count all forward and backward passes of the attack too.
+The steps are interleaved: the published design ("published"), this implementation ("ours") with and without reuse of the
+attack's last forward pass, and this implementation without attack ("clean"). APGD with 2 steps at Linf 4/255, AdamW, EMA, and
+ConvStem where available. Precision on a CPU: float32; on a GPU: float16 (published), bfloat16 (this implementation; see
+`--precision`), both with cuDNN's autotuning. Run one command per architecture. FLOPs include the attack's passes.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ MATMUL_SHARE = {"vit_b": 0.38, "vit_s": 0.28, "convnext_base": 0.22, "convnext_t
 
 
 def forwards(*, reused: bool) -> int:
-    """Work of a step in forward passes: n + 1 forwards and n input-gradients of the attack; forward and backward (two) of training,
-    whose forward pass may be the attack's last."""
+    """Return the work of a step in forward passes.
+
+    The attack: n + 1 forwards and n input gradients. Training: a forward, possibly the attack's last, and a backward (two)."""
     return (N_ITER + 1) + N_ITER + 3 - reused
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One step: wall seconds and CPU seconds of this process."""
+    """Wall seconds and CPU seconds of one step in this process."""
 
     wall: float
     cpu: float
@@ -59,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measured:
-    """Samples of each arm in the order they were taken, and bytes on the GPU at the peak of its step (0 on a CPU)."""
+    """Samples of each arm in measured order, and peak GPU memory of its step in bytes (0 on a CPU)."""
 
     samples: dict[str, list[Sample]]
     memory: dict[str, int]
@@ -68,7 +70,7 @@ class Measured:
 def config_for(
     arguments: argparse.Namespace, *, attack: str, batch_size: int, size: int, precision: str
 ) -> TrainConfig:
-    """The flags of our training."""
+    """Return the training flags of this implementation."""
     stem = arguments.arch in ARCHITECTURES and ARCHITECTURES[arguments.arch].conv_stem is not None
     return load_config(
         TrainConfig,
@@ -93,13 +95,13 @@ def config_for(
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(action: Callable[[], object], device: torch.device, *, times: int = 1) -> Sample:
-    """Seconds of one `action`, taken over `times` in a row."""
+    """Return the seconds per `action`, averaged over `times` consecutive calls."""
     wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
@@ -109,7 +111,7 @@ def timed(action: Callable[[], object], device: torch.device, *, times: int = 1)
 
 
 def measure_arms(arms: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, times: int) -> Measured:
-    """Take steps of all arms in turns, `times` in a row; the first turn warms up and is not counted."""
+    """Interleave the steps of all arms, `times` consecutive steps each; the first round is a warm-up and not counted."""
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     memory = dict.fromkeys(arms, 0)
     on_gpu = device.type == "cuda"
@@ -130,7 +132,7 @@ def measure_arms(arms: dict[str, Callable[[], object]], device: torch.device, *,
 def parts(
     state: TrainState, config: TrainConfig, processes: Processes, batch: Batch, *, repeats: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of the parts of our step, each taken alone, several times."""
+    """Return the milliseconds of each part of this implementation's step, measured separately, `repeats` times."""
     device, precision = processes.device, config.training.precision
 
     def images() -> Tensor:
@@ -140,7 +142,7 @@ def parts(
 
     known = torch.zeros(len(y_there), config.model.num_classes, device=device)
     run = build_attack(config.adv)
-    evaluate_last = (lambda x: known) if state.reuses_forward else None  # that pass is in training's part
+    evaluate_last = (lambda x: known) if state.reuses_forward else None  # counted in the part forward_backward
 
     def attack() -> None:
         with autocast(device, precision):
@@ -169,7 +171,7 @@ def parts(
 
 
 def matmul_rate(device: torch.device, precision: str, *, size: int) -> float:
-    """FLOP/s of the machine's best square product of `size`, in the precision of the step."""
+    """Return the FLOP/s of the fastest of five square matrix products of `size`, in the precision of the step."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b
@@ -177,7 +179,7 @@ def matmul_rate(device: torch.device, precision: str, *, size: int) -> float:
 
 
 def forward_flops(state: TrainState, size: int) -> float:
-    """FLOP of one forward pass of one image (products and convolutions, an addition and a multiplication counted as two)."""
+    """Return the FLOPs of one forward pass of one image (matrix products and convolutions; a multiply-add counts as two)."""
     parameter = next(state.model.parameters())
     x = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -186,7 +188,7 @@ def forward_flops(state: TrainState, size: int) -> float:
 
 
 def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str) -> list[Row]:
-    """All figures for one batch size."""
+    """Measure all figures for one batch size."""
     processes = Processes.alone()
     device = processes.device
     on_gpu = device.type == "cuda"
@@ -202,18 +204,20 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
         x, y = x.pin_memory(), y.pin_memory()
     batch = Batch(x=x, y=y, index=y, failures=[])
     published = PublishedTraining(state.model, arch=arguments.arch, eps=config.adv.eps, n_iter=N_ITER)
-    if asked_for(arguments.trim_last_block, device):  # not of the published network, a copy of the same
+    if asked_for(arguments.trim_last_block, device):  # not in the published network, which is a copy
         trim_last_block(state.model)
     begin = time.perf_counter()
     prepare_networks(state, config, processes, size=size)
     prepared = time.perf_counter() - begin
     if wants_compiled(config, processes) and state.attacked is state.model:
-        raise UserError("training.compile: this machine cannot compile (see above); --compile=0 measures without.")
+        raise UserError(
+            "training.compile: this machine cannot compile (see above). Use --compile=0 to measure without."
+        )
 
     possible = state.reuses_forward
     reuses = possible and asked_for(arguments.reuse_forward, device)
 
-    def ours(flags: TrainConfig, *, reuse: bool) -> Callable[[], object]:
+    def own_step(flags: TrainConfig, *, reuse: bool) -> Callable[[], object]:
         def step() -> None:
             state.reuses_forward = reuse
             train_step(
@@ -233,9 +237,9 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
         published.step(x, y)
         published.free()
 
-    arms = {"published": published_step, "ours": ours(config, reuse=reuses), "clean": ours(clean, reuse=False)}
-    if possible:  # the other way
-        arms["own_forward" if reuses else "reused_forward"] = ours(config, reuse=not reuses)
+    arms = {"published": published_step, "ours": own_step(config, reuse=reuses), "clean": own_step(clean, reuse=False)}
+    if possible:  # the opposite setting
+        arms["own_forward" if reuses else "reused_forward"] = own_step(config, reuse=not reuses)
     repeats = arguments.repeats or (3 if arguments.quick else 10 if on_gpu else 5)
     measured = measure_arms(arms, device, repeats=repeats, times=5 if on_gpu else 1)
     again = images_again(state, arms["ours"])
@@ -249,7 +253,7 @@ def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str
 
 
 def images_again(state: TrainState, step: Callable[[], object]) -> int:
-    """How many images go through the trained network a second time in one more step of ours."""
+    """Take one more step and return how many images pass through the trained network a second time."""
     passes, network = [], state.parallel
 
     def counted(x: Tensor) -> Tensor:
@@ -274,7 +278,7 @@ def rows(
     suffix: str,
     prepared: float,
 ) -> list[Row]:
-    """The figures; ratios are of steps taken one after the other. `ideal_seconds`: of a step's `passes` at the matmul rate."""
+    """Return the rows; ratios compare consecutive steps. `ideal_seconds`: time of a step's `passes` at the matmul rate."""
     on_gpu = torch.cuda.is_available()
     counts = not arguments.quick and not suffix
     wall = {name: [s.wall for s in taken] for name, taken in measured.samples.items()}
@@ -292,8 +296,8 @@ def rows(
         return [a / b for a, b in zip(above, below)]
 
     def figure(kind: str, values: Sequence[float] | None, unit: str, target: str | None = None, note: str = "") -> Row:
-        held = counts and (kind != "time_ratio" or (arguments.arch in CPU_TARGETS and batch_size == 8))
-        return row(f"{kind}_{arguments.arch}{suffix}", values, unit, target, note=note, counts=held)
+        checked = counts and (kind != "time_ratio" or (arguments.arch in CPU_TARGETS and batch_size == 8))
+        return row(f"{kind}_{arguments.arch}{suffix}", values, unit, target, note=note, counts=checked)
 
     reused, own = ("ours", "own_forward") if "own_forward" in wall else ("reused_forward", "ours")
     share = MATMUL_SHARE.get(arguments.arch)
@@ -312,7 +316,7 @@ def rows(
             [ideal_seconds / seconds for seconds in wall["ours"]],
             "of matmul rate",
             f">= {share}" if on_gpu and share else None,
-            f"{passes} forward passes a step, and {again} images once more",
+            f"{passes} forward passes per step, and {again} images a second time",
         ),
         figure(
             "memory_ratio", memory_ratio, "of published", "<= 0.8" if on_gpu else None, "" if on_gpu else "GPU only"
@@ -321,20 +325,20 @@ def rows(
             "reuse_ratio",
             ratios(wall[reused], wall[own]) if reused in wall else None,
             "of own forward",
-            note="training.reuse_forward=1 to 0",
+            note="training.reuse_forward=1 relative to 0",
         ),
         figure("ema_optimizer_share", small, "of step", "<= 0.04" if on_gpu else None),
     ]
     for arm, seconds in wall.items():
-        note = f"{what if arm == 'ours' else arm}; {median(seconds):.3g} s, {median(cpu[arm]):.3g} CPU s a step"
+        note = f"{what if arm == 'ours' else arm}; {median(seconds):.3g} s, {median(cpu[arm]):.3g} CPU s per step"
         found.append(figure(f"images_per_second_{arm}", [batch_size / s for s in seconds], "images/s", note=note))
     found += [figure(f"ms_{part}", values, "ms") for part, values in part_ms.items()]
-    found += [figure(f"peak_memory_{arm}", [used / 2**20], "MiB", note="of a step") for arm, used in memory.items()]
-    return [*found, figure("prepare_seconds", [prepared], "s", note="compilation, or reading it from its cache")]
+    found += [figure(f"peak_memory_{arm}", [used / 2**20], "MiB", note="per step") for arm, used in memory.items()]
+    return [*found, figure("prepare_seconds", [prepared], "s", note="compilation, or loading it from the cache")]
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    """All rows."""
+    """Measure all rows, for every architecture and batch size."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     on_gpu = torch.cuda.is_available()
@@ -351,18 +355,16 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 if __name__ == "__main__":
     parser = options(__doc__.split("\n")[0])
-    parser.add_argument("--arch", default="convnext_tiny", help="names of utils_architecture.ARCHITECTURES")
+    parser.add_argument("--arch", default="convnext_tiny", help="names in utils_architecture, comma-separated")
     parser.add_argument(
-        "--batch-size", help="one, or several with commas (default 80 on a GPU, 8 on a CPU, 4 with --quick)"
+        "--batch-size", help="one or several, comma-separated (default 80 on a GPU, 8 on a CPU, 4 with --quick)"
     )
-    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), help="of ours")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), help="as training.precision")
     parser.add_argument("--compile", choices=("auto", "0", "1"), default="auto", help="as training.compile")
+    parser.add_argument("--reuse-forward", choices=("auto", "0", "1"), default="auto", help="as training.reuse_forward")
     parser.add_argument(
-        "--reuse-forward", choices=("auto", "0", "1"), default="auto", help="of ours, as training.reuse_forward"
+        "--trim-last-block", choices=("auto", "0", "1"), default="auto", help="as training.trim_last_block"
     )
-    parser.add_argument(
-        "--trim-last-block", choices=("auto", "0", "1"), default="auto", help="of ours, as training.trim_last_block"
-    )
-    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
-    parser.add_argument("--repeats", type=int, help="turns (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
+    parser.add_argument("--threads", type=int, help="PyTorch threads on a CPU")
+    parser.add_argument("--repeats", type=int, help="rounds (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
     sys.exit(main(measure, parser.parse_args()))
