@@ -1,4 +1,4 @@
-"""The published runs and ablations in configs/: files, headers and the commands in them."""
+"""Published runs and ablations in configs/: files, headers and the commands in the headers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 STATE_DICTS = json.loads((PROJECT / "tests/golden/state_dicts.json").read_text())
 
-# Names relative to configs/, without the suffix. The demo and own_… have their own tests, grids and claims those of their room.
+# Names relative to configs/, without the suffix. Other tests cover the demo, own_…, grids and claims.
 ALL = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
     for path in CONFIGS.rglob("*.yaml")
@@ -34,12 +34,12 @@ ALL = sorted(
 )
 DATA = ["--data.train_dataset=train", "--data.val_dataset=val", "--data.num_workers=12", "--data.in_memory=0"]
 IMAGENET_IMAGES = 1_281_167  # of the training set
-GPUS = 8  # that the headers' costs assume
+GPUS = 8  # assumed by the costs in the headers
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the published table; accuracies in percent, None where it has none."""
+    """One row of the published table; accuracies in percent, None if not published."""
 
     arch: str
     conv_stem: bool
@@ -47,9 +47,9 @@ class Row:
     clean: str | None
     aa: str | None
     token: str
-    normalizer: bool | None = None  # of the released weights, None where not known
+    normalizer: bool | None = None  # of the released weights, None if not known
     eps: float = 4 / 255
-    higher: tuple[int, str, str] | None = None  # evaluated at other pixels: clean, AutoAttack
+    higher: tuple[int, str, str] | None = None  # evaluated at another image size: pixels, clean, AutoAttack
 
 
 PUBLISHED = {
@@ -71,10 +71,10 @@ PUBLISHED = {
     ),
     "convnext_base_cvst_ft8": Row("convnext_base", True, None, None, None, "FiTToeo4RKY896P", False, eps=8 / 255),
 }
-CLEAN = {f"clean/{name}": name for name in PUBLISHED if not name.endswith("_ft8")}  # → what starts from it
+CLEAN = {f"clean/{name}": name for name in PUBLISHED if not name.endswith("_ft8")}  # → the run that starts from it
 ABLATIONS = [name for name in ALL if name.startswith("ablations/")]
 
-# What every file states, so that no default of the project decides a published run.
+# Flags that every file states, so that published runs do not depend on defaults of the project.
 STATED = {
     "model": {"arch", "not_original", "add_normalization", "pretrained", "num_classes", "model_ema"},
     "resolution": {"min_res", "max_res"},
@@ -86,7 +86,7 @@ STATED = {
     "logging": {"log_level", "save_freq"},
     "misc": {"use_channel_last"},
 }
-# What the published launcher says of optimisation and data, whatever is trained.
+# Optimisation and data of the published launcher, the same for all models.
 RECIPE = {
     "data.seed": 0,
     "data.augmentations": 1,
@@ -105,8 +105,7 @@ RECIPE = {
     "resolution.min_res": 224,
     "resolution.max_res": 224,
 }
-# Flag by flag as published, "…" for what the user fills in (here for 8 GPUs); some flags come with "=", some without,
-# one twice.
+# The published flags, with "…" for values of the user (here for 8 GPUs). Some flags have "=", some not, one occurs twice.
 PUBLISHED_LAUNCHER = (
     "--data.num_workers=12 --data.in_memory=1 --data.train_dataset=… --data.val_dataset=… --logging.folder=… "
     "--logging.log_level 2 --adv.attack apgd --adv.n_iter 2 --adv.norm Linf --training.distributed 1 "
@@ -120,7 +119,7 @@ PUBLISHED_LAUNCHER = (
 # ------------------------------------------------------------------------------------------------------ reading
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launchers start here; the commands name their files from here."""
+    """Run from the project's root: paths in the commands are relative to it."""
     monkeypatch.chdir(PROJECT)
 
 
@@ -134,7 +133,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def header(name: str) -> dict[str, str]:
-    """The fields of a file's header (`# Field: …`, continued on indented lines); "" is its title."""
+    """Return the fields of a file's header (`# Field: …`, continued on indented lines); "" is its title."""
     fields, field = {"": ""}, ""
     for line in (CONFIGS / f"{name}.yaml").read_text().splitlines():
         if not line.startswith("#"):
@@ -147,7 +146,7 @@ def header(name: str) -> dict[str, str]:
 
 
 def arguments(command: str, launcher: str) -> list[str]:
-    """What `bash <launcher> …` passes on, each placeholder replaced."""
+    """Return the arguments of `bash <launcher> …`, with placeholders replaced."""
     words = shlex.split(command.replace("…", "filled"))
     assert words[:2] == ["bash", launcher], command
     return words[2:]
@@ -159,15 +158,15 @@ def commands(text: str) -> list[str]:
 
 @pytest.fixture
 def meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Models built in such a test have names and shapes but no numbers."""
-    # timm reads the numbers of a linspace while building (drop path rates).
+    """Build models on the meta device: names and shapes without values."""
+    # timm reads the values of a linspace while building (drop path rates).
     monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
     with torch.device("meta"):
         yield
 
 
 def built(config: TrainConfig) -> nn.Module:
-    """The network of a run, without weights."""
+    """Return the network of a run, without trained weights."""
     m = config.model
     return build_model(
         m.arch, not_original=m.not_original, num_classes=m.num_classes, add_normalization=m.add_normalization
@@ -179,7 +178,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 # ------------------------------------------------------------------------------------------------------- files
-def test_there_is_one_file_for_each_published_run_and_each_clean_start() -> None:
+def test_each_published_run_and_each_clean_start_has_one_file() -> None:
     assert set(ALL) == {*PUBLISHED, *CLEAN, *ABLATIONS}
     assert len(PUBLISHED) == 13 and len(CLEAN) == 12 and ABLATIONS
 
@@ -195,7 +194,7 @@ def test_file_states_the_recipe_and_leaves_machine_and_paths_to_the_command(name
 
 
 def test_run_names_differ() -> None:
-    # Random initialisation is the absence of a flag: its file says the same as the one it is compared with.
+    # Random initialisation is the absence of a flag: its file has the same flags as its baseline.
     names = {load(name).run_name for name in ALL if not name.endswith("_random_init")}
     assert len(names) == sum(not name.endswith("_random_init") for name in ALL)
 
@@ -208,7 +207,7 @@ def test_published_run(name: str) -> None:
     assert (config.adv.attack, config.adv.norm, config.adv.n_iter) == ("apgd", "Linf", 2)
     assert config.adv.eps == pytest.approx(row.eps, rel=1e-12)
     assert flat(config).items() >= RECIPE.items()
-    assert config.model.pretrained is False  # model.ckpt_path is the start
+    assert config.model.pretrained is False  # starts from model.ckpt_path
     if row.epochs is not None:
         assert (config.training.epochs, config.lr.lr) == (row.epochs, 1e-3)
         assert config.lr.lr_peak_epoch == (20 if row.epochs > 100 else 10)
@@ -227,7 +226,7 @@ def test_header_of_a_published_run_has_its_figures(name: str) -> None:
         px, clean, aa = row.higher
         assert f"{clean} / {aa} at {px} px" in text and f"--eval.img_size={px}" in fields["Evaluation"]
     if row.clean is None:
-        assert "ours" in fields[""]
+        assert "the project's own" in fields[""]
 
 
 def test_stems_of_a_pair_differ_in_nothing_else() -> None:
@@ -235,10 +234,10 @@ def test_stems_of_a_pair_differ_in_nothing_else() -> None:
         assert load(f"{name}_cvst", "--model.not_original=0") == load(name)
 
 
-def test_published_launcher_is_accepted_and_says_what_the_file_of_its_model_says() -> None:
+def test_published_launcher_is_accepted_and_equals_the_file_of_its_model() -> None:
     config = load_config(TrainConfig, PUBLISHED_LAUNCHER.replace("…", "filled").split())
-    # Published were 250 epochs of this model, the launcher has 300. What may differ says where the data are, where the
-    # run goes, and how many processes there are.
+    # The published model was trained for 250 epochs; the launcher has 300. Only paths of data and runs and the number of
+    # processes may differ.
     launched, filed = flat(config), flat(load("convnext_base_cvst", "--training.epochs=300"))
     differing = {flag for flag in launched if launched[flag] != filed[flag]}
     assert differing == {
@@ -262,9 +261,9 @@ def test_weights_of_clean_training_fit_the_run_that_starts_from_them(name: str) 
     assert flat(clean).items() >= RECIPE.items()
     assert clean.model.add_normalization == robust.model.add_normalization
     assert shapes(built(clean)) == shapes(built(robust))
-    # Published weights are asked for where there are any.
+    # Published weights are used if there are any.
     assert clean.model.pretrained == ARCHITECTURES[clean.model.arch].pretrained
-    assert "ours" in header(name)[""]
+    assert "the project's own" in header(name)[""]
 
 
 @pytest.mark.usefixtures("meta")
@@ -287,7 +286,7 @@ def test_network_of_a_published_run_has_the_published_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n not in CLEAN])
-def test_start_named_in_the_header_is_the_last_average_of_a_fitting_run(name: str) -> None:
+def test_start_in_the_header_is_the_last_ema_of_a_fitting_run(name: str) -> None:
     starts = re.findall(r"(weights_ema_(\d+)\.pt) of a run of configs/(\S+?)\.yaml", header(name)["Command"])
     if name.endswith("_random_init"):
         assert not starts
@@ -300,7 +299,7 @@ def test_start_named_in_the_header_is_the_last_average_of_a_fitting_run(name: st
 
 
 # --------------------------------------------------------------------------------------------------- ablations
-# Flags in which an ablation differs from the run of 50 epochs it is compared with.
+# Flags in which an ablation differs from its baseline of 50 epochs.
 FACTORS = {
     "50ep": {},
     "patchstem": {"model.not_original": False},
@@ -314,7 +313,7 @@ FACTORS = {
 
 
 def split_ablation(name: str) -> tuple[str, str]:
-    """`ablations/<run>_<factor>` → the published run and the factor."""
+    """Split `ablations/<run>_<factor>` into the published run and the factor."""
     run, factor = re.fullmatch(rf"ablations/(.+?)_({'|'.join(FACTORS)})", name).groups()
     return run, factor
 
@@ -335,7 +334,7 @@ def test_ablation_differs_in_its_factor_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablation_runs_by_flags_alone(name: str) -> None:
-    (own,), (by_flags,) = commands(header(name)["Command"]), commands(header(name)["The same by flags"])
+    (own,), (by_flags,) = commands(header(name)["Command"]), commands(header(name)["Equivalent command"])
     run, factor = split_ablation(name)
     given = arguments(by_flags, "run_train.sh")
     assert given[:2] == ["--config-file", f"configs/{run}.yaml"]
@@ -350,7 +349,7 @@ def test_header_is_complete(name: str) -> None:
     assert fields[""], "a title"
     for field in ("Paper row", "Command", "Cost", "Result"):
         assert fields.get(field), field
-    assert fields["Result"].startswith("not run by us")
+    assert fields["Result"].startswith("not run.")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -376,11 +375,11 @@ def test_cost_in_the_header_follows_from_the_file(name: str) -> None:
     config, text = load(name), header(name)["Cost"]
     batch = GPUS * config.training.batch_size * config.training.grad_accum
     assert batch == config.training.global_batch
-    # In forward passes: a gradient of the images costs one, one of images and weights two.
+    # In forward passes: an input gradient costs one, a gradient of inputs and weights two.
     attack = {"none": 0, "fgsm": 2, "apgd": 2 * config.adv.n_iter + 1}[config.adv.attack]
     forwards, epochs = attack + 3, config.training.epochs
     assert f"{epochs} epochs × {IMAGENET_IMAGES:,} images" in text
     assert f"{epochs * (IMAGENET_IMAGES // batch):,} steps of {batch} ({GPUS} GPUs × 80" in text
-    assert f"{forwards} forward-equivalents a step" in text
+    assert f"{forwards} forward-equivalents per step" in text
     assert f"{epochs * IMAGENET_IMAGES * forwards / 1e9:.2f} billion image forwards" in text
-    assert "not measured by us" in text
+    assert "Time: not measured." in text
