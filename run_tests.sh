@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Run the tests. Sets the project up first if need be (see setup_env.sh). The tests need neither network nor GPU.
+# Run the tests. Installs the project's packages first if necessary (see setup_env.sh). The tests need no network and no GPU.
 #
-#     bash run_tests.sh                          all but the markers `large` and `slow` (see pyproject.toml)
-#     bash run_tests.sh --all                    those too; the same as -m ''
-#     bash run_tests.sh tests/attacks -k apgd    pytest's arguments, also after --all; paths start at the project's root
+#     bash run_tests.sh                          all tests except those marked `large` or `slow` (see pyproject.toml)
+#     bash run_tests.sh --all                    all tests; the same as -m ''
+#     bash run_tests.sh tests/attacks -k apgd    arguments of pytest, also after --all; paths are relative to the project's root
 set -euo pipefail
 
 if [[ "${1:-}" == --all ]]; then
@@ -13,13 +13,13 @@ fi
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 PY=$(bash "$root/setup_env.sh")
 cd "$root"
-# OpenMP's threads spin while they wait, which slows two busy programs on one machine down tenfold; spin only briefly.
+# Waiting OpenMP threads spin, which slows down two busy programs on one machine tenfold. Let them spin only briefly.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
-# timm 1.0.9 uses what newer versions of PyTorch call deprecated: nothing a user can act on.
+# timm 1.0.9 uses functions that newer PyTorch versions deprecate; users cannot change that.
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.jit._script}"
 
-# One process a core and one more, as many tests wait for programs that they start; each with one thread. The tests of a file
-# stay together, as they share what is slow to make; in the order of the files, as the few tests of some take longest.
-cores=$(env -u OMP_NUM_THREADS nproc)  # which would take the threads for the cores
+# One process per core plus one, because many tests wait for programs that they start; one thread each. The tests of a file run in
+# one process, because they share slow fixtures. Files keep their order, because some files with few tests take longest.
+cores=$(env -u OMP_NUM_THREADS nproc)  # nproc would return OMP_NUM_THREADS
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PY" -m pytest -n $((cores < 4 ? cores + 1 : 4)) --dist loadfile --no-loadscope-reorder "$@"

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Find or make the Python that runs this project, and print its path. The launchers call it:
+# Find or create a Python that can run this project, and print its path. The launchers call it:
 #
 #     PY=$(bash setup_env.sh)
 #
-# 1. PYTHON=..., or else python3 (an active virtualenv's or conda environment's, where there is one), is used as
-#    it is if it meets requirements.txt.
-# 2. Otherwise .venv in the project's root is used. Unless it meets requirements.txt already, it is made, from
-#    PYTHON or from the newest Python 3.10 to 3.12 on the PATH, and filled with the versions of constraints.txt.
-#    Only this needs the network.
+# 1. If PYTHON=... meets requirements.txt, it is used unchanged. Without PYTHON, the same holds for python3 (of the
+#    active virtualenv or conda environment, if any).
+# 2. Otherwise .venv in the project's root is used. If it does not meet requirements.txt yet, the script creates it
+#    from PYTHON or from the newest Python 3.10 to 3.12 on the PATH, and installs the versions of constraints.txt.
+#    Only this step needs the network.
 #
-# Whether something has to be installed is decided by what is installed, not by a folder's existence. An
-# interrupted installation is started afresh at the next call, and calls at the same time wait for one another.
-# .venv belongs to this script: packages of your own go into an environment of your own.
+# The script checks the installed packages, not only whether a folder exists. The next call restarts an interrupted
+# installation from scratch, and concurrent calls wait for one another. This script owns .venv: install other packages
+# into a separate environment.
 #
-# Exit status: 0 with the path on standard output, 2 if PYTHON cannot be used, 1 if the installation fails.
+# Exit status: 0 with the path on standard output, 2 if PYTHON is unusable, 1 if the installation fails.
 set -euo pipefail
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
-# The absolute path of the interpreter that PYTHON names, as seen from the caller's folder.
+# Print the absolute path of PYTHON, which may be relative to the caller's folder.
 resolve_python() {
     local path
     if ! path=$(type -P "$PYTHON"); then
@@ -31,21 +31,21 @@ resolve_python() {
     esac
 }
 
-# Does interpreter $1 meet requirements.txt? The reasons why not go to standard error.
+# Does interpreter $1 meet requirements.txt? Unmet requirements are printed to standard error.
 meets_requirements() { "$1" -m common.check_requirements requirements.txt </dev/null; }
 
-# .venv counts only if the installation that filled it came to its end.
+# .venv is ready only if its installation completed.
 venv_is_ready() {
     [ ! -e .venv.incomplete ] && [ -x "$venv_python" ] && meets_requirements "$venv_python" 2>/dev/null
 }
 
-# Can interpreter $1 make a .venv that the pinned packages install into?
+# Can interpreter $1 create a .venv for the pinned packages?
 can_make_venv() {
     "$1" -c 'import ensurepip, venv, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
         </dev/null >/dev/null 2>&1
 }
 
-# Every match on the PATH is tried: the first may be a version manager's placeholder that does not run.
+# Try every match on the PATH: the first may be a version manager's placeholder that does not run.
 find_base_python() {
     local name path
     for name in python3.12 python3.11 python3.10 python3; do
@@ -56,8 +56,8 @@ find_base_python() {
             fi
         done < <(type -aP "$name")
     done
-    say "no Python 3.10, 3.11 or 3.12 with its modules venv and ensurepip was found on the PATH. Install one" \
-        "(Debian, Ubuntu: apt-get install python3-venv) or name it: PYTHON=/path/to/python3.11"
+    say "found no Python 3.10, 3.11 or 3.12 with the modules venv and ensurepip on the PATH. Install one" \
+        "(Debian, Ubuntu: apt-get install python3-venv) or set PYTHON=/path/to/python3.11"
     return 1
 }
 
@@ -72,12 +72,12 @@ install_venv() {
     if ! "$venv_python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
         -r requirements.txt -c constraints.txt </dev/null >.venv/pip.log 2>&1; then
         tail -n 15 .venv/pip.log >&2
-        say "the installation failed: pip's last lines are above, all of them in $root/.venv/pip.log." \
-            "The next start tries again. (It needs a connection to PyPI and 10 GB of free disk space.)"
+        say "the installation failed. pip's last lines are above; the full output is in $root/.venv/pip.log." \
+            "The next start tries again. It needs a connection to PyPI and 10 GB of free disk space."
         return 1
     fi
     if ! meets_requirements "$venv_python"; then
-        say "pip ended well, but $root/.venv does not meet requirements.txt: see above."
+        say "pip succeeded, but $root/.venv does not meet requirements.txt (see above)."
         return 1
     fi
     rm .venv.incomplete
@@ -104,17 +104,17 @@ elif python3=$(type -P python3) && meets_requirements "$python3" 2>/dev/null; th
 fi
 
 if ! venv_is_ready; then
-    # The lock is held until this script ends, and by a pip that outlives it.
+    # The lock is released when this script ends, and any pip that outlives it.
     exec 9>.venv.lock
-    flock --nonblock 9 || { say "waiting for another start that is installing ..."; flock 9; }
+    flock --nonblock 9 || { say "waiting for another process that is installing ..."; flock 9; }
     if ! venv_is_ready; then
         if [ -z "$python" ]; then
             base=$(find_base_python)
         elif can_make_venv "$python"; then
             base=$python
         else
-            say "PYTHON=$PYTHON cannot make the project's .venv: Python 3.10, 3.11 or 3.12 with its modules" \
-                "venv and ensurepip is needed, this is $("$python" --version 2>&1 | head -n 1)."
+            say "PYTHON=$PYTHON cannot create the project's .venv: expected Python 3.10, 3.11 or 3.12 with the modules" \
+                "venv and ensurepip, got $("$python" --version 2>&1 | head -n 1)."
             exit 2
         fi
         install_venv
