@@ -1,12 +1,11 @@
-"""Fixtures that several rooms' tests use."""
+"""Fixtures shared by the tests of several packages."""
 
 from __future__ import annotations
 
 import functools
 import os
 
-# Two busy test processes on one machine slow each other down tenfold if OpenMP's threads spin while they wait. This has to be
-# set before torch is imported.
+# Waiting OpenMP threads spin, which slows down two busy test processes on one machine tenfold. Set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
@@ -17,26 +16,26 @@ from tests.training.helpers import write_images
 
 @pytest.fixture(autouse=True)
 def _curves(request, monkeypatch):
-    """A small run's picture takes longer than its training: only tests marked `curves` draw it."""
+    """Draw curves only in tests marked `curves`: the plot of a small run takes longer than its training."""
     if request.node.get_closest_marker("curves") is None:
         monkeypatch.setattr("training.run_folder.draw_curves", lambda log, picture: None)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _commit_found_once():
-    """A run starts git twice to find its commit, which the runs of one test process share."""
+    """Find the commit once per test process; otherwise each run starts git twice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.provenance, "commit", functools.cache(common.provenance.commit))
         yield
 
 
-# Modules that test what happens to files when the machine or the disk fails.
+# Modules that test files after a failure of the machine or the disk.
 SYNCED = {"test_checkpoint.py", "test_run_folder.py"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _files_not_synced(request):
-    """A test's files need not outlive the machine: writing them through to the disk takes 5 % of a small run."""
+    """Disable fsync, which takes 5 % of a small run: the files of tests need not survive a failure of the machine."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name not in SYNCED:
             patch.setattr(os, "fsync", lambda descriptor: None)
@@ -45,5 +44,5 @@ def _files_not_synced(request):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A folder with train/ and val/ of four classes, 24 and 8 images of 20 × 20 pixels; not to be changed."""
+    """Return a folder with train/ and val/: four classes, 24 and 8 images of 20 × 20 pixels; tests must not change it."""
     return write_images(tmp_path_factory.mktemp("images"))

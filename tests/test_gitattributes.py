@@ -1,4 +1,4 @@
-"""Files are checked out with LF, whatever git's settings are: bash stops at a CR."""
+"""Git checks files out with LF under all settings, because bash fails at a CR."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Nothing that the project reads runs code or leads out of its folder, whatever is in it.
+"""Files that the project reads can neither run code nor write outside their folder.
 
-Close to the code: hostile shares in zoo/test_download.py, files that are no weights in zoo/test_loading.py, links in archives of
-images in data/test_datasets.py, names of evaluations in evaluation/test_runner.py, open ports in common/test_distributed.py.
+Related tests near the code: hostile shares in zoo/test_download.py, files that are no weights in zoo/test_loading.py, links in
+archives of images in data/test_datasets.py, names of evaluations in evaluation/test_runner.py, open ports in
+common/test_distributed.py.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 class Mark:
-    """A command that leaves a file, inside an object that runs it when it is unpickled."""
+    """Object that runs a command when it is unpickled; the command creates a file."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.command = file, f"touch '{file}'"
@@ -47,15 +48,15 @@ class Mark:
         return os.system, (self.command,)
 
     def works(self, read: Callable) -> None:
-        """Check that the command runs where nothing prevents it, and take the file away."""
-        with contextlib.suppress(Exception):  # what comes after the command is no matter
+        """Check that the command runs with an unsafe reader, and delete its file."""
+        with contextlib.suppress(Exception):  # errors after the command do not matter
             read()
         self.file.unlink()
 
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Iterator[Mark]:
-    """Fails the test if the command has run in the end."""
+    """Fail the test if the command has run at its end."""
     mark = Mark(tmp_path / "executed")
     yield mark
     assert not mark.file.exists()
@@ -66,7 +67,7 @@ def snapshot(folder: Path) -> set[Path]:
 
 
 def refused(main: Callable[[list[str]], int], flags: dict, capsys: pytest.CaptureFixture, *words: str) -> str:
-    """The one paragraph with which `main` ends; it has all the words."""
+    """Check that `main` exits with a one-paragraph error that contains all the words, and return it."""
     assert main([f"--{name}={value}" for name, value in flags.items()]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
@@ -90,7 +91,7 @@ def bare(content: object, path: Path) -> None:
 
 
 def in_tar(content: object, path: Path) -> None:
-    """The oldest format of torch.save."""
+    """Write the oldest format of torch.save."""
     with tarfile.open(path, "w") as archive:
         for name, member in (("storages", content), ("tensors", 0), ("pickle", 0)):
             data, info = pickle.dumps(member, protocol=2), tarfile.TarInfo(name)
@@ -108,9 +109,9 @@ FORMATS = [in_zip, legacy, bare, in_tar, numpy_objects]
 
 @pytest.fixture(params=FORMATS, ids=lambda write: write.__name__)
 def crafted(request: pytest.FixtureRequest, mark: Mark, tmp_path: Path) -> Path:
-    """A file that runs a command in readers that do not take care."""
+    """Return a file that runs a command in unsafe readers."""
     path = tmp_path / "crafted.pt"
-    # Weights and a whole training state lie around it, so that no reader has another reason to refuse the file.
+    # It also contains weights and a whole training state, so that no reader has another reason to reject the file.
     content = {"step": 1, "format": 1, "model": {"weight": torch.zeros(2)}, "more": mark}
     request.param(content, path)
     reader = np.load if request.param is numpy_objects else torch.load
@@ -123,7 +124,7 @@ def test_weights_to_start_from(crafted, images, tmp_path, capsys):
     refused(train.main, flags, capsys, "model.ckpt_path", str(crafted))
 
 
-def test_state_to_go_on_from(crafted, images, tmp_path, capsys):
+def test_state_to_resume_from(crafted, images, tmp_path, capsys):
     flags = base_flags(images, tmp_path / "runs") | {"training.resume": crafted}
     refused(train.main, flags, capsys, str(crafted), "expected a", "training state")
 
@@ -145,7 +146,7 @@ def test_weights_to_evaluate(crafted, images, tmp_path, capsys):
 
 
 def test_published_weights_of_timm(mark, tmp_path, monkeypatch):
-    """Some of timm's architectures have theirs in a pickle on the Hub, which timm loads with all that it holds."""
+    """Some of timm's weights are pickles on the Hub, which timm loads without restrictions."""
     path = tmp_path / "open_clip_pytorch_model.bin"
     torch.save({"weight": torch.zeros(2), "more": mark}, path)
     mark.works(lambda: torch.load(path, weights_only=False))
@@ -176,7 +177,7 @@ def test_yaml_that_calls_functions(mark, images, tmp_path, capsys, tag, place):
 
 @pytest.mark.parametrize("spec", ["wds/pipe:{command} #", "wds/pipe:{command};echo "])
 def test_data_set_that_is_a_command(mark, tmp_path, monkeypatch, spec):
-    """A config file from elsewhere may name one: WebDataset runs what follows `pipe:`."""
+    """A foreign config file may contain one: WebDataset runs the command after `pipe:`."""
     webdataset = pytest.importorskip("webdataset")
     monkeypatch.chdir(tmp_path)
     mark.works(lambda: webdataset.gopen(f"pipe:{mark.command}").read())
@@ -185,7 +186,7 @@ def test_data_set_that_is_a_command(mark, tmp_path, monkeypatch, spec):
 
 
 def test_shards_that_are_commands_or_hold_pickles(mark, images, tmp_path, monkeypatch):
-    """The folder's own list of shards, and members with the endings for which WebDataset unpickles."""
+    """Covers the folder's list of shards, and members with suffixes that WebDataset unpickles."""
     pytest.importorskip("webdataset")
     monkeypatch.chdir(tmp_path)
     folder, image = tmp_path / "shards", next(images.rglob("*.png")).read_bytes()
@@ -206,12 +207,12 @@ def test_shards_that_are_commands_or_hold_pickles(mark, images, tmp_path, monkey
             (folder / "_info.json").write_text(json.dumps({"num_classes": 1, "splits": {"train": split}}))
             samples = open_source(f"wds/{place}", split="train").samples(**reader)
             assert next(samples)[0].size == (20, 20)
-            with pytest.raises(UserError, match="No such file"):  # the command is a shard that is not there
+            with pytest.raises(UserError, match="No such file"):  # the command is treated as a missing shard
                 next(samples)
 
 
-def test_archive_of_images_with_members_that_lead_out(images, tmp_path):
-    """It is read where it lies: nothing of it is ever written."""
+def test_archive_of_images_with_members_outside_its_folder(images, tmp_path):
+    """The archive is read in place; nothing is extracted."""
     image, folder = next(images.rglob("*.png")).read_bytes(), tmp_path / "a" / "b"
     folder.mkdir(parents=True)
     with tarfile.open(folder / "images.tar", "w") as archive:
@@ -255,16 +256,16 @@ def test_flags_that_are_part_of_run_names_have_no_free_values(images, tmp_path, 
 
 
 def test_states_behind_links_are_read_and_never_written(tmp_path):
-    """Also those in a run folder that is a link itself."""
-    for name in ("theirs", "ours"):
+    """Also if the run folder itself is a link."""
+    for name in ("other", "own"):
         (tmp_path / name).mkdir()
-    save(tmp_path / "theirs", 1)
-    (tmp_path / "ours" / LAST).symlink_to(tmp_path / "theirs" / LAST)
-    (tmp_path / "link").symlink_to("ours")
+    save(tmp_path / "other", 1)
+    (tmp_path / "own" / LAST).symlink_to(tmp_path / "other" / LAST)
+    (tmp_path / "link").symlink_to("own")
     assert read_state(tmp_path / "link" / LAST)["step"] == 1
     save(tmp_path / "link", 2)
-    assert read_state(tmp_path / "ours" / LAST)["step"] == 2 and not (tmp_path / "ours" / LAST).is_symlink()
-    assert read_state(tmp_path / "theirs" / LAST)["step"] == 1
+    assert read_state(tmp_path / "own" / LAST)["step"] == 2 and not (tmp_path / "own" / LAST).is_symlink()
+    assert read_state(tmp_path / "other" / LAST)["step"] == 1
 
 
 def save(folder: Path, step: int) -> None:
@@ -275,8 +276,8 @@ def save(folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["data", "zoo", "utils_architecture"])
-def test_modules_of_another_program_are_not_taken_for_ours(tmp_path, name):
-    """Not run either: torch.hub loads ours into whatever program there is."""
+def test_modules_of_another_program_are_not_mistaken_for_the_projects(tmp_path, name):
+    """They are not run either: torch.hub loads the project into any program."""
     (tmp_path / f"{name}.py").touch()
     code = f"import {name}, torch; torch.hub.load({str(PROJECT)!r}, 'robust', 'w.pt', source='local')"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -287,7 +288,7 @@ def test_modules_of_another_program_are_not_taken_for_ours(tmp_path, name):
 
 # --- the source -------------------------------------------------------------------------------------------------------
 
-# Functions that run what they read, or write where it says.
+# Functions that run their input, or write to paths in it.
 FORBIDDEN = {
     *("eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler"),
     *("yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "torch.package.PackageImporter", "joblib.load"),
@@ -301,14 +302,14 @@ def sources() -> list[Path]:
 
 
 def dangers(text: str) -> list[str]:
-    """The calls that read without care, as line and name."""
+    """Return the unsafe calls that read files, as line and name."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
         given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        careless = (
+        unsafe = (
             name in FORBIDDEN
             or name == "torch.load"
             and given.get("weights_only") != "True"
@@ -319,12 +320,12 @@ def dangers(text: str) -> list[str]:
             or given.get("allow_pickle", "False") != "False"
             or "trust_remote_code" in given
         )
-        if careless:
+        if unsafe:
             found.append(f"{node.lineno}: {name}")
     return found
 
 
-def test_no_reader_that_runs_what_it_reads():
+def test_no_reader_runs_its_input():
     assert {str(path): found for path in sources() if (found := dangers(path.read_text()))} == {}
     assert len(sources()) > 50 and issubclass(common.flags._UniqueKeys, yaml.SafeLoader)
 
@@ -337,5 +338,5 @@ def test_no_reader_that_runs_what_it_reads():
         *("load_dataset(x, trust_remote_code=True)", "pickle.loads(x)"),
     ],
 )
-def test_careless_calls_are_found(call):
+def test_unsafe_calls_are_found(call):
     assert len(dangers(f"y = {call}")) == 1

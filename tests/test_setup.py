@@ -1,8 +1,7 @@
-"""Set-up and launchers: what counts as installed, what gets installed, and what is then started.
+"""Set-up and launchers: checks of installed packages, installation, and started programs.
 
-The launchers run in a copy of the project's shell scripts, in a folder with a space in its name, with a
-stand-in for Python that records how it is called and behaves as its files and environment variables tell.
-Nothing is installed.
+The launchers run in a copy of the project's shell scripts, in a folder with a space in its name. A stub replaces Python: it
+records its calls, and its files and environment variables control its behaviour. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.10", "3.11", "3.12"]
 SYSTEM_PATH = "/usr/bin:/bin"
 
-# One test process a core, and one more.
+# One test process per core, plus one.
 SPREAD = ["-n", str(min(len(os.sched_getaffinity(0)) + 1, 4)), "--dist", "loadfile", "--no-loadscope-reorder"]
 SHELL_FILES = ["setup_env.sh", "run_train.sh", "run_eval.sh", "run_ablation.sh", "run_tests.sh"]
 
-# Arguments are recorded one call a line, separated by "|". A stand-in outside .venv meets the requirements if
-# a file <itself>.meets exists; one inside, if its pip has written .venv/installed. `-m venv` copies it there.
+# Arguments are recorded with one call per line, separated by "|". A stub outside .venv meets the requirements if
+# the file <itself>.meets exists; a stub inside, if its pip has written .venv/installed. `-m venv` copies it there.
 STUB = """#!/usr/bin/env bash
 set -eu
 (IFS='|'; printf '%s\\n' "$*" >> "$STUB_LOG")
@@ -53,7 +52,7 @@ esac
 
 
 class Project:
-    """A copy of the shell scripts, and beside it a stand-in for Python that meets the requirements or not."""
+    """A copy of the shell scripts and a Python stub that meets the requirements or not."""
 
     def __init__(self, folder: Path, *, meets: bool = True) -> None:
         self.root = folder / "a project"
@@ -77,7 +76,7 @@ class Project:
         path.chmod(0o755)
 
     def start(self, script: str, *args: str, **env: str) -> subprocess.Popen[str]:
-        """Start a launcher from another folder, with an environment that holds nothing of the caller's."""
+        """Start a launcher from another folder, with an environment that inherits nothing from the caller."""
         env = {
             "PATH": f"{self.bin}:{SYSTEM_PATH}",
             "PYTHON": str(self.python),
@@ -114,11 +113,11 @@ def project(tmp_path: Path) -> Project:
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Project:
-    """A project whose Python has nothing installed."""
+    """Return a project whose Python has no packages."""
     return Project(tmp_path, meets=False)
 
 
-# What counts as installed
+# Checks of installed packages
 
 
 def install(folder: Path, name: str, metadata: str | None) -> None:
@@ -130,7 +129,7 @@ def install(folder: Path, name: str, metadata: str | None) -> None:
 
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distributions with made-up names: 1.5, a vendor's pre-release of 2.7, and an incomplete one."""
+    """Install fake distributions: 1.5, a vendor's pre-release of 2.7, and an incomplete one."""
     install(tmp_path, "fake_lib-1.5", "Metadata-Version: 2.1\nName: Fake.Lib\nVersion: 1.5\n")
     install(tmp_path, "fakevendor-2.7.0a0+x1", "Metadata-Version: 2.1\nName: fakevendor\nVersion: 2.7.0a0+x1\n")
     install(tmp_path, "fakebroken-1.0", None)
@@ -169,7 +168,7 @@ def test_requirement_is_not_met(line: str, problem: str) -> None:
     assert unmet_requirements(["fake-lib", line]) == [problem]
 
 
-def test_pips_packaging_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pips_packaging_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)
     assert unmet_requirements(["pytest>=1", "pytest>=9999"])[0].endswith(">=9999 is needed")
     monkeypatch.setitem(sys.modules, "pip._vendor.packaging.requirements", None)
@@ -193,7 +192,7 @@ def test_check_reports_and_exits(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert captured.err == "no-such-package-a is not installed\nno-such-package-b is not installed\n"
 
 
-def test_check_imports_none_of_what_it_checks() -> None:
+def test_check_does_not_import_the_checked_packages() -> None:
     code = """
 import sys
 from pathlib import Path
@@ -206,7 +205,7 @@ print(sorted({"torch", "numpy", "timm", "PIL"} & set(sys.modules)))
     assert result.stdout.strip() == "[]"
 
 
-# What gets installed
+# Installation
 
 
 def test_this_python_meets_the_requirements() -> None:
@@ -311,12 +310,12 @@ def test_failed_installation_is_reported_and_tried_again(bare: Project) -> None:
     assert bare.calls()[-1] == ["<root>/demo.py"]
 
 
-def test_interrupted_installation_is_started_afresh(bare: Project) -> None:
+def test_interrupted_installation_restarts_from_scratch(bare: Project) -> None:
     process = bare.start("setup_env.sh", STUB_PIP_SECONDS="60")
     wait_for(lambda: any(call[1] == "pip" for call in bare.calls()))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    # Even where all that the check looks at is in place: what pip had not reached yet may be missing.
+    # Even if the check itself would pass: packages that pip had not reached yet may be missing.
     (bare.root / ".venv/installed").touch()
     assert bare.run("setup_env.sh").returncode == 0
     assert [call[1] for call in bare.calls()] == ["venv", "pip", "venv", "pip"]
@@ -333,11 +332,11 @@ def test_starts_at_the_same_time_install_once(bare: Project) -> None:
 def wait_for(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "condition not true in time"
         time.sleep(0.02)
 
 
-# What is started
+# Started programs
 
 
 def shell_scripts() -> list[Path]:
@@ -403,7 +402,7 @@ ALONE = ["<root>/train.py", "-x"]
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [("0", ALONE), ("1", ALONE), ("3", several(3, "-x"))])
-def test_one_process_a_visible_gpu(project: Project, gpus: str, expected: list[str]) -> None:
+def test_one_process_per_visible_gpu(project: Project, gpus: str, expected: list[str]) -> None:
     project.command("nvidia-smi", "#!/bin/sh\n")
     assert launched(project, "run_train.sh", "-x", STUB_GPUS=gpus)[-1] == expected
 
@@ -452,8 +451,8 @@ def test_tests_and_evaluation_pass_arguments_on(project: Project) -> None:
 
 
 def test_evaluation_without_arguments_is_the_demos(project: Project) -> None:
-    """Trained first where need be."""
-    evaluation = ["<root>/runner_aa_eval.py", "--config-file", "<root>/configs/demo_norms.yaml"]
+    """Missing networks are trained first."""
+    evaluation = ["runner_aa_eval.py", "--config-file", "configs/demo_norms.yaml"]
     result = project.run("run_eval.sh")
     assert result.returncode == 0 and "training them first" in result.stderr
     assert project.calls() == [["<root>/demo.py"], evaluation]

@@ -1,8 +1,8 @@
-"""run_slurm.sh: what it submits, what a job starts on its nodes, when it stops, requeues and gives up.
+"""run_slurm.sh: submission, the programs of a job on its nodes, and when a job stops, is requeued or gives up.
 
-The script runs in a copy of the project, in a folder with a space in its name, with stand-ins for Slurm's commands that record how
-they are called. That for srun really runs the command, once a node. Training is a stand-in too: each start runs the shell lines
-of the next file `train.N`. One test takes the real torchrun instead, on two "nodes".
+The script runs in a copy of the project, in a folder with a space in its name. Stubs replace Slurm's commands and record their
+calls. The stub of srun runs its command once per node. Training is a stub too: each start runs the shell lines of the next file
+`train.N`. One test uses the real torchrun instead, on two "nodes".
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ if [ "$1" = requeue ]; then exit "${{STUB_REQUEUE:-0}}"; fi
 
 
 class Cluster:
-    """A copy of the project, and beside it stand-ins for Slurm and Python."""
+    """A copy of the project, and stubs for Slurm and Python."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a project"
@@ -95,7 +95,7 @@ class Cluster:
             (self.bin / name).write_text(content)
             (self.bin / name).chmod(0o755)
         self.run_folder = self.root / "runs" / "a run"
-        # What sbatch makes of the script.
+        # sbatch's copy of the script.
         self.spooled = folder / "slurm_script"
         shutil.copy(PROJECT / "run_slurm.sh", self.spooled)
 
@@ -121,7 +121,7 @@ class Cluster:
         return finished(self.start(self.root / "run_slurm.sh", *args, **env))
 
     def start_job(self, *args: str, trains: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
-        """Start a job whose n-th start of training runs the n-th of the shell lines."""
+        """Start a job; its n-th start of training runs the n-th shell line."""
         (self.logs / "run").write_text(f"{self.run_folder}\n")
         for n, line in enumerate(trains, start=1):
             (self.logs / f"train.{n}").write_text(line + "\n")
@@ -138,12 +138,12 @@ class Cluster:
         return finished(self.start_job(*(args or ("--a=b",)), trains=trains, **env))
 
     def calls(self, name: str) -> list[list[str]]:
-        """The arguments of every call of a stand-in so far."""
+        """Return the arguments of all calls of a stub so far."""
         path = self.logs / name
         if not path.exists():
             return []
         text = path.read_text()
-        if name == "srun":  # which is given a function of many lines
+        if name == "srun":  # its arguments include a function of many lines
             return [[name, *part.split(SEPARATOR)] for part in text.split("--kill-on")[1:]]
         if name == "python":
             text = text.replace(f"{self.root}/", "<root>/")
@@ -156,7 +156,7 @@ class Cluster:
         return [call for call in self.calls("scontrol") if call[0] == "requeue"]
 
     def sbatch(self) -> tuple[dict[str, str], list[str]]:
-        """Options of the only submission, and what follows them."""
+        """Return the options of the only submission, and the arguments after them."""
         (call,) = self.calls("sbatch")
         script = call.index(f"{self.root}/run_slurm.sh")
         options = [option.partition("=") for option in call[:script]]
@@ -183,7 +183,7 @@ def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]
 def wait_for(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "condition not true in time"
         time.sleep(0.02)
 
 
@@ -266,7 +266,7 @@ def test_flags_are_checked_as_the_job_will_see_them(cluster: Cluster) -> None:
     assert (cluster.logs / "check").read_text() == "0,6,3,\n"
 
 
-def test_check_of_the_data_can_be_left_out(cluster: Cluster) -> None:
+def test_check_of_the_data_can_be_skipped(cluster: Cluster) -> None:
     assert cluster.submit("-x", CHECK="0").returncode == 0
     assert cluster.calls("python") == [["<root>/train.py", "--where", "-x"]]
     assert cluster.calls("sbatch")
@@ -338,11 +338,11 @@ def test_help_is_trains(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--training.resume=none"], ["--training.resume", "none"]])
-def test_beginning_anew_at_every_requeue_is_refused(cluster: Cluster, flags: list[str]) -> None:
+def test_restart_from_scratch_at_every_requeue_is_rejected(cluster: Cluster, flags: list[str]) -> None:
     result = cluster.submit(*flags)
     assert result.returncode == 2 and "--training.resume=" in result.stderr
     assert cluster.submit(*flags, MAX_RESTARTS="0", MAX_REQUEUES="0").returncode == 0
-    for later in ("auto", "runs/other"):  # a run that began at another's state goes on from its own
+    for later in ("auto", "runs/other"):  # a run that started from another's state resumes from its own
         assert cluster.submit("--training.resume=none", f"--training.resume={later}").returncode == 0
 
 
@@ -369,7 +369,7 @@ def test_array_has_a_task_a_line(cluster: Cluster) -> None:
         ["-x", "--data.seed=2", "--misc.notes=two  words; $(touch /tmp/no) *", ""],
         ["-x", "--data.seed=3"],
     ]
-    # The tasks read a copy: an edit in between must not lead a requeued task to another run.
+    # Tasks read a copy, so that an edit of the file cannot move a requeued task to another run.
     copy = Path(cluster.sbatch_env()["ARRAY"])
     assert copy.parent == cluster.bin / "runs" / "slurm" and len(copy.read_text().splitlines()) == 3
 
@@ -409,7 +409,7 @@ def test_array_task_without_a_line_is_an_error(cluster: Cluster, task: str, arra
     assert not cluster.torchruns() and not cluster.requeues()
 
 
-# What a job starts
+# Programs of a job
 
 FINISHES = ("status finished 8; exit 0",)
 
@@ -505,7 +505,7 @@ def test_project_is_found_or_asked_for(cluster: Cluster) -> None:
 
 
 def test_batch_shell_that_inherits_a_step_is_a_job(cluster: Cluster) -> None:
-    """sbatch passes SLURM_STEP_ID on from an interactive step."""
+    """sbatch passes SLURM_STEP_ID of an interactive step on to the job."""
     script = f"export SLURM_TASK_PID=$$; exec bash {shlex.quote(str(cluster.spooled))} -x"
     wrapper = cluster.bin / "wrapper"
     wrapper.write_text(script)
@@ -515,7 +515,7 @@ def test_batch_shell_that_inherits_a_step_is_a_job(cluster: Cluster) -> None:
     assert spooled.exists()
 
 
-# How a job ends
+# End of a job
 
 
 @pytest.mark.parametrize(
@@ -540,8 +540,8 @@ def test_status_file_decides(cluster: Cluster, line: str, status: int, requeued:
 
 
 @pytest.mark.parametrize("before", ["stopped", "failed", "diverged", "finished", "running"])
-def test_what_an_earlier_job_left_says_nothing(cluster: Cluster, before: str) -> None:
-    """A start that dies before it writes its status is not taken for stopped, or it would be requeued for ever."""
+def test_status_of_an_earlier_job_is_ignored(cluster: Cluster, before: str) -> None:
+    """A start that dies before it writes its status does not count as stopped; otherwise it would be requeued for ever."""
     cluster.write_status(before, 5)
     result = cluster.job(trains=("exit 1",))
     assert result.returncode == 1 and "got no further than step 5" in result.stderr
@@ -563,7 +563,7 @@ def test_crash_after_progress_starts_again_in_the_job(cluster: Cluster) -> None:
 
 
 def test_crash_that_stays_is_requeued_once_there_was_progress(cluster: Cluster) -> None:
-    """Another node may do better."""
+    """It may succeed on another node."""
     cluster.write_status("stopped", 2)
     result = cluster.job(trains=("status running 3; exit 1", "status running 3; exit 1"))
     assert (result.returncode, cluster.requeues()) == (0, REQUEUED)
@@ -624,7 +624,7 @@ def test_signal_asks_for_a_stop_and_requeues(cluster: Cluster, number: signal.Si
     os.kill(job.pid, number)
     result = finished(job)
     assert result.returncode == 0, result.stderr
-    assert "stopped at step 6: asked" in result.stderr  # it waited for the end
+    assert "stopped at step 6: asked" in result.stderr  # the job waited for the end of training
     assert cluster.requeues() == REQUEUED
     assert not (cluster.run_folder / "stop").exists()
 

@@ -1,4 +1,4 @@
-"""Grids with damaged files: what is whole is summarised, what is damaged is named."""
+"""Grids with damaged files: valid results are summarised, damaged ones are reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(file: Path, content: object) -> None:
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Grid:
-    """Runs a and b, finished and evaluated."""
+    """Return a grid with the runs a and b, both finished and evaluated."""
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump({"train": TRAIN, "arms": {"a": {}, "b": {}}, "seeds": [0]}))
     grid = load_grid(path, out=tmp_path / "out")
@@ -69,13 +69,13 @@ def place(cell: Cell, name: str) -> Path:
 
 
 def summary_of(grid: Grid) -> Summary:
-    """With all that is made of it but the picture."""
+    """Return the summary after creating all its outputs except the bar chart."""
     summary = Summary(grid, read_results(grid), read_trainings(grid))
     assert summary.markdown() and summary.csv() and summary.json()
     return summary
 
 
-def test_a_run_of_images_elsewhere_is_looked_at_again(grid: Grid) -> None:
+def test_a_run_with_images_elsewhere_is_checked_again(grid: Grid) -> None:
     cell = grid.cells[0]
     for images, finished in ((cell.config.data.train_dataset + "/", True), ("elsewhere", False)):
         write(place(cell, "params.json"), {"data": {"train_dataset": images}, "provenance": PROVENANCE})
@@ -112,7 +112,7 @@ def test_damaged_files_of_a_training(grid: Grid, name: str, content: object) -> 
     found = summary_of(grid).results
     assert found[1].metrics.keys() == whole.metrics.keys() and found[1].status == "finished"
     assert found[0].status == ("open" if name == "status.json" else "finished")
-    note(cell, "train", "stopped", "", 1.0)  # goes on with what is left of the record
+    note(cell, "train", "stopped", "", 1.0)  # keeps the valid parts of the record
     assert read_record(cell)["stages"]["train"]["status"] == "stopped"
 
 
@@ -133,7 +133,7 @@ def without(key: str) -> dict:
         *(without(key) for key in ("norm", "eps", "seed", "attacks", "n", "clean_acc", "data")),
     ],
 )
-def test_a_damaged_summary_of_an_evaluation_is_named_and_made_again(grid: Grid, content: object) -> None:
+def test_a_damaged_summary_of_an_evaluation_is_reported_and_repeated(grid: Grid, content: object) -> None:
     write(place(grid.cells[0], "summary.json"), content)
     (problem,) = summary_of(grid).problems()
     assert problem.startswith("a, seed 0: open; evaluation damaged: ") and "summary.json" in problem
@@ -153,7 +153,7 @@ def test_a_damaged_summary_of_an_evaluation_is_named_and_made_again(grid: Grid, 
         ("verdicts.csv", VERDICTS.replace("apgd-t", "")),
     ],
 )
-def test_damaged_verdicts_are_named_and_the_images_count_as_unpaired(grid: Grid, name: str, content: object) -> None:
+def test_damaged_verdicts_are_reported_and_the_images_count_as_unpaired(grid: Grid, name: str, content: object) -> None:
     for cell in grid.cells:
         write(place(cell, name), content) if content is not None else place(cell, name).unlink()
     summary = summary_of(grid)
@@ -166,7 +166,7 @@ def test_damaged_verdicts_are_named_and_the_images_count_as_unpaired(grid: Grid,
     assert summary.difference("a", "b", "Linf 4/255").ci95_images[1] > 0.3
 
 
-def test_the_command_ends_well(grid: Grid, tmp_path: Path, capsys) -> None:
+def test_the_command_succeeds(grid: Grid, tmp_path: Path, capsys) -> None:
     write(place(grid.cells[0], "status.json"), [])
     write(place(grid.cells[0], "record.json"), {"stages": []})
     place(grid.cells[1], "report.json").unlink()

@@ -1,4 +1,4 @@
-"""Grids as YAML: what they stand for, and what is refused."""
+"""Grids in YAML: their runs, and rejected files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_arm_starts_from_anothers_weights_of_the_same_seed(tmp_path: Path) ->
     assert list(grid.entries) == ["robust"] and grid.compare == ()
 
 
-def test_some_arms_bring_what_they_start_from(tmp_path: Path, capsys) -> None:
+def test_selected_arms_include_the_arms_they_start_from(tmp_path: Path, capsys) -> None:
     arms = {"clean": {}, "other": {}, "middle": {"from": "clean"}, "robust": {"from": "middle"}}
     grid = grid_of(tmp_path, {"arms": arms, "seeds": [0, 1]})
     assert [str(cell) for cell in grid.cells_of(["robust"])] == [
@@ -67,7 +67,7 @@ def test_some_arms_bring_what_they_start_from(tmp_path: Path, capsys) -> None:
 
 
 def test_evaluations(tmp_path: Path) -> None:
-    """Flags of the grid, then the arm's, then the variant's; weights by their kind; another evaluation has another folder."""
+    """Check the order of flags (grid, arm, variant), the kind of weights, and that each evaluation has a separate folder."""
     content = {
         "arms": {"a": {"model.model_ema": 1, "evaluate": {"eval.n_ex": 7}}, "b": {}},
         "evaluate": {"eval": {"norms": "Linf,L2", "n_ex": 5}},
@@ -100,8 +100,8 @@ def test_extends_merges_and_the_command_line_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_our_grids(path: Path) -> None:
-    """Every arm but its starts differs from `base` in one thing; all command lines are valid."""
+def test_grids_of_the_project(path: Path) -> None:
+    """Every arm except the start arms differs from `base` in one flag; all command lines are valid."""
     grid = load_grid(path)
     assert len(grid.seeds) >= 3 and read_claims(grid.claims, grid)[1]
     base = grid.arms["base"]
@@ -147,7 +147,7 @@ def test_our_grids(path: Path) -> None:
         ({"extends": "none.yaml"}, "cannot be read"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, capsys, content: dict, words: str) -> None:
+def test_rejected_grids(tmp_path: Path, capsys, content: dict, words: str) -> None:
     with pytest.raises(UserError) as error:
         grid_of(tmp_path, content)
     assert words in str(error.value)
@@ -177,7 +177,7 @@ def test_wrong_command_lines(tmp_path: Path, capsys, argv: list[str], words: str
     "text",
     ["[", "- a", "seeds: [0]\nseeds: [1]", "train: {a.b: &x [*x]}", pytest.param("[" * 3000, id="deep")],
 )
-def test_files_that_are_no_grid(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_grids(tmp_path: Path, text: str) -> None:
     (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(UserError, match="grid.yaml"):
         load_grid(tmp_path / "grid.yaml")

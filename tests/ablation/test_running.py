@@ -1,4 +1,4 @@
-"""Scheduling with stand-ins for train.py and runner_aa_eval.py, and a small grid with the real ones."""
+"""Scheduling with stubs of train.py and runner_aa_eval.py, and a small grid with the real programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.training.helpers import base_flags
 from training.stop import STOPPED
 
 TRAIN = {"data": {"train_dataset": "digits", "val_dataset": "digits", "num_workers": 0, "in_memory": 0}}
-# What the runner relies on: a status file, weights, a summary; and exit statuses. `misc.notes` says what is to happen.
+# The stubs write what the runner relies on: status file, weights, summary and exit status. `misc.notes` selects the outcome.
 STAND_IN_TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -78,7 +78,7 @@ if "--eval.seed=13" in sys.argv:
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The stand-ins; the file that notes their calls."""
+    """Install the stubs and return the file that records their calls."""
     folder, calls = tmp_path / "programs", tmp_path / "calls"
     folder.mkdir()
     (folder / "train.py").write_text(STAND_IN_TRAIN.format(project=str(PROJECT), calls=str(calls)))
@@ -110,7 +110,7 @@ def test_runs_spread_over_gpus_start_after_what_they_need_and_are_skipped_when_f
     starts, ends = calls_of(programs), calls_of(programs, "end")
     assert sorted(call[1:3] for call in starts) == [["clean", 0], ["clean", 1], ["robust", 0], ["robust", 1]]
     assert {call[4] for call in starts} == {"4", "7"}
-    assert starts[1][3] < ends[0][3], "two slots, but one run after the other"
+    assert starts[1][3] < ends[0][3], "two slots, but runs are not parallel"
     evaluation = json.loads(next((tmp_path / "out/robust/seed0").glob("eval_robust_*/summary.json")).read_text())[
         "argv"
     ]
@@ -136,7 +136,9 @@ def test_failures_are_recorded_with_their_reason_and_stop_nothing_else(tmp_path,
     assert is_finished(grid.cell("fine", 0))
     before = len(calls_of(programs))
     assert work(grid) == 1
-    assert [call[1] for call in calls_of(programs)[before:]] == ["fail"], "only what may go better is tried again"
+    assert [call[1] for call in calls_of(programs)[before:]] == ["fail"], (
+        "only failures that may succeed later are tried again"
+    )
 
 
 def test_two_programs_share_a_grid(tmp_path, programs) -> None:
@@ -151,7 +153,7 @@ def test_two_programs_share_a_grid(tmp_path, programs) -> None:
     assert sorted(call[1:3] for call in calls_of(programs)) == [["a", 0], ["a", 1], ["b", 0], ["b", 1]]
 
 
-def test_a_claimed_cell_is_left_alone(tmp_path, programs) -> None:
+def test_a_locked_cell_is_not_started(tmp_path, programs) -> None:
     grid = grid_of(tmp_path, {"a": {"misc.notes": "a"}})
     (cell,) = grid.cells
     cell.folder.mkdir(parents=True)
@@ -166,7 +168,7 @@ def test_a_claimed_cell_is_left_alone(tmp_path, programs) -> None:
     assert statuses == [0] and len(calls_of(programs)) == 1
 
 
-def test_stopping_ends_what_runs_and_starts_nothing(tmp_path, programs) -> None:
+def test_stopping_ends_running_programs_and_starts_no_others(tmp_path, programs) -> None:
     grid = grid_of(tmp_path, {"a": {"misc.notes": "slow"}, "b": {}})
     runner = Runner(grid.cells, [Place("", 1)], on_change=lambda: None)
 
@@ -188,12 +190,12 @@ def test_a_run_that_was_asked_to_stop_stops_the_grid(tmp_path, programs) -> None
 
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.gpus.usable_gpus", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,9")  # there are but six GPUs
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,9")  # GPU 9 does not exist
     assert [slot.gpu for slot in make_slots(5, 1)] == ["3", "5", "3", "5", "3"]
     assert len(make_slots(None, None)) == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [slot.gpu for slot in make_slots(None, 1)] == ["0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b,MIG-c")  # of which a process sees one
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b,MIG-c")  # a process sees only one of them
     assert [slot.gpu for slot in make_slots(None, 1)] == ["MIG-a", "MIG-b", "MIG-c"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b, GPU-typo")
     assert [slot.gpu for slot in make_slots(None, 1)] == ["GPU-a", "GPU-b"]
@@ -201,7 +203,7 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_slots(3, 1) == [Place("", 1)] * 3
 
 
-def test_signals_stop_the_runner_and_are_told_apart(tmp_path, programs) -> None:
+def test_signals_stop_the_runner_and_set_the_exit_status(tmp_path, programs) -> None:
     grid_of(tmp_path, {"a": {"misc.notes": "slow"}})
     before = signal.getsignal(signal.SIGTERM)
 
@@ -217,15 +219,15 @@ def test_signals_stop_the_runner_and_are_told_apart(tmp_path, programs) -> None:
 
 
 def work_here(grid: Grid, patch: pytest.MonkeyPatch) -> int:
-    """Like `work`, but train.py and runner_aa_eval.py run in this process, which has imported what they need.
+    """Like `work`, but run train.py and runner_aa_eval.py in this process, which already has their imports.
 
-    Their signal handlers need its main thread, so the runner has another one.
+    Their signal handlers need the main thread, so the runner gets another one.
     """
     programs = {"train.py": train.main, "runner_aa_eval.py": runner_aa_eval.main}
     calls: queue.Queue[Call | None] = queue.Queue()
 
     class Call:
-        """In the place of subprocess.Popen."""
+        """Replacement of subprocess.Popen."""
 
         def __init__(self, command: list[str], *, env: dict[str, str], **_: object) -> None:
             (self.program, *self.argv), self.threads, self.status = command[1:], env["OMP_NUM_THREADS"], Future()
@@ -249,7 +251,7 @@ def work_here(grid: Grid, patch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture(scope="module", params=["here", pytest.param("started", marks=pytest.mark.slow)])
 def real(request, images, tmp_path_factory) -> tuple[Path, Path]:
-    """A grid of one run with the real programs, on tiny images."""
+    """Run a grid of one run with the real programs on tiny images."""
     folder = tmp_path_factory.mktemp("real")
     flags = {name: str(value) for name, value in base_flags(images, folder).items() if name != "logging.folder"}
     grid = {

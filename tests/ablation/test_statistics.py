@@ -1,4 +1,4 @@
-"""Means and paired differences against SciPy, and on cases whose answer is known."""
+"""Means and paired differences, compared with SciPy and with known results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_paired_interval_is_that_of_the_t_test() -> None:
     assert difference.ci95_images is None
 
 
-def test_seeds_are_matched_and_missing_ones_left_out() -> None:
+def test_seeds_are_matched_and_missing_ones_omitted() -> None:
     a = {0: Value(0.1, 0), 1: Value(0.2, 0), 2: Value(0.9, 0)}
     b = {1: Value(0.25, 0), 0: Value(0.2, 0), 5: Value(0.0, 0)}
     difference = paired([(-1, a), (1, b)])
@@ -34,18 +34,18 @@ def test_one_seed_has_an_interval_over_images_alone() -> None:
     first, second = np.repeat([0.0, 1.0], [60, 40]), np.repeat([0.0, 1.0], [50, 50])
     difference = paired([(-1, values(0.4, n=100, images=first)), (1, values(0.5, n=100, images=second))])
     assert difference.ci95 is None and t_interval([0.1]) is None
-    # Ten of a hundred images differ, all to the same side.
+    # Ten of a hundred images differ, all in the same direction.
     half = 1.96 * np.std(second - first, ddof=1) / 10
     assert difference.ci95_images == pytest.approx((0.1 - half, 0.1 + half))
 
 
-def test_equal_verdicts_leave_room_for_what_was_not_seen() -> None:
+def test_equal_verdicts_do_not_give_a_zero_interval() -> None:
     images = np.zeros(30)
     difference = paired([(-1, values(0.0, n=30, images=images)), (1, values(0.0, n=30, images=images))])
     assert difference.ci95_images == pytest.approx((-0.1, 0.1))
 
 
-def test_seeds_that_happen_to_agree_are_not_certain() -> None:
+def test_equal_differences_of_seeds_do_not_give_a_zero_interval() -> None:
     difference = paired([(-1, values(0.2, 0.3, n=10)), (1, values(0.3, 0.4, n=10))])
     half = 12.7062 * 0.1 / np.sqrt(12) / np.sqrt(2)
     assert difference.ci95 == pytest.approx((0.1 - half, 0.1 + half), abs=1e-5)
@@ -57,8 +57,8 @@ def test_without_verdicts_the_images_count_as_unpaired() -> None:
     assert difference.ci95_images == pytest.approx((0.1 - half, 0.1 + half))
 
 
-def test_images_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """Two networks that are right on 30 % and 40 % of all images, mostly the same ones; 400 test sets of 200 images."""
+def test_images_interval_has_the_stated_coverage() -> None:
+    """Two networks with accuracies of 30 % and 40 %, mostly on the same images; 400 test sets of 200 images."""
     generator, inside = np.random.default_rng(0), 0
     for _ in range(400):
         draw = generator.random(200)

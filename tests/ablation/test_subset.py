@@ -1,4 +1,4 @@
-"""Parts of a data set as class folders."""
+"""Export of parts of a data set as class folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_images_without_files_become_png(tmp_path: Path) -> None:
     assert len(files(tmp_path / "digits")) == 10 and all(name.endswith(".png") for name in files(tmp_path / "digits"))
 
 
-def test_what_is_refused(images: Path, tmp_path: Path, capsys) -> None:
+def test_rejected_arguments(images: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     assert main([str(images), str(out), "--per-class=7"]) == 2
     assert "expected at least 7" in capsys.readouterr().err

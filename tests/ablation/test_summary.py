@@ -1,4 +1,4 @@
-"""Tables, files and verdicts of results that are known."""
+"""Tables, files and verdicts for known results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def right(share: float) -> np.ndarray:
 
 @pytest.fixture
 def summary(tmp_path: Path) -> Summary:
-    """b is far above a, c is not; d failed with one seed and was not run with the others; e has one seed."""
+    """Return a summary: b is far above a, c is not; d failed with one seed and did not run with others; e has one seed."""
     arms = {name: {} for name in "abcde"}
     path = tmp_path / "grid.yaml"
     evaluate = {"eval.norms": "Linf,L2", "eval.eps": "8/255,0.5"}
@@ -171,7 +171,7 @@ def test_evidence(summary: Summary, tmp_path: Path) -> None:
         ({"claim": "x", "compare": ["a", "b"], "metric": "clean", "sign": 1}, "claim 1: expected the keys"),
     ],
 )
-def test_claims_that_are_refused(summary: Summary, tmp_path: Path, claim: dict, words: str) -> None:
+def test_rejected_claims(summary: Summary, tmp_path: Path, claim: dict, words: str) -> None:
     with pytest.raises(UserError) as error:
         write_evidence(summary, claims_file(tmp_path, claim), tmp_path / "docs")
     assert words in str(error.value) and not (tmp_path / "docs").exists()
@@ -186,7 +186,7 @@ def test_claims_that_are_refused(summary: Summary, tmp_path: Path, claim: dict, 
         ({"commands": "bash x"}, "commands: expected a list of strings, got 'bash x'"),
     ],
 )
-def test_claims_files_that_are_refused_before_training(summary: Summary, tmp_path: Path, capsys, more, words) -> None:
+def test_claims_files_are_rejected_before_training(summary: Summary, tmp_path: Path, capsys, more, words) -> None:
     content = {"claims": [{"claim": "x", "compare": ["a", "b"], "metric": "clean"}]} | more
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump(content))
     grid = yaml.safe_load((tmp_path / "grid.yaml").read_text()) | {"claims": "claims.yaml"}

@@ -1,4 +1,4 @@
-"""The loader's benchmark: that it measures what it says, not how fast things are."""
+"""Benchmark of the loader: its rows are correct. Speed is not tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_every_row_is_there(photos):
+def test_all_rows_exist(photos):
     rows = {r["name"]: r for r in measure(argparse.Namespace(data=str(photos), quick=True, images=0, repeats=0))}
     assert {
         "timm_heavy",
@@ -37,15 +37,15 @@ def test_every_row_is_there(photos):
     assert rows["crop_parity"]["ok"] and 0.05 < rows["memory"]["figure"] < 8
 
 
-def test_ratios_are_of_one_repetition():
+def test_ratios_are_taken_within_a_repetition():
     rows = {r["name"]: r for r in cpu_rows({"timm": [6, 60], "workers": [2, 10], "device": [1, 20]}, 12, counts=True)}
     assert rows["workers_part"]["spread"] == [3, 6] and rows["workers_part"]["ok"]
     assert rows["all_on_cpu"]["spread"] == [2, 2] and rows["timm_heavy"]["spread"] == [0.2, 2]
 
 
-def test_parity_sees_a_difference(photos, monkeypatch):
+def test_parity_detects_a_difference(photos, monkeypatch):
     files = encoded_images(open_source(str(photos), split="train"), 6)
-    assert len(files) == 6 and files[4] == files[0]  # the broken one is left out
+    assert len(files) == 6 and files[4] == files[0]  # the broken image is skipped
     assert crop_differences(files, 8).max() < 0.5
     monkeypatch.setattr("data.decoding.simplejpeg.decode_jpeg", lambda *_, **__: np.zeros((90, 120, 3), np.uint8))
     assert not parity_rows(crop_differences(files, 4))[0]["ok"]

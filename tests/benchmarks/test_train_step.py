@@ -1,4 +1,4 @@
-"""What the benchmark of the training step compares with is the same work, and its figures are what they say."""
+"""Benchmark of the training step: the baseline does the same work, and the figures are correct."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.attacks.test_apgd import batch, micro
 
 
 @pytest.mark.parametrize("n_iter", [1, 2, 8])
-def test_published_attack_equals_ours(n_iter):
+def test_published_attack_equals_this_implementation(n_iter):
     model, (x, y) = micro().double(), batch()
     x = x.double()
     expected = apgd(model, x, y, norm="Linf", eps=8 / 255, n_iter=n_iter).x_best
@@ -68,7 +68,7 @@ def test_rows(other, ratio):
         assert found["memory_ratio_convnext_tiny"]["figure"] is None
 
 
-def test_a_program_that_trained_uncompiled_after_all_is_no_measurement():
+def test_a_program_that_falls_back_to_uncompiled_training_is_rejected():
     warning = "warning: training.compile: training runs uncompiled: no C++ compiler"
     assert run_program(["-c", "print(1)"]) > 0
     with pytest.raises(UserError, match=r"uncompiled: no C\+\+ compiler"):

@@ -1,4 +1,4 @@
-"""Programs that are killed and started again: all their processes are found, and none may outlive the program. Linux only."""
+"""Programs that tests kill and restart. All their processes are found, and none may outlive the program. Linux only."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from common.provenance import PROJECT
 from tests.helpers.processes import wait_until
 
-MARK = "KILLED_PROGRAM"  # in the environment of every process of a program, so that none is overlooked
-LIMIT = 1800.0  # seconds for a program that is left alone
+MARK = "KILLED_PROGRAM"  # environment variable that identifies every process of a program
+LIMIT = 1800.0  # seconds for a program that is not killed
 MAIN_SECONDS, OTHER_SECONDS = (
     5.0,
     40.0,
@@ -27,7 +27,7 @@ MAIN_SECONDS, OTHER_SECONDS = (
 
 
 class Program:
-    """One start of a Python program in the project's root; leaving the `with` block kills what is left of it."""
+    """One start of a Python program in the project's root; leaving the `with` block kills its remaining processes."""
 
     def __init__(self, *arguments: str) -> None:
         self._mark, self._errors = uuid.uuid4().hex, tempfile.TemporaryFile()
@@ -53,32 +53,32 @@ class Program:
         self._errors.close()
 
     def processes(self) -> dict[int, int]:
-        """All that run, with their parents. One that has ended, but that nobody has waited for, has no environment."""
+        """Return all running processes with their parents. Zombies have no environment, so they are excluded."""
         wanted, found = f"{MARK}={self._mark}".encode(), {}
         for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # of another user, or gone meanwhile
+            with suppress(OSError):  # process of another user, or already gone
                 if wanted in (folder / "environ").read_bytes().split(b"\0"):
                     found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         return found
 
     def age(self) -> float:
-        """Seconds since its start."""
+        """Return the seconds since the start."""
         return time.time() - self.started
 
     def ended(self) -> bool:
         return self._main.poll() is not None
 
     def wait(self) -> None:
-        """Wait for its success."""
+        """Wait for the program and check that it succeeds."""
         assert self._main.wait(LIMIT) == 0, self._said()
 
     def kill(self, turn: int = 0) -> None:
-        """SIGKILL to the main process (turn 0), or to one of a training run's ranks, once there are some.
+        """Send SIGKILL to the main process (turn 0), or to a rank of a training run, if there are any.
 
-        They are grandchildren of the main process. The fork server between them is spared: a new one takes its place where
-        it is killed before the ranks start.
+        Ranks are grandchildren of the main process. The fork server between them is not killed: before the ranks start, a new
+        one would replace it.
 
-        Fails where the program had ended, or where one of its processes is left.
+        Fails if the program has already ended, or if one of its processes remains.
         """
         assert not self.ended(), f"ended before it was killed: {self._said()}"
         running, main = self.processes(), self._main.pid
@@ -89,7 +89,7 @@ class Program:
         end = time.monotonic() + seconds
         while (left := self.processes()) or not self.ended():
             assert time.monotonic() < end, (
-                f"{seconds:g} s after a kill of {victim} (main: {main}) there is {[_name(pid) for pid in left]}"
+                f"{seconds:g} s after killing {victim} (main: {main}), these still run: {[_name(pid) for pid in left]}"
             )
             time.sleep(0.02)
         assert self._main.returncode != 0
@@ -101,14 +101,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Moment:
-    """For a kill: `seconds` after the program has come to `progress`, or where that is None, at most so long after its start."""
+    """Time of a kill: `seconds` after the program reaches `progress`; if that is None, at most `seconds` after the start."""
 
     progress: int | None
     seconds: float
 
 
 def random_moments(kills: int, *, start_seconds: float, progress: int, seconds: float, seed: int) -> list[Moment]:
-    """A quarter within `start_seconds`; the others spread over the work up to `progress`, up to `seconds` after it is reached."""
+    """Return a quarter of the moments within `start_seconds`, the others spread up to `progress`, each up to `seconds` later."""
     chance = random.Random(seed)
     starts = chance.sample(range(kills), kills // 4)
     count = kills - len(starts)
@@ -129,25 +129,25 @@ def kill_and_go_on(
     check: Callable[[], None],
     in_turn: bool = False,
 ) -> None:
-    """Start the program and kill it at each moment, then let it come to its end.
+    """Start and kill the program at each moment, then let it finish.
 
     Args:
-        start: the same command at every call.
-        moments: one for each kill.
-        progress: of the work on disk; -1 until this start has added to it.
-        check: looks at what each kill left.
-        in_turn: whether the main process is one victim of several, as in `Program.kill`.
+        start: starts the same command at every call.
+        moments: one per kill.
+        progress: progress of the work on disk; -1 until this start has added to it.
+        check: checks the state on disk after each kill.
+        in_turn: whether the victims rotate, as in `Program.kill`; else always the main process.
     """
     done = 0
     for turn, moment in enumerate(moments):
         with start() as program:
             if moment.progress is None:
-                # At the latest when it has added to the work: how long a start takes depends on what else runs.
+                # At the latest when it has made progress: the duration of a start depends on the load of the machine.
                 wait_until(lambda: program.age() >= moment.seconds or progress(program) > done, seconds=LIMIT)  # noqa: B023
             else:
                 wait_until(lambda: program.ended() or progress(program) >= moment.progress, seconds=LIMIT)  # noqa: B023
                 end, came = time.monotonic() + moment.seconds, progress(program)
-                # No later than the next step of the work: under another load than before it may be at its end by then.
+                # No later than the next step of progress: with a different load it may have finished by then.
                 wait_until(lambda: time.monotonic() >= end or progress(program) > came, seconds=LIMIT)  # noqa: B023
             program.kill(turn if in_turn else 0)
             done = max(done, progress(program))
@@ -162,7 +162,7 @@ def _kill(pid: int) -> None:
 
 
 def _name(pid: int) -> str:
-    """Its command, empty where it has gone."""
+    """Return the command of a process, empty if it has ended."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     return ""

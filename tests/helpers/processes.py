@@ -1,4 +1,4 @@
-"""Processes and ports, for tests."""
+"""Test helpers for processes and ports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended, but that nobody has waited for, does not."""
+    """Return whether the process runs; a zombie does not."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -29,30 +29,30 @@ def alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float = 120.0) -> None:
-    """Return when it holds; fail after so many seconds."""
+    """Return when the condition is true; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds:g} s"
+        assert time.monotonic() < end, f"condition not true within {seconds:g} s"
         time.sleep(0.02)
 
 
 def in_a_child(action: Callable[[], Any]) -> Any:
-    """What `action` returns or raises, in a forked process: for what leaves traces, such as DataLoader's signal handler."""
-    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    """Run `action` in a forked process and return or raise its outcome; for global side effects such as signal handlers."""
+    receiver, sender = multiprocessing.get_context("fork").Pipe()
 
     def run() -> None:
         try:
-            theirs.send((True, action()))
+            sender.send((True, action()))
         except Exception as error:
-            theirs.send((False, error))
+            sender.send((False, error))
         finally:
             end_children()
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        done, result = ours.recv()
+        done, result = receiver.recv()
     finally:
         process.join()
     if not done:
