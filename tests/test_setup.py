@@ -100,7 +100,7 @@ class Project:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def calls(self) -> list[list[str]]:
-        """The arguments of every call of the stand-in so far, without those that only ask for its state."""
+        """Return the arguments of all calls of the stub so far, except calls that only query its state."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         asks = ("-m|common.check_requirements", "-c|", "-m|pip|--version")
         return [line.replace(f"{self.root}/", "<root>/").split("|") for line in lines if not line.startswith(asks)]
