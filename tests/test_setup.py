@@ -452,7 +452,7 @@ def test_tests_and_evaluation_pass_arguments_on(project: Project) -> None:
 
 def test_evaluation_without_arguments_is_the_demos(project: Project) -> None:
     """Missing networks are trained first."""
-    evaluation = ["runner_aa_eval.py", "--config-file", "configs/demo_norms.yaml"]
+    evaluation = ["<root>/runner_aa_eval.py", "--config-file", "<root>/configs/demo_norms.yaml"]
     result = project.run("run_eval.sh")
     assert result.returncode == 0 and "training them first" in result.stderr
     assert project.calls() == [["<root>/demo.py"], evaluation]
