@@ -46,7 +46,7 @@ case "$*" in
         sleep "${STUB_PIP_SECONDS:-0}"
         if [ -n "${STUB_PIP_FAILS:-}" ]; then echo "ERROR: no connection"; exit 1; fi
         touch .venv/installed ;;
-    */train.py*) exit "${STUB_TRAIN:-0}" ;;
+    */train.py*) pwd > "$STUB_LOG.pwd"; exit "${STUB_TRAIN:-0}" ;;
 esac
 """
 
@@ -459,6 +459,11 @@ def test_evaluation_without_arguments_is_the_demos(project: Project) -> None:
     (project.bin / "runs" / "demo").mkdir(parents=True)
     (project.bin / "runs" / "demo" / "networks.yaml").touch()
     assert launched(project, "run_eval.sh")[2:] == [evaluation]
+
+
+def test_relative_paths_start_where_the_user_stands(project: Project) -> None:
+    launched(project, "run_train.sh", "--data.train_dataset=images")
+    assert Path(f"{project.log}.pwd").read_text() == f"{project.bin}\n"
 
 
 def test_ci_runs_all_tests(project: Project) -> None:

@@ -184,7 +184,7 @@ def test_files_that_are_not_grids(tmp_path: Path, text: str) -> None:
 
 
 def test_the_readmes_grid(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(# grid\.yaml.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(# grid\.yaml.*?)```", (PROJECT / "docs" / "ablations.md").read_text(), re.DOTALL)
     assert len(text.splitlines()) <= 10
     (tmp_path / "grid.yaml").write_text(text)
     grid = load_grid(tmp_path / "grid.yaml")

@@ -243,7 +243,7 @@ def work_here(grid: Grid, patch: pytest.MonkeyPatch) -> int:
         while (call := calls.get()) is not None:
             torch.set_num_threads(int(call.threads))
             try:
-                call.status.set_result(programs[call.program](call.argv))
+                call.status.set_result(programs[Path(call.program).name](call.argv))
             except BaseException as error:
                 call.status.set_exception(error)
     return runner.result()
