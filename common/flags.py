@@ -15,7 +15,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,6 +193,34 @@ def load_config(
 def config_to_dict(config: Any) -> dict[str, dict[str, Any]]:
     """Return sections → flags → plain values, as written to params.json and accepted as a config file."""
     return {name: dataclasses.asdict(getattr(config, name)) for name, _ in sections_of(type(config))}
+
+
+@dataclass(frozen=True)
+class FlagDescription:
+    """One flag in words: `name` is `section.name`, `values` says what it takes, `default` is "required" where there is none."""
+
+    section: str
+    name: str
+    values: str
+    default: str
+    help: str
+    harmless: bool
+
+
+def described(config_class: type) -> Iterator[FlagDescription]:
+    """Yield all flags of a configuration, in the order of its sections."""
+    for section, cls in sections_of(config_class):
+        params = _params(cls)
+        for f in dataclasses.fields(cls):
+            param = params[f.name]
+            yield FlagDescription(
+                section=section,
+                name=f"{section}.{f.name}",
+                values=param.checker.help(),
+                default="required" if param.required else _shown(param.default),
+                help=param.desc,
+                harmless=f.metadata["harmless"],
+            )
 
 
 def sections_of(config_class: type) -> list[tuple[str, type]]:
