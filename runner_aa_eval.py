@@ -38,10 +38,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # the same, for the workers
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # end workers on the way out
     try:
-        first, rest = argv[:1], argv[1:]
-        if first and not first[0].startswith("-"):  # a network's name without its flag
-            first = [f"--eval.model_in={first[0]}"]
-        config = load_config(EvalConfig, [*first, *rest])
+        config = load_config(EvalConfig, with_flag(argv))
         prepare_workers("evaluation.worker")  # they import PyTorch while this process does
 
         import torch
@@ -63,6 +60,14 @@ def main(argv: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def with_flag(argv: Sequence[str]) -> list[str]:
+    """Return the command line with the flag of a first argument that is a network's name."""
+    first, rest = argv[:1], argv[1:]
+    if first and not first[0].startswith("-"):
+        first = [f"--eval.model_in={first[0]}"]
+    return [*first, *rest]
 
 
 def say(text: str) -> None:

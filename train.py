@@ -49,13 +49,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit status."""
-    switches = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    switches.add_argument("--check", action="store_true", help="check flags, files and folders, and start nothing")
-    switches.add_argument("--where", action="store_true", help="print the run's folder, and start nothing")
-    asked, flags = switches.parse_known_args(argv)
+    asked, flags = switches().parse_known_args(argv)
     try:
         problems = Problems()
-        config = load_config(TrainConfig, flags, switches=switches, problems=problems)
+        config = load_config(TrainConfig, flags, switches=switches(), problems=problems)
         if "where" in asked:
             problems.report()
             print(find_folder(config)[0])
@@ -79,6 +76,14 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def switches() -> argparse.ArgumentParser:
+    """Return the parser of what is asked instead of training."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help="check flags, files and folders, and start nothing")
+    parser.add_argument("--where", action="store_true", help="print the run's folder, and start nothing")
+    return parser
 
 
 def run_process(config: TrainConfig, processes: Processes) -> None:

@@ -184,7 +184,7 @@ def time_steps(model: nn.Module, *, size: int, device: torch.device) -> float:
     return statistics.median(seconds[False][1:]) / statistics.median(seconds[True][1:])
 
 
-if __name__ == "__main__":
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, help="rounds (default 5; 1 with --quick)")
     parser.add_argument("--model", type=Path, help="run folder or weights of a digits network (default: train one)")
@@ -194,4 +194,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--cuda-fullaa", type=int, choices=(0, 1), default=1, help="1: all four attacks; 0: the first two"
     )
-    sys.exit(main(measure, parser.parse_args()))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(measure, parse(sys.argv[1:])))

@@ -190,13 +190,13 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def parse() -> argparse.Namespace:
-    parser = options("Benchmark of decoding and augmentation of training images.")
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = options("How fast training images are decoded and augmented.")
     parser.add_argument("--data", required=True, help="photos: a folder or tar of class folders")
     parser.add_argument("--images", type=int, default=240, help="photos per repetition")
     parser.add_argument("--repeats", type=int, default=7)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(measure, parse()))
+    sys.exit(main(measure, parse(sys.argv[1:])))

@@ -353,7 +353,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     return found
 
 
-if __name__ == "__main__":
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--arch", default="convnext_tiny", help="names in utils_architecture, comma-separated")
     parser.add_argument(
@@ -365,6 +365,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--trim-last-block", choices=("auto", "0", "1"), default="auto", help="as training.trim_last_block"
     )
-    parser.add_argument("--threads", type=int, help="PyTorch threads on a CPU")
-    parser.add_argument("--repeats", type=int, help="rounds (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
-    sys.exit(main(measure, parser.parse_args()))
+    parser.add_argument(
+        "--trim-last-block", choices=("auto", "0", "1"), default="auto", help="of ours, as training.trim_last_block"
+    )
+    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
+    parser.add_argument("--repeats", type=int, help="turns (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(measure, parse(sys.argv[1:])))

@@ -86,7 +86,7 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("*", "\\*").replace("`", "\\`")
 
 
-def is_current(path: Path = PAGE) -> bool:
+def is_current(path: Path) -> bool:
     """Return whether the file holds the present flags."""
     return path.is_file() and path.read_text(encoding="utf-8") == page()
 
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit status."""
     if parser().parse_args(argv).check:
-        if is_current():
+        if is_current(PAGE):
             return 0
         print(f"{PAGE} is not current: run `python -m tools.flags`.", file=sys.stderr)
         return 1
