@@ -34,7 +34,7 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line (without the program's name); returns the exit status."""
+    """Run one command line (without the program's name) and return the exit status."""
     arguments = parser().parse_args(argv)
     try:
         count = write_subset(**vars(arguments))
@@ -47,14 +47,14 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m ablation.subset", description="A part of a data set as class folders."
+        prog="python -m ablation.subset", description="Export a part of a data set as class folders."
     )
     made.add_argument("source", help="data set, as for data.train_dataset")
-    made.add_argument("out", type=Path, help="folder to make")
+    made.add_argument("out", type=Path, help="output folder; must not exist")
     made.add_argument("--split", default="train", help="name of the split (default train)")
-    made.add_argument("--root", default="", help="where the data set's files are (data.root)")
-    made.add_argument("--per-class", type=int, required=True, help="images of each class")
-    made.add_argument("--skip", type=int, default=0, help="leave out so many of each class first")
+    made.add_argument("--root", default="", help="folder of the data set's files (data.root)")
+    made.add_argument("--per-class", type=int, required=True, help="images per class")
+    made.add_argument("--skip", type=int, default=0, help="images to skip at the start of each class")
     return made
 
 

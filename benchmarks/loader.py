@@ -191,7 +191,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = options("How fast training images are decoded and augmented.")
+    parser = options("Benchmark of decoding and augmentation of training images.")
     parser.add_argument("--data", required=True, help="photos: a folder or tar of class folders")
     parser.add_argument("--images", type=int, default=240, help="photos per repetition")
     parser.add_argument("--repeats", type=int, default=7)

@@ -365,11 +365,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--trim-last-block", choices=("auto", "0", "1"), default="auto", help="as training.trim_last_block"
     )
-    parser.add_argument(
-        "--trim-last-block", choices=("auto", "0", "1"), default="auto", help="of ours, as training.trim_last_block"
-    )
-    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
-    parser.add_argument("--repeats", type=int, help="turns (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
+    parser.add_argument("--threads", type=int, help="PyTorch threads on a CPU")
+    parser.add_argument("--repeats", type=int, help="rounds (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
     return parser.parse_args(argv)
 
 

@@ -17,12 +17,12 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
+from ablation.subset import write_subset
 from common.errors import UserError
 from common.provenance import PROJECT
 from tests.docs.commands import FOREIGN, Unknown, check_command
 from tests.docs.pages import Block, Page, project_pages, slug_of
 from tests.docs.shell import Command, missed, recorded, syntax_error
-from tests.training.helpers import write_images
 from tools.flags import PAGE, is_current
 
 PAGES = project_pages()
@@ -307,11 +307,12 @@ LEFT_OUT = (".git", ".venv*", "runs", "images", "checkpoints", "__pycache__", ".
 def run_blocks(page: Page, folder: Path) -> str:
     """Run the marked blocks of a page in one shell, in a copy of the project with a small data set; returns the output.
 
-    The data set is my_images/ with train/ and val/, four classes, and 24 and 8 images.
+    The data set is images/ with train/ and val/: digits, ten classes, 40 and 10 images.
     """
     project = folder / "project"
     shutil.copytree(PROJECT, project, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    write_images(project / "my_images")
+    for split, count in (("train", 4), ("val", 1)):
+        write_subset("digits", project / "images" / split, split=split, root="", per_class=count, skip=0)
     write_shown_files(page, project)
     script = "\n".join(["set -euo pipefail", *(b.text for b in page.shell_blocks if b.mark == "run")])
     environment = {
@@ -336,9 +337,7 @@ def run_blocks(page: Page, folder: Path) -> str:
 
 
 def test_marked_blocks_run_in_order_in_one_shell(tmp_path: Path) -> None:
-    text = (
-        "<!-- run -->\n```bash\nx=1; ls my_images\n```\n\n```bash\nfalse\n```\n<!-- run -->\n```bash\necho x=$x\n```\n"
-    )
+    text = "<!-- run -->\n```bash\nx=1; ls images\n```\n\n```bash\nfalse\n```\n<!-- run -->\n```bash\necho x=$x\n```\n"
     assert run_blocks(Page("x.md", text), tmp_path).split() == ["train", "val", "x=1"]
 
 
