@@ -42,7 +42,7 @@ def full_table(root: str) -> str:
             "px": " / ".join(map(str, row.results)),
             "clean": " / ".join("–" if r is None else f"{r.clean:.1f}" for r in results),
             "AutoAttack": " / ".join("–" if r is None else f"{r.autoattack:.1f}" for r in results),
-            "command": f"[`--config-file {row.config}`]({root}{row.config})",
+            "config": f"[`{Path(row.config).stem}`]({root}{row.config})",
             "weights": f"[share]({row.links[0]})",
             "RobustBench": f"`{row.robustbench_id}`" if row.robustbench_id else "–",
         }

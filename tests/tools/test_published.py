@@ -46,7 +46,7 @@ def test_tables_are_up_to_date(page: str, picture: str, table: str) -> None:
 
 def test_table_holds_every_number_of_the_paper() -> None:
     head, _, *lines, _, footnotes = full_table("").splitlines()
-    assert cells(head) == ["model", "epochs", "px", "clean", "AutoAttack", "command", "weights", "RobustBench"]
+    assert cells(head) == ["model", "epochs", "px", "clean", "AutoAttack", "config", "weights", "RobustBench"]
     rows = {cells(line)[0]: dict(zip(cells(head), cells(line))) for line in lines}
     assert rows.keys() == PAPER.keys()
     assert rows["ConvNeXt-B-CvSt"] == {
@@ -55,7 +55,7 @@ def test_table_holds_every_number_of_the_paper() -> None:
         "px": "224 / 256",
         "clean": "75.9 / 76.9",
         "AutoAttack": "56.1 / 57.3",
-        "command": "[`--config-file configs/convnext_base_cvst.yaml`](configs/convnext_base_cvst.yaml)",
+        "config": "[`convnext_base_cvst`](configs/convnext_base_cvst.yaml)",
         "weights": "[share](https://nc.mlcloud.uni-tuebingen.de/index.php/s/RQBEXagC7R7XweX)",
         "RobustBench": "`Singh2023Revisiting_ConvNeXt-B-ConvStem`",
     }
