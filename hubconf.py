@@ -1,4 +1,4 @@
-"""torch.hub's door: `torch.hub.load("<folder of the project>", "robust", name, source="local")` from anywhere."""
+"""Entry points for torch.hub: `torch.hub.load("<project folder>", "robust", name, source="local")`."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ dependencies = ["torch", "torchvision", "timm", "safetensors"]
 
 
 def robust(name, **options):
-    """A ready robust network by name, file or run folder; arguments and result as in `zoo.robust.load_robust_model`."""
+    """Load a robust network by name, file or run folder; arguments and result as in `zoo.robust.load_robust_model`."""
     _check_modules()
     from zoo.robust import load_robust_model
 
@@ -15,12 +15,12 @@ def robust(name, **options):
 
 
 def _check_modules():
-    """Refuse a program in which another module has the name of one of ours, which Python would give us instead."""
+    """Check that no foreign module has the name of one of this project's packages; Python would import that one."""
     folder = Path(__file__).resolve().parent
     for name in ("attacks", "common", "data", "evaluation", "training", "utils_architecture", "zoo"):
         if (module := sys.modules.get(name)) is not None:
             place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), "no file")
             if not Path(place).resolve().is_relative_to(folder):
                 raise ImportError(
-                    f"expected the module {name} of {folder}, but this program has imported that of {place}."
+                    f"expected the module {name} of {folder}, but this program has imported another one from {place}."
                 )

@@ -3,18 +3,19 @@
 
     python runner_aa_eval.py --eval.model_in=runs/<run> --data.val_dataset=/data/imagenet --eval.fullaa=1 --eval.norms=Linf,L2,L1
     python runner_aa_eval.py --eval.model_in=weights.pt --model.arch=convnext_base --model.not_original=1 --data.val_dataset=…
-    python runner_aa_eval.py convnext_base_cvst --data.val_dataset=/data/imagenet     a published model, against its number
-    python runner_aa_eval.py --eval.models=networks.yaml --eval.img_size=224,256 --data.val_dataset=…     many at once
+    python runner_aa_eval.py convnext_base_cvst --data.val_dataset=/data/imagenet     a published model; compares the numbers
+    python runner_aa_eval.py --eval.models=networks.yaml --eval.img_size=224,256 --data.val_dataset=…     several networks
     torchrun --nnodes=… --nproc-per-node=gpu … runner_aa_eval.py …                                        several machines
-    bash run_eval.sh …                                   the first three, after setting up
+    bash run_eval.sh …                                   the same, after installation
 
-`eval.model_in`, or the first argument, names weights files, run folders, published models or RobustBench ids. The architecture
-comes from the run's params.json, the published table, or the file itself; flags must agree with it. The images are attacked in
-chunks; each free GPU (or CPU process) takes the next open one, and a finished one is never computed again: start the same
-command again after an interruption, with any number of GPUs.
+`eval.model_in`, or the first argument, lists weights files, run folders, published models or RobustBench ids. The architecture
+comes from the run's params.json, the published table, or the weights file; flags must agree with it. The images are attacked in
+chunks. Each free GPU (or CPU process) takes the next open chunk. To resume after an interruption, start the same command again,
+with any number of GPUs; finished chunks are not computed again.
 
-Writes into `eval.out`, for each network, size and norm, report.json, verdicts.csv, log.txt and pictures, and prints a table of
-all; `--help` lists the flags. Exit status: 0; 2 wrong input; 1 a chunk failed three times; 130, 143 interrupted or terminated.
+For each network, image size and norm, `eval.out` receives report.json, verdicts.csv, log.txt and pictures. A table of all
+evaluations is printed. `--help` lists the flags. Exit status: 0 success; 1 a chunk failed three times; 2 wrong input;
+130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -29,33 +30,38 @@ from common.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line (without the program's name); returns the exit status."""
+    """Run one command line (without the program name) and return the exit status."""
     from common.flags import load_config
     from evaluation.config import EvalConfig
     from evaluation.workqueue import TaskFailed, prepare_workers
 
-    warnings.filterwarnings("ignore", ".*torch.jit.*", FutureWarning)  # of timm, about itself
+    warnings.filterwarnings("ignore", ".*torch.jit.*", FutureWarning)  # raised inside timm
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # the same, for the workers
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # end workers on the way out
+    before = signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that `finally` blocks stop the workers
     try:
-        config = load_config(EvalConfig, with_flag(argv))
-        prepare_workers("evaluation.worker")  # they import PyTorch while this process does
+        first, rest = argv[:1], argv[1:]
+        if first and not first[0].startswith("-"):  # a network without --eval.model_in
+            first = [f"--eval.model_in={first[0]}"]
+        config = load_config(EvalConfig, [*first, *rest])
+        prepare_workers("evaluation.worker")  # imports PyTorch in parallel with this process
 
         import torch
 
         from common.processes import joined
         from evaluation.evaluate import run_evaluations
 
-        with joined(device=torch.device("cpu")) as processes:  # each GPU is opened by its worker
+        with joined(device=torch.device("cpu")) as processes:  # the workers open the GPUs
             run_evaluations(config, processes)
     except UserError as error:
         say(f"error: {error}")
         return 2
     except TaskFailed as error:
-        say(f"error: {error}\nFinished chunks are kept: the same command goes on with the others.")
+        say(f"error: {error}\nFinished chunks are kept; the same command resumes with the remaining ones.")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; finished chunks are kept, the same command goes on.", file=sys.stderr)
+        print("interrupted; finished chunks are kept, the same command resumes.", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -71,12 +77,12 @@ def with_flag(argv: Sequence[str]) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Print what all processes of torchrun come to know once."""
+    """Print a message that all processes of torchrun have, once."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a table is no reason to fail where the terminal knows few characters
+        stream.reconfigure(errors="replace")  # a terminal with few characters must not fail on the table
     sys.exit(main(sys.argv[1:]))

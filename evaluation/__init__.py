@@ -1,1 +1,1 @@
-"""AutoAttack on trained networks: verdicts per image, and reports of them."""
+"""AutoAttack on trained networks: verdicts per image, and reports."""

@@ -1,8 +1,8 @@
-"""AutoAttack (Croce & Hein 2020; L1: 2021) on one chunk of images at a time, verdict by verdict.
+"""AutoAttack (Croce & Hein 2020; L1: 2021) on one chunk of images at a time, with the verdict of each attack on each image.
 
-The attacks are the standard package's: `pyautoattack`, AutoAttack's name on PyPI, or `autoattack` installed from its
-repository. Only the loop around them is ours, so that the verdict of every attack on every image is known; a chunk's verdicts
-equal those of `AutoAttack(version="standard").run_standard_evaluation` on that chunk alone.
+The attacks are those of the standard package: `pyautoattack`, AutoAttack's name on PyPI, or `autoattack`, installed from its
+repository. Only the loop around them is implemented here, because the package does not return which attack broke which image.
+A chunk's verdicts equal those of `AutoAttack(version="standard").run_standard_evaluation` on that chunk alone.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from common.errors import UserError
 from common.precision import float32_matmul
 from evaluation.config import ATTACKS
 
-# The targeted loss compares the four largest logits; the other attacks need a second class.
+# The targeted loss compares the four largest logits; the other attacks need two classes.
 FEWEST_CLASSES = {"apgd-t": 4}
 
 
 class Among(nn.Module):
-    """A network whose predictions are taken from some of its classes."""
+    """A network restricted to the logits of some of its classes."""
 
     def __init__(self, network: nn.Module, classes: Sequence[int]) -> None:
-        """Logit i is that of the class `classes[i]` of `network`; they are in order."""
+        """Wrap `network`; output i is its logit of class `classes[i]`. `classes` is sorted."""
         super().__init__()
         self.network = network
         self.register_buffer("classes", torch.tensor(classes), persistent=False)
@@ -41,7 +41,7 @@ class Among(nn.Module):
         return self.restricted(self.network(x))
 
     def restricted(self, logits: Tensor) -> Tensor:
-        """(B, K) of the network → (B, len(classes))."""
+        """Select the logits: (B, K) of the network → (B, len(classes))."""
         return logits.index_select(1, self.classes)
 
 
@@ -51,11 +51,11 @@ class Verdicts:
 
     Attributes:
         clean_pred: (B,) int64 prediction without attack.
-        broken_by: per image the attack that broke it, "clean" where misclassified without attack, "" where it withstood all.
-        adv_pred: (B,) int64 prediction on the image that broke it; where none did, `clean_pred`.
-        x_adv: (B, C, H, W) float32 on the CPU: the adversarial image, the image itself where none was found.
+        broken_by: per image, the attack that broke it; "clean" if it is misclassified without attack; "" if no attack broke it.
+        adv_pred: (B,) int64 prediction on the adversarial image; `clean_pred` where none was found.
+        x_adv: (B, C, H, W) float32 on the CPU: the adversarial image, or the clean image where none was found.
         attack_seconds: time inside each attack.
-        rejoined: number of images that the fast copy took for broken and the network did not: they were attacked again.
+        rejoined: number of images that were attacked again because they fooled the fast copy but not the network.
     """
 
     clean_pred: Tensor
@@ -80,32 +80,32 @@ def attack_chunk(
     tf32: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Verdicts:
-    """Run AutoAttack on one chunk; each attack sees the images that withstood those before it.
+    """Run AutoAttack on one chunk; each attack gets the images that the attacks before it did not break.
 
-    With a fast copy, the attacks run on it and the network judges what they find. An image that the copy takes for broken and
-    the network does not is attacked again on the network itself, by all attacks: robustness is never overstated.
+    With a fast copy, the attacks run on the copy, and the network checks the adversarial images. An image that fools the copy
+    but not the network is attacked again on the network itself, by all attacks. So robustness is never overstated.
 
     Args:
         model: the network, in eval mode on `device`; (B, C, H, W) in [0, 1] → logits (B, K).
-        x: (B, C, H, W) float32 in [0, 1], on the host; only the images under attack are copied to the device.
+        x: (B, C, H, W) float32 in [0, 1], on the CPU; only the images under attack are copied to the device.
         y: (B,) int64.
         norm: "Linf", "L2" or "L1".
         eps: radius in units of pixels in [0, 1].
-        seed: of every attack.
-        attacks: names out of `ATTACKS`, in order.
-        device: where the attacks run.
-        fast: the network as it is attacked where speed is bought with exactness: compiled, in TensorFloat-32, or both.
+        seed: seed of every attack.
+        attacks: entries of `ATTACKS`, in order.
+        device: device of the attacks.
+        fast: a faster, less exact copy of the network to attack: compiled, in TensorFloat-32, or both.
         tf32: whether the fast copy computes in TensorFloat-32.
-        progress: called with the name of each attack that begins.
+        progress: called with the name of each attack when it begins.
 
     Raises:
-        UserError: neither package is installed, logits that are not finite, or too few classes for the targeted attacks.
+        UserError: neither package is installed, logits are not finite, or there are too few classes for the targeted attacks.
     """
     with float32_matmul(tf32=False):
         logits = _logits(model, x.to(device))
         if not torch.isfinite(logits).all():
             raise UserError(
-                "eval.model_in: the network's logits are not finite on clean images; its accuracy means nothing."
+                "eval.model_in: the network's logits on clean images are not finite, so its accuracy is meaningless."
             )
         check_classes(logits.shape[1], attacks)
         clean_pred = logits.argmax(dim=1).cpu()
@@ -133,9 +133,9 @@ def _run_attacks(
     settings: Mapping[str, Any],
     progress: Callable[[str], None] | None,
 ) -> set[int]:
-    """Attack the fast copy, or the network where there is none, and note in `verdicts` what the network takes for broken.
+    """Attack the fast copy (without one, the network) and record in `verdicts` the images that the network misclassifies.
 
-    Only images whose places are in `among` are attacked. Returns the places of those that fooled the copy and not the network.
+    Only the images at the indices `among` are attacked. Returns the indices of images that fooled the copy but not the network.
     """
     attacked = model if fast is None else fast
     engine, device, suspects = standard_autoattack(attacked, **settings), settings["device"], set()
@@ -161,16 +161,16 @@ def _run_attacks(
 
 
 def check_classes(num_classes: int, attacks: Sequence[str]) -> None:
-    """Refuse a network with too few classes for one of the attacks.
+    """Check that the number of classes is sufficient for each attack.
 
     Raises:
-        UserError: it names the attacks that can run.
+        UserError: it is not; the message lists the attacks that can run.
     """
     able = [name for name in ATTACKS if FEWEST_CLASSES.get(name, 2) <= num_classes]
     for name in attacks:
         if name not in able:
             raise UserError(
-                f"eval.attacks: {name} needs at least {FEWEST_CLASSES.get(name, 2)} classes, there are {num_classes}"
+                f"eval.attacks: {name} needs at least {FEWEST_CLASSES.get(name, 2)} classes, got {num_classes}"
                 + (f"; give --eval.attacks={','.join(able)}." if able else ".")
             )
 
@@ -178,18 +178,18 @@ def check_classes(num_classes: int, attacks: Sequence[str]) -> None:
 def check_adversarial(
     model: nn.Module, x: Tensor, verdicts: Verdicts, y: Tensor, *, norm: str, eps: float, device: torch.device
 ) -> dict[str, Any]:
-    """Look at the adversarial images again: in float32, all at once, with nothing that the attacks computed.
+    """Check the adversarial images independently of the attacks: in float32, in one batch.
 
-    The ball is held up to the rounding of float32 pixels. Attacks that look for the smallest perturbation end so close to the
-    decision boundary that another batch's rounding can carry an image back over it: `not_misclassified` counts those.
+    The radius is checked with a tolerance for the rounding of float32 pixels. Attacks that minimise the perturbation end close to
+    the decision boundary. There, the rounding of a different batch can make the prediction correct again (`not_misclassified`).
 
     Args:
         model, x, y, norm, eps, device: as in `attack_chunk`.
-        verdicts: its result.
+        verdicts: result of `attack_chunk`.
 
     Returns:
         `max_perturbation`: largest distance from the clean image in the norm; `pixel_range`: smallest and largest value;
-        `outside_ball`, `outside_box`, `not_misclassified`, `not_finite` (the logits): places in the chunk of the images that fail.
+        `outside_ball`, `outside_box`, `not_misclassified`, `not_finite` (logits): indices in the chunk of images that fail.
     """
     x_adv = verdicts.x_adv
     size = get_threat_model(norm).norm((x_adv - x).double()).flatten()
@@ -208,17 +208,17 @@ def check_adversarial(
 
 
 def rounding(norm: str, eps: float, pixels: int) -> float:
-    """How far beyond `eps` the norm of a perturbation may be for no other reason than float32 pixels in [0, 1]."""
-    half_step = 2.0**-24  # of numbers in [0.5, 1), twice: in the sum, and in what was added
+    """Return how far the norm of a perturbation may exceed `eps` by the rounding of float32 pixels in [0, 1]."""
+    half_step = 2.0**-24  # for numbers in [0.5, 1); counted twice: for the sum and for the added perturbation
     return 1e-5 * eps + 2 * half_step * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[norm]
 
 
 def standard_autoattack(
     model: nn.Module, *, norm: str, eps: float, seed: int, device: torch.device, num_classes: int
 ) -> Any:
-    """The package's AutoAttack object, version "standard"; with fewer than 10 classes, one target for each other class."""
+    """Return the package's AutoAttack object, version "standard"; with fewer than 10 classes, one target per other class."""
     autoattack = importlib.import_module(package_name()).AutoAttack
-    # The repository's package prints unless told not to; the one on PyPI has no such argument.
+    # The repository's package prints by default; the one on PyPI has no argument `verbose`.
     quiet = {"verbose": False} if "verbose" in inspect.signature(autoattack).parameters else {}
     engine = autoattack(model, norm=norm, eps=eps, seed=seed, device=device, version="standard", **quiet)
     for attack in (engine.apgd_targeted, engine.fab):
@@ -227,7 +227,7 @@ def standard_autoattack(
 
 
 def perturb(engine: Any, name: str, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-    """Adversarial candidates (B, …) of one attack, called as `run_standard_evaluation` calls it."""
+    """Return the adversarial candidates (B, …) of one attack, called as in `run_standard_evaluation`."""
     if name == "fab-t":
         engine.fab.targeted, engine.fab.n_restarts = True, 1
     engine.apgd.loss = "ce"
@@ -240,7 +240,7 @@ def perturb(engine: Any, name: str, x: Tensor, y: Tensor, *, seed: int) -> Tenso
 
 
 def package_name() -> str:
-    """The installed AutoAttack package."""
+    """Return the name of the installed AutoAttack package."""
     for name in ("pyautoattack", "autoattack"):
         if importlib.util.find_spec(name) is not None:
             return name

@@ -18,19 +18,19 @@ IMAGE_IDS = ("auto", "robustbench", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalModelConfig(NetworkDescription):
-    """The network to evaluate; unset values come from the run's params.json next to the weights, else the default in brackets."""
+    """The network to evaluate; unset values come from params.json next to the weights, else the default in brackets applies."""
 
     arch: str | None = flag(None, "architecture, as in training [found in the weights]")
     not_original: bool | None = flag(None, "1: ConvStem [found in the weights]")
-    add_normalization: bool | None = flag(None, "1: the normaliser is inside the model [found in the weights]")
+    add_normalization: bool | None = flag(None, "1: the model contains its normaliser [found in the weights]")
     updated: bool | None = flag(None, "1: convnext_iso with stem and width 432 [found in the weights]")
     num_classes: int | None = flag(None, "number of classes of the head [found in the weights]", at_least=2)
     use_blurpool: bool | None = flag(None, "1: trained with training.use_blurpool=1 [0]")
     weights_key: str | None = flag(
-        None, "key of one network in a file with several [a moving average, else the only one]"
+        None, "key of one network in a file with several [the EMA weights, else the only one]"
     )
     mean: tuple[float, ...] | None = flag(
-        None, "with model.std: normaliser of a network whose file has none, three numbers"
+        None, "with model.std: normaliser of a network whose file has none; three numbers"
     )
     std: tuple[float, ...] | None = flag(None, "see model.mean", above=0)
 
@@ -39,27 +39,27 @@ class EvalModelConfig(NetworkDescription):
 class EvalDataConfig:
     """The images to attack."""
 
-    val_dataset: str = flag(REQUIRED, "validation images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…")
-    root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)")
-    val_split: str = flag("", "name of the split for timm's readers; empty: validation")
-    num_workers: int = flag(0, "decoding processes of each worker; 0: the worker decodes itself", at_least=0)
+    val_dataset: str = flag(REQUIRED, "validation images: folder, tar, digits, or hfds/…, wds/…, tfds/…, torch/…")
+    root: str = flag("", "root folder (cache) of hfds/, tfds/, torch/ data sets")
+    val_split: str = flag("", "split name for timm's readers; empty: validation")
+    num_workers: int = flag(0, "decoding processes per worker; 0: the worker itself decodes", at_least=0)
     classes: str = flag(
         "name",
-        "index: folder k is class k, from 0 on where there is a folder 0, else from 1 on; name: matched by name, or sorted",
+        "index: folder k is class k, counted from 0 if there is a folder 0, else from 1; name: matched by name, or sorted",
         choices=("name", "index"),
     )
     class_map: str = flag(
         "",
         'file with the class of each folder: lines "folder class", JSON {"folder": class} or {"class number": "folder"}; '
-        "a class is a name, else its number from 0 on, in JSON without quotes always its number",
+        "a class is a name, else a number counted from 0; a JSON number is always a class number",
     )
     labels: str = flag(
-        "", 'file with the images of a folder without class folders and their classes: lines "file,class", or a CSV'
+        "", 'for a folder without class folders, a file with the class of each image: lines "file,class", or a CSV'
     )
 
     @property
     def own_classes(self) -> list[str]:
-        """The flags that say which class is which."""
+        """Flags that determine the class numbers."""
         given = {
             "data.classes=index": self.classes == "index",
             "data.class_map": self.class_map,
@@ -70,45 +70,51 @@ class EvalDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalAttackConfig:
-    """AutoAttack, its threat models, and the devices it runs on."""
+    """AutoAttack, its threat models, and its devices."""
 
-    model_in: tuple[str, ...] = flag((), "weights files, run folders, published names or RobustBench ids, by commas")
+    model_in: tuple[str, ...] = flag(
+        (), "weights files, run folders, published models or RobustBench ids, separated by commas"
+    )
     models: str = flag("", "YAML file: a list of weights files, run folders, or {model_in: …, name: …, arch: …}")
-    fullaa: bool = flag(True, "1: APGD-CE, APGD-T, FAB-T, Square; 0: the first two")
-    attacks: tuple[str, ...] = flag((), "some of AutoAttack's attacks, by commas; unset: see fullaa", choices=ATTACKS)
+    fullaa: bool = flag(True, "1: APGD-CE, APGD-T, FAB-T, Square; 0: the first two of them")
+    attacks: tuple[str, ...] = flag(
+        (), "some of AutoAttack's attacks, separated by commas; unset: see fullaa", choices=ATTACKS
+    )
     norms: tuple[str, ...] = flag(("Linf",), "threat models, separated by commas", choices=NORMS)
-    eps: tuple[float, ...] | None = flag(None, "radius of each norm, fractions allowed; unset: 4/255, 2, 75", above=0)
-    ids: str = flag("auto", "robustbench: its 5,000 images; auto: those if val_dataset is ImageNet", choices=IMAGE_IDS)
-    n_ex: int = flag(5000, "number of images, the first ones; 0: all", at_least=0)
+    eps: tuple[float, ...] | None = flag(None, "radius for each norm, fractions allowed; unset: 4/255, 2, 75", above=0)
+    ids: str = flag("auto", "robustbench: its 5,000 images; auto: these if val_dataset is ImageNet", choices=IMAGE_IDS)
+    n_ex: int = flag(5000, "use the first n_ex images; 0: all", at_least=0)
     ci: float | None = flag(
         None,
-        "stop once the 95 % interval under every norm is this many points to each side; unset: n_ex images",
+        "stop when the 95 % interval of each norm is at most ± this many percentage points; unset: n_ex images",
         at_least=0.05,
     )
-    batch_size: int = flag(100, "images attacked together: a chunk; part of the result's identity", at_least=1)
-    img_size: tuple[int, ...] = flag((), "image sizes in pixels, by commas; unset: the network's own", at_least=8)
+    batch_size: int = flag(100, "images per chunk, attacked as one batch; results depend on it", at_least=1)
+    img_size: tuple[int, ...] = flag(
+        (), "image sizes in pixels, separated by commas; unset: the network's own", at_least=8
+    )
     crop_pct: float | None = flag(
         None, "centre crop after resizing to img_size/crop_pct; unset: the network's own", above=0, at_most=1
     )
     among: str = flag(
         "all",
-        "the classes that attacked images may be taken for: all of the network's, or those of the data set",
+        "classes that predictions are taken from: all of the network, or those of the data set",
         choices=("dataset", "all"),
     )
     seed: int = flag(0, "seed of AutoAttack", at_least=0, at_most=2**32 - 1)
-    out: str = flag("", "folder of state and reports; empty: eval/ beside the weights")
-    save_adv: bool = flag(False, "1: keep the adversarial images (float32, npz), one file a chunk")
+    out: str = flag("", "folder for state and reports; empty: eval/ next to the weights")
+    save_adv: bool = flag(False, "1: save the adversarial images (float32, npz), one file per chunk")
     precision: str = flag(
-        "fp32", "tf32: faster on a GPU; what it breaks is confirmed in fp32", choices=("fp32", "tf32")
+        "fp32", "tf32: faster on a GPU; adversarial images are confirmed in fp32", choices=("fp32", "tf32")
     )
-    compile: bool = flag(False, "1: torch.compile the attacked model; what it breaks is confirmed uncompiled")
+    compile: bool = flag(False, "1: torch.compile the attacked model; adversarial images are confirmed uncompiled")
     channels_last: bool | None = flag(None, "1: channels_last memory format; unset: 1 on a GPU, 0 on a CPU")
-    gpus: str = flag("auto", "auto: every free GPU; 0,1: these; none: the CPU. Under torchrun each process has its own")
-    gpu_max_load: float = flag(0.5, "auto: a GPU with a larger load (share of time) is not free", at_least=0, at_most=1)
+    gpus: str = flag("auto", "auto: every free GPU; 0,1: these; none: the CPU. Under torchrun: one GPU per process")
+    gpu_max_load: float = flag(0.5, "auto: a GPU with a higher load (share of time) is not free", at_least=0, at_most=1)
     gpu_max_memory: float = flag(0.5, "auto: a GPU with more of its memory in use is not free", at_least=0, at_most=1)
     gpu_wait: float = flag(0.0, "auto: minutes to wait for a free GPU; 0: do not wait", at_least=0)
-    workers: int = flag(0, "processes on a CPU; 0: as many as eval.threads leaves cores for", at_least=0)
-    threads: int = flag(1, "threads of one process on a CPU; part of the result's identity", at_least=1)
+    workers: int = flag(0, "processes on a CPU; 0: number of cores / eval.threads", at_least=0)
+    threads: int = flag(1, "threads per process on a CPU; results depend on it", at_least=1)
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -120,7 +126,7 @@ class EvalAttackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """One network to evaluate: weights file or run folder, its name in tables ("": made of the path), and what flags say of it."""
+    """One network to evaluate: weights file or run folder, its name in tables ("": derived from the path), and its flags."""
 
     model_in: str
     name: str
@@ -129,7 +135,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Config):
-    """Everything `runner_aa_eval.py` needs."""
+    """All flags of `runner_aa_eval.py`."""
 
     model: EvalModelConfig
     data: EvalDataConfig
@@ -149,10 +155,10 @@ class EvalConfig(Config):
                 problems.found.append(f"eval.{name}: expected each value once, got {','.join(map(str, values))}.")
         if "" in settings.model_in:
             problems.found.append(
-                "eval.model_in: expected a file, folder or name, got nothing (an unset shell variable?)."
+                "eval.model_in: expected a file, folder or name, got an empty value (an unset shell variable?)."
             )
         if not settings.model_in and not settings.models:
-            problems.found.append("eval.model_in: required, but neither it nor eval.models is given.")
+            problems.found.append("eval.model_in: required, because eval.models is not given.")
         if len(eps) != len(norms):
             problems.found.append(
                 f"eval.eps: expected one radius for each of eval.norms={','.join(norms)}, separated by commas, got {len(eps)}."
@@ -163,28 +169,28 @@ class EvalConfig(Config):
         own_classes = self.data.own_classes + (["eval.ids=robustbench"] if settings.ids == "robustbench" else [])
         if len(own_classes) > 1:
             problems.found.append(
-                f"data: expected at most one of {', '.join(own_classes)}; each says which class is which."
+                f"data: expected at most one of {', '.join(own_classes)}; each determines the class numbers."
             )
         if settings.gpus not in ("auto", "none") and not re.fullmatch(r"\d+(,\d+)*", settings.gpus):
             problems.found.append(f"eval.gpus: expected auto, none, or GPU numbers such as 0,1; got {settings.gpus!r}.")
         return problems.found
 
     def networks(self) -> list[ModelEntry]:
-        """The networks of `eval.model_in`, then those of the file `eval.models`; `model.*` flags hold where an entry says nothing.
+        """Return the networks of `eval.model_in`, then those of the file `eval.models`; `model.*` flags are an entry's defaults.
 
         Raises:
-            UserError: the file is missing, not YAML, or has unknown keys or values.
+            UserError: the file is missing, is not YAML, or has unknown keys or values.
         """
         entries = [ModelEntry(model_in=path, name="", model=self.model) for path in self.eval.model_in]
         return entries + (_read_models_file(Path(self.eval.models), self.model) if self.eval.models else [])
 
 
 def _read_models_file(path: Path, flags: EvalModelConfig) -> list[ModelEntry]:
-    """A list of paths, or of mappings with `model_in`, perhaps `name`, and fields of `EvalModelConfig`."""
+    """Read a list of paths, or of mappings with `model_in`, optionally `name`, and fields of `EvalModelConfig`."""
     with blame("eval.models"):
         content = read_yaml(path)
     if not isinstance(content, list) or not content:
-        found = "an empty one" if content == [] else type(content).__name__
+        found = "an empty list" if content == [] else type(content).__name__
         raise UserError(f"eval.models: expected a list of networks in {path}, got {found}.")
     entries = []
     for number, item in enumerate(content, 1):

@@ -141,7 +141,7 @@ def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, capsys
     write_folder(tmp_path / "images", {"a": 2, "b": 2, "c": 2})
     flags = [f"--eval.model_in={tmp_path / 'w.pt'}", f"--data.val_dataset={tmp_path / 'images'}", "--eval.img_size=32"]
     assert runner_aa_eval.main(flags) == 2
-    assert "eval.attacks: apgd-t needs at least 4 classes, there are 3;" in capsys.readouterr().err
+    assert "eval.attacks: apgd-t needs at least 4 classes, got 3;" in capsys.readouterr().err
     assert not (tmp_path / "eval").exists()
 
 
@@ -293,10 +293,10 @@ def test_predictions_among_the_classes_of_the_data_set(trained, three_classes, t
 
 def test_too_few_classes_of_the_data_set_are_refused(trained, three_classes, tmp_path, capsys):
     assert evaluate(trained, three_classes, tmp_path / "out", "--eval.among=dataset") == 2
-    assert "apgd-t needs at least 4 classes, there are 3; give --eval.attacks=apgd-ce,fab" in capsys.readouterr().err
+    assert "apgd-t needs at least 4 classes, got 3; give --eval.attacks=apgd-ce,fab" in capsys.readouterr().err
     one = Path(shutil.copytree(three_classes / "red", tmp_path / "one" / "red")).parent
     assert evaluate(trained, one, tmp_path / "out", "--eval.among=dataset") == 2
-    assert "apgd-ce needs at least 2 classes, there are 1." in capsys.readouterr().err
+    assert "apgd-ce needs at least 2 classes, got 1." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -318,7 +318,7 @@ def test_list_of_networks_in_a_file(trained, images, tmp_path):
     ("content", "words"),
     [
         ("a: 1", "expected a list of networks"),
-        ("[]", "got an empty one"),
+        ("[]", "got an empty list"),
         ("- {name: x}", "network 1: expected a path, or a mapping with model_in"),
         ("- {model_in: w.pt, arc: vit_s}", "unknown key 'arc'; the nearest known one is 'arch'"),
         ("- {model_in: w.pt, num_classes: many}", "num_classes: expected an integer, at least 2, got 'many'"),
@@ -346,7 +346,7 @@ def test_a_wrong_list_is_refused(trained, images, tmp_path, capsys, content, wor
         (["--eval.eps=8"], "did you mean 8/255?"),
         (["--eval.norms=L1", "--eval.eps=4000"], "at 32 px an L1 radius is at most 3072"),
         (["--eval.img_size=32,32"], "expected each value once"),
-        (["--eval.model_in="], "got nothing"),
+        (["--eval.model_in="], "got an empty value"),
         (["--eval.seed=99999999999999999999"], "eval.seed: expected an integer, at least 0, at most"),
         (["--eval.gpus=first"], "expected auto, none, or GPU numbers"),
         (["--eval.gpus=0,1"], "eval.gpus"),
