@@ -28,30 +28,30 @@ from evaluation.stopping import chunks_enough
 from evaluation.worker import Task
 from evaluation.workqueue import WORKER_POLL_SECONDS, TaskFailed, prepare_workers, run_tasks
 
-SAVE_AGAIN_SECONDS = 10  # between two tries to write what could not be written
-GIVE_UP_SECONDS = 600  # of failing tries, once the last chunk is finished
-LINE_SECONDS = 60  # between two lines of progress where stderr is no terminal
+SAVE_AGAIN_SECONDS = 10  # between two attempts to write records after a failed write
+GIVE_UP_SECONDS = 600  # of failed writes after which the run fails, once the last chunk is finished
+LINE_SECONDS = 60  # between two progress lines if stderr is not a terminal
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All evaluations of a call and their reports, in the plan's order."""
+    """All evaluations of a call and their reports, in the order of the plan."""
 
     evaluations: list[Evaluation]
     reports: list[dict[str, Any]]
 
 
 def run_evaluations(config: EvalConfig, processes: Processes) -> Outcome | None:
-    """Evaluate every network of `config` at every size under every norm; goes on where an earlier call ended.
+    """Evaluate every network of `config` at every size under every norm; resume from the finished chunks of earlier calls.
 
-    Under torchrun, every process calls this: the first plans and writes, each works with its own GPU.
+    Under torchrun, every process calls this. The first process plans and writes; each process uses its own GPU.
 
     Returns:
-        What came of it; None on all processes but the first.
+        The outcome on the first process; None on the others.
 
     Raises:
-        UserError: wrong input, or a state folder of another evaluation or in use by another run.
-        TaskFailed: one chunk failed three times.
+        UserError: wrong input, or a state folder that belongs to another evaluation or is in use by another run.
+        TaskFailed: a chunk failed three times.
     """
     prepare_workers("evaluation.worker")
     board = Board(processes, "evaluation")
@@ -68,7 +68,7 @@ def run_evaluations(config: EvalConfig, processes: Processes) -> Outcome | None:
 def _work(
     config: EvalConfig, board: Board, evaluations: list[Evaluation], tasks: Sequence[Task], first: _Coordinator | None
 ) -> None:
-    """Do open chunks until none is left anywhere."""
+    """Process open chunks until no process has one left."""
 
     def take() -> Task | None:
         while (number := board.take()) < len(tasks):
@@ -76,7 +76,7 @@ def _work(
                 return tasks[number]
         return None
 
-    def goes_on() -> bool:
+    def is_open() -> bool:
         if first:
             first.collect()
         return board.closed() is None
@@ -85,10 +85,10 @@ def _work(
         if tasks:
             devices = find_devices(config.eval, chunks=len(tasks))
             here, planned = devices[0].split(":")[0], evaluations[0].identity["arithmetic"]["device"]
-            if here != planned:  # of the first process; a GPU's verdicts and a CPU's must not be mixed
+            if here != planned:  # device type of the first process; verdicts of GPUs and CPUs must not be mixed
                 raise UserError(
-                    f"torchrun: the first process works on {planned}, another one on {here}; expected GPUs on all machines, or "
-                    "eval.gpus=none for the CPU on all."
+                    f"torchrun: the first process uses {planned}, another process {here}; expected GPUs on all machines, or "
+                    "eval.gpus=none, which uses the CPU on all."
                 )
             images = first.plan.images if first else open_planned_images(config, evaluations)
             if first:
@@ -98,9 +98,9 @@ def _work(
                 for event in events:
                     if event[0] != "tick":
                         board.post(json.dumps(event).encode())
-                    if not goes_on():
+                    if not is_open():
                         break
-        while goes_on():
+        while is_open():
             time.sleep(WORKER_POLL_SECONDS)
     except (UserError, TaskFailed) as error:
         board.close(str(error))
@@ -111,7 +111,7 @@ def _work(
 
 @dataclass
 class _State:
-    """An evaluation, its folder, its finished chunks by number, and its report once that is written."""
+    """An evaluation, its folder, its finished chunks by number, and its report, once written."""
 
     evaluation: Evaluation
     folder: StateFolder
@@ -120,19 +120,19 @@ class _State:
 
 
 class _Coordinator:
-    """What the first process does alone: plan, keep records, show progress, write reports."""
+    """Tasks of the first process only: plan, store records, show progress, write reports."""
 
     def __init__(self, config: EvalConfig, board: Board) -> None:
         self._config, self._board = config, board
         self.plan: Plan | None = None
         self._states: list[_State] = []  # of the plan's evaluations
-        self._unsaved: list[tuple[StateFolder, dict[str, Any]]] = []  # records that are not written yet
-        self._failing_since: float | None = None  # the disk takes nothing
+        self._unsaved: list[tuple[StateFolder, dict[str, Any]]] = []  # records not yet written
+        self._failing_since: float | None = None  # time of the first failed write
         self._save_at = 0.0
         self._bar: tqdm | None = None
 
     def prepare(self) -> tuple[list[Evaluation], list[Task]]:
-        """The evaluations and their open chunks; keeps other runs out of their folders.
+        """Return the evaluations and their open chunks; lock the state folders against other runs.
 
         Raises:
             UserError: wrong input.
@@ -151,19 +151,19 @@ class _Coordinator:
             if enough is None:
                 tasks += [Task(number, chunk) for chunk in chunks if chunk not in state.records]
             elif report := read_report(state.evaluation, chunks=enough, ci=settings.ci):
-                print(f"{state.evaluation}: finished before, skipped.", file=sys.stderr)
+                print(f"{state.evaluation}: already finished, skipped.", file=sys.stderr)
                 state.report = report
                 state.folder.close()
-        if settings.ci:  # all norms of a network chunk by chunk, so that they come to the same number of images
+        if settings.ci:  # interleaved: all norms of a network reach the same number of images together
             groups = [evaluation.group for evaluation in evaluations]
             tasks.sort(key=lambda task: (groups.index(groups[task.evaluation]), task.chunk))
         return evaluations, tasks
 
     def begin(self, devices: Sequence[str], tasks: Sequence[Task]) -> None:
-        """Show progress from now on: free GPUs may have been waited for."""
+        """Start the progress bar; called after the wait for free GPUs."""
         still = sum(len(self._states[task.evaluation].evaluation.positions(task.chunk)) for task in tasks)
         total = sum(state.evaluation.n for state in self._states)
-        # Where stderr is no terminal, a line now and then.
+        # If stderr is not a terminal, print a line every LINE_SECONDS.
         lines = {"mininterval": LINE_SECONDS, "bar_format": "{l_bar}{bar}{r_bar}\n"}
         how = {"mininterval": 0, "dynamic_ncols": True} if sys.stderr.isatty() else lines
         self._bar = tqdm(total=total, initial=total - still, unit="img", smoothing=0, miniters=0, leave=False, **how)
@@ -171,7 +171,7 @@ class _Coordinator:
         tqdm.write(f"{len(tasks)} chunks to do; workers of this process: {where}", file=sys.stderr)
 
     def collect(self) -> None:
-        """Take in what all processes have posted, try again what could not be written, and end the work when all is."""
+        """Receive the messages of all processes, retry failed writes, and close the board when all reports are written."""
         for message in self._board.messages():
             kind, task, content = json.loads(message)
             if task is None:
@@ -182,7 +182,7 @@ class _Coordinator:
                 print_warning(f"chunk {chunk} of {state.evaluation} failed: {content}")
             elif kind == "note":
                 self._show(f"chunk {chunk} at {content}")
-            elif state.report is None:  # else it came too late: there are enough
+            elif state.report is None:  # else the report already has enough chunks
                 self._receive(state, content)
         if time.monotonic() >= self._save_at:
             self._save()
@@ -190,12 +190,12 @@ class _Coordinator:
             self._board.close()
 
     def _show(self, text: str, *, images: int = 0) -> None:
-        """Show what a worker has begun, or finished with so many images."""
+        """Show a status text; advance the bar by `images`."""
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(images)
 
     def _receive(self, state: _State, record: dict[str, Any]) -> None:
-        """Keep what a worker has finished."""
+        """Store the record of a finished chunk."""
         state.records[record["chunk"]] = record
         verdicts = [broken for some in state.records.values() for broken in some["broken_by"]]
         robust = verdicts.count("") / max(len(verdicts), 1)
@@ -205,10 +205,10 @@ class _Coordinator:
         self._save()
 
     def _save(self) -> None:
-        """Write records, and the reports of evaluations that are complete; what fails is kept and tried again.
+        """Write records and the reports of complete evaluations; after a failed write, keep them for the next attempt.
 
         Raises:
-            UserError: the last chunk is finished, but the disk has taken nothing for a long time.
+            UserError: all chunks are finished, but writing has failed for `GIVE_UP_SECONDS`.
         """
         try:
             while self._unsaved:
@@ -224,7 +224,7 @@ class _Coordinator:
             if self._failing_since is None:
                 self._failing_since = now
                 print_warning(
-                    f"eval.out: {problem}; what is finished is kept in memory ({len(self._unsaved)} chunks) and tried again every "
+                    f"eval.out: {problem}; the finished chunks ({len(self._unsaved)}) are kept in memory; writing is retried every "
                     f"{SAVE_AGAIN_SECONDS} seconds."
                 )
             all_done = all(self._enough(state) is not None for state in self._states)
@@ -233,9 +233,9 @@ class _Coordinator:
             self._save_at = now + SAVE_AGAIN_SECONDS
 
     def _enough(self, state: _State) -> int | None:
-        """How many first chunks the report of an evaluation takes; None while more are needed.
+        """Return how many first chunks the report of an evaluation covers; None while chunks are missing.
 
-        With `eval.ci` all norms of a network take as many.
+        With `eval.ci`, the number is the same for all norms of a network.
         """
         chunks, points, members = state.evaluation.chunks, self._config.eval.ci, [state]
         if points:
@@ -251,21 +251,21 @@ class _Coordinator:
         images, examples = self.plan.images[evaluation.network], state.folder.images_file(0)
         report = write_evaluation(evaluation, records, images, self._config, examples)
         if chunks < evaluation.chunks:
-            text = f"{report['n']} of {evaluation.n} images are enough for {points:g} points to each side."
+            text = f"{report['n']} of {evaluation.n} images are enough for ± {points:g} percentage points."
             tqdm.write(f"{evaluation}: {text}", file=sys.stderr)
         state.report = report
         state.folder.close()
         self._board.skip(number)
 
     def finish(self) -> Outcome:
-        """Table, summary and picture over all."""
+        """Write the table, summary and picture of all evaluations."""
         self.close()
         evaluations, reports = self.plan.evaluations, [state.report for state in self._states]
         write_overview(evaluations, reports, self.plan.root, save_adv=self._config.eval.save_adv)
         return Outcome(evaluations, reports)
 
     def close(self) -> None:
-        """Leave the state folders to other runs, and remove the progress bar."""
+        """Unlock the state folders and remove the progress bar."""
         if self._bar is not None:
             self._bar.close()
         for state in self._states:

@@ -1,4 +1,4 @@
-"""Which devices an evaluation runs on: the free GPUs, or processes on the CPU."""
+"""Choice of the devices of an evaluation: free GPUs, or processes on the CPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GPU_POLL_SECONDS = 10
 
 
 def gpus_in_question(settings: EvalAttackConfig) -> list[int]:
-    """Numbers of the GPUs that this process may use, busy or not; none where it is to use the CPU.
+    """Return the numbers of the GPUs that this process may use, busy or not; empty if it uses the CPU.
 
-    Under torchrun each process has the GPU of its local rank.
+    Under torchrun, each process has the GPU of its local rank.
 
     Raises:
-        UserError: a GPU that is not there.
+        UserError: a GPU does not exist.
     """
     visible = 0 if settings.gpus == "none" else usable_gpus()
     if under_torchrun():
@@ -37,18 +37,18 @@ def gpus_in_question(settings: EvalAttackConfig) -> list[int]:
     asked = list(dict.fromkeys(int(number) for number in settings.gpus.split(",")))
     if any(number >= visible for number in asked):
         raise UserError(
-            f"eval.gpus: expected numbers of the {visible} GPUs that PyTorch sees here, from 0 on; got {settings.gpus}."
+            f"eval.gpus: expected numbers of the {visible} GPUs visible to PyTorch, counted from 0; got {settings.gpus}."
         )
     return asked
 
 
 def find_devices(settings: EvalAttackConfig, *, chunks: int) -> list[str]:
-    """The device of each worker of this process, at most `chunks`: every GPU (with eval.gpus=auto every free one) as "cuda:<n>".
+    """Return the device of each worker of this process, at most `chunks`: "cuda:<n>" for each GPU (eval.gpus=auto: free GPUs).
 
-    On the CPU "cpu", as often as cores and `eval.threads` allow; under torchrun once.
+    Without GPUs: "cpu", as many times as cores and `eval.threads` allow; once under torchrun.
 
     Raises:
-        UserError: a GPU that is not there, or none free.
+        UserError: a GPU does not exist, or no GPU is free.
     """
     gpus = gpus_in_question(settings)
     if not gpus:
@@ -61,39 +61,46 @@ def find_devices(settings: EvalAttackConfig, *, chunks: int) -> list[str]:
 
 
 def _wait_for_free(settings: EvalAttackConfig, gpus: list[int]) -> list[int]:
-    """Those of all `gpus` that are free; waits for one for `eval.gpu_wait` minutes."""
+    """Return the free ones of all `gpus`; if there is none, wait up to `eval.gpu_wait` minutes for one."""
     end = time.monotonic() + 60 * settings.gpu_wait
     while not (free := free_gpus(_uuids(gpus), settings.gpu_max_load, settings.gpu_max_memory)):
         if time.monotonic() >= end:
             raise UserError(
                 f"eval.gpus: none of the {len(gpus)} GPUs is free (load at most {settings.gpu_max_load:g}, memory "
                 f"in use at most {settings.gpu_max_memory:g}); expected one within {settings.gpu_wait:g} minutes (eval.gpu_wait). "
-                "Name those to use with eval.gpus=0,1."
+                "To use busy GPUs, list them, such as eval.gpus=0,1."
             )
-        tqdm.write("waiting for a free GPU …", file=sys.stderr)  # without tearing the bar
+        tqdm.write("waiting for a free GPU …", file=sys.stderr)  # keeps the progress bar intact
         time.sleep(min(GPU_POLL_SECONDS, max(0.0, end - time.monotonic())))
     return free
 
 
 def free_gpus(visible: list[str], max_load: float, max_memory: float) -> list[int]:
-    """Numbers, in PyTorch's counting, of the GPUs whose load and share of memory in use are not above the limits.
+    """Return the PyTorch numbers of the GPUs whose load and share of memory in use do not exceed the limits.
 
-    nvidia-smi counts all GPUs of the machine, PyTorch those that CUDA_VISIBLE_DEVICES shows, in its order: their UUIDs match
-    them. A GPU that nvidia-smi does not list, or without a load (parts of a GPU), counts as free; all do where nvidia-smi is
-    missing, or fails (with a warning).
+    nvidia-smi numbers all GPUs of the machine; PyTorch numbers those of CUDA_VISIBLE_DEVICES, in its order. UUIDs match the two.
+    A GPU counts as free if nvidia-smi does not list it or reports no load (MIG devices). All GPUs count as free if nvidia-smi is
+    missing or fails (with a warning).
 
     Args:
         visible: UUIDs of the GPUs that PyTorch sees, by number.
         max_load, max_memory: shares in [0, 1].
     """
-    import GPUtil  # needs distutils, so only where it is used
+    import GPUtil  # needs distutils, so imported only here
 
     try:
         listed = GPUtil.getGPUs()
-    except (ValueError, IndexError, ZeroDivisionError) as error:  # GPUtil takes every line for a GPU, also a complaint
-        print(f"warning: eval.gpus: nvidia-smi does not say which GPUs are free ({error}); all count.", file=sys.stderr)
+    except (
+        ValueError,
+        IndexError,
+        ZeroDivisionError,
+    ) as error:  # GPUtil parses every line as a GPU, also error messages
+        print(
+            f"warning: eval.gpus: nvidia-smi does not report which GPUs are free ({error}); all count as free.",
+            file=sys.stderr,
+        )
         listed = []
-    # What is not known is NaN, which is never above.
+    # Unknown values are NaN, which is never above a limit.
     busy = {_bare(gpu.uuid) for gpu in listed if gpu.load > max_load or gpu.memoryUtil > max_memory}
     return [number for number, uuid in enumerate(visible) if _bare(uuid) not in busy]
 

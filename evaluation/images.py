@@ -1,4 +1,4 @@
-"""Which images are attacked, in which order, and their pixels chunk by chunk."""
+"""The images of an evaluation: selection, order, labels, and pixels of each chunk."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from data.source import Collected, Source, StreamSource, some
 from evaluation.config import EvalDataConfig
 from zoo.description import Preprocessing
 
-PROBED = 8  # images whose pixels tell two data sets with the same names apart
+PROBED = 8  # images whose pixels distinguish data sets with the same file names
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images attacked together, on the host.
+    """Images of one chunk, on the CPU.
 
-    `x` (B, 3, size, size): float32 in [0, 1]; `y` int64 (B,); `positions` int64 (B,), places in the evaluation's list of images;
-    `unreadable`: "name (reason)" of images left out because they cannot be decoded.
+    `x` (B, 3, size, size): float32 in [0, 1]; `y` int64 (B,); `positions` int64 (B,): indices in the evaluation's list of images;
+    `unreadable`: "name (reason)" of images that are omitted because they cannot be decoded.
     """
 
     x: Tensor
@@ -44,13 +44,13 @@ class Chunk:
 
 
 class ImageList:
-    """The images of an evaluation by position; pixels are read when they are asked for."""
+    """The images of an evaluation by position; pixels are read on demand."""
 
     def __init__(self, source: Source, indices: list[int], num_workers: int = 0, *, robustbench: bool = False) -> None:
-        """Position p is image `indices[p]` of `source`; `num_workers` processes decode, 0: this one.
+        """Create a list whose position p is image `indices[p]` of `source`; `num_workers` processes decode, 0: this process.
 
-        `robustbench`: they are the first ones of its list. Its photos, and so those of the published numbers, stay as they lie in
-        their files.
+        `robustbench`: the images are the first ones of RobustBench's list. As for the published numbers, their EXIF orientation is
+        then ignored.
         """
         self.source, self.indices, self._num_workers, self.robustbench = source, indices, num_workers, robustbench
 
@@ -63,29 +63,29 @@ class ImageList:
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """The numbers of the classes that the data set has; of folders those that are not empty."""
+        """Class numbers of the data set; for folders, those of the non-empty ones."""
         if self.robustbench or not self.source.of_folders:
             return tuple(self.source.classes)
         return tuple(np.unique(self.source.labels).tolist())
 
     @cached_property
     def keys(self) -> list[str]:
-        """Names of the images, the same wherever the data set lies."""
+        """Names of the images, independent of the location of the data set."""
         return [self.source.key(i) for i in self.indices]
 
     def digest(self) -> str:
-        """SHA-256 over names and labels, in order."""
+        """Return the SHA-256 of names and labels, in order."""
         lines = "".join(f"{key}\t{label}\n" for key, label in zip(self.keys, self.labels))
-        return hashlib.sha256(os.fsencode(lines)).hexdigest()  # names of files need not be UTF-8
+        return hashlib.sha256(os.fsencode(lines)).hexdigest()  # file names need not be UTF-8
 
     def probe(self, used: Preprocessing) -> str:
-        """SHA-256 over the pixels of a few images: data sets such as ImageNet-C differ in nothing else."""
+        """Return the SHA-256 of the pixels of a few images; data sets such as ImageNet-C differ in pixels only."""
         chunk = self.read(spread_indices(len(self), PROBED), used)
         return hashlib.sha256(chunk.x.mul(255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
 
     @cached_property
     def common_size(self) -> str | None:
-        """What a few images have in common, if it is a square or the shorter side: photos come in many sizes, copies in one."""
+        """Size that a few images share (square, or shorter side), else None. Resized copies share one, original photos do not."""
         sizes = set()
         for p in spread_indices(len(self), PROBED):
             with suppress(*DECODE_ERRORS):
@@ -97,7 +97,7 @@ class ImageList:
         return f"{side} × {side} px" if sizes == {(side, side)} else f"{side} px at the shorter side"
 
     def read(self, positions: list[int], used: Preprocessing) -> Chunk:
-        """Decode the images at these positions, through the evaluation transform (resize, centre crop)."""
+        """Decode the images at these positions and apply the evaluation transform (resize, centre crop)."""
         workers = min(self._num_workers, len(positions))
         loader = EvalLoader(
             self.source,
@@ -105,7 +105,7 @@ class ImageList:
             crop_pct=used.crop_pct,
             interpolation=used.interpolation,
             crop_mode=used.crop_mode,
-            batch_size=math.ceil(len(positions) / max(workers, 1)),  # a worker decodes whole batches: one for each
+            batch_size=math.ceil(len(positions) / max(workers, 1)),  # a worker decodes whole batches: one batch each
             num_workers=workers,
             upright=not self.robustbench,
         )
@@ -119,11 +119,11 @@ class ImageList:
 
 
 def _check_it_can_be_read(source: Source, i: int) -> None:
-    """Raise RuntimeError where the disk is what fails, not the image: a data set that vanishes is no set of broken images."""
+    """Raise RuntimeError if the file cannot be read from disk, because a missing data set must not count as undecodable images."""
     try:
         source.read(i)
     except OSError as error:
-        if error.errno is not None:  # Pillow's own complaints have none
+        if error.errno is not None:  # Pillow's own errors have none
             raise RuntimeError(f"{source.name(i)} cannot be read ({error.strerror}).") from error
     except DECODE_ERRORS:
         pass
@@ -132,31 +132,32 @@ def _check_it_can_be_read(source: Source, i: int) -> None:
 def open_images(
     data: EvalDataConfig, *, ids: str, n_ex: int, num_classes: int, class_names: list[str] | None
 ) -> ImageList:
-    """The first `n_ex` images of `data.val_dataset`, labelled with the network's classes.
+    """Open the first `n_ex` images of `data.val_dataset`, labelled with the network's classes.
 
-    First means: of RobustBench's list where that is used; else in the data set's order, or, where that order is by class
-    (folders, tars), in a shuffled one that never changes; streams keep theirs, because no more of them is read than needed.
-    So fewer images are always the beginning of more.
+    The order is that of RobustBench's list if it is used, else that of the data set. A data set sorted by class (folders, tars)
+    is shuffled with a fixed seed. Streams keep their order, because only the needed part of them is read. In every case, a
+    smaller `n_ex` selects a prefix of a larger one.
 
-    Labels are matched by class name where the run recorded its classes, and where a network with 1,000 classes gets ImageNet's, or
-    some of them; or they are as `data.classes`, `data.class_map` or `data.labels` say. Else the data set must have as many
-    classes as the head, because class folders are numbered by their sorted names and a missing one would shift all that follow.
+    `data.classes`, `data.class_map` or `data.labels` determine the labels if given. Otherwise they are matched by class name, if
+    the run recorded its classes or a network with 1,000 classes gets ImageNet's classes or some of them. In all other cases the
+    data set must have as many classes as the head: class folders are numbered by their sorted names, and a missing folder would
+    shift all numbers after it.
 
     Args:
-        data: where the images are.
-        ids: "robustbench": the 5,000 of its list; "all": those of the data set; "auto": the list if it is ImageNet.
-        n_ex: how many; 0 for all.
-        num_classes: outputs of the network.
-        class_names: of the network's outputs, where known.
+        data: location and labels of the images.
+        ids: "robustbench": the 5,000 of its list; "all": those of the data set; "auto": the list if the data set is ImageNet.
+        n_ex: number of images; 0: all.
+        num_classes: number of outputs of the network.
+        class_names: names of the network's outputs, if known.
 
     Raises:
-        UserError: no such data set, images or classes missing, or other classes than the network's.
+        UserError: the data set does not exist, images or classes are missing, or its classes are not the network's.
     """
     imagenet = imagenet_classes() if num_classes == CLASSES else None
     if imagenet and class_names and _only_words(data, class_names, imagenet):
         print_warning(
-            f"the network names its classes in words ({some(class_names)}), the folders are ImageNet's; its outputs are taken to "
-            "be in ImageNet's order (else give data.class_map)."
+            f"the network's class names are words ({some(class_names)}), the folders are ImageNet's; its outputs are assumed to be "
+            "in ImageNet's order. If they are not, give data.class_map."
         )
         class_names = None
     listed = _listed(data, "all" if data.own_classes else ids, class_names)
@@ -166,29 +167,29 @@ def open_images(
     if found > num_classes or (source.class_names is not None and found != num_classes):
         others = set(source.class_names or ()) - set(imagenet or ())
         hint = (
-            f"; not ImageNet's are {some(sorted(others))}"
+            f"; not in ImageNet: {some(sorted(others))}"
             if imagenet and class_names is None and 0 < len(others) < found
             else ""
         )
         raise UserError(
-            f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {found}; class folders are numbered "
-            f"by their names, so every class needs one (an empty folder will do), or give data.class_map{hint}."
+            f"model.num_classes: the head has {num_classes} classes, data.val_dataset has {found}. Class folders are numbered by "
+            f"their sorted names, so every class needs a folder (it may be empty); or give data.class_map{hint}."
         )
     order = np.arange(len(source))
     if not isinstance(source, Collected) and sorted_by_class(source):
         bits = np.random.MT19937(derive_seed("evaluation order", len(source)))
-        order = np.random.RandomState(bits).permutation(len(source))  # numpy never changes RandomState's results
+        order = np.random.RandomState(bits).permutation(len(source))  # numpy guarantees the results of RandomState
     return ImageList(source, order[: n_ex or len(order)].tolist(), data.num_workers, robustbench=listed is not None)
 
 
 def _only_words(data: EvalDataConfig, class_names: list[str], imagenet: list[str]) -> bool:
-    """Whether the data set's folders are ImageNet's classes, and none of the network's names is."""
+    """Return whether the folders are ImageNet's classes and none of the network's names is one."""
     folders = set(class_folders(data.val_dataset))
     return bool(folders) and folders <= set(imagenet) and not set(class_names) & set(imagenet)
 
 
 def sorted_by_class(source: Source) -> bool:
-    """Whether the images come class after class, in whatever order, so that the first ones would be of one class."""
+    """Return whether the images are grouped by class, so that the first ones would have the same class."""
     return np.count_nonzero(np.diff(source.labels)) == len(np.unique(source.labels)) - 1
 
 
@@ -204,13 +205,13 @@ def _listed(data: EvalDataConfig, ids: str, class_names: list[str] | None) -> So
         if class_names is not None:
             match_classes(source, class_names, data.val_dataset)
     except UserError as error:
-        more = " Give --eval.ids=all to take the folder's own images." if ids == "auto" else ""
+        more = " Give --eval.ids=all to use the folder's own images." if ids == "auto" else ""
         raise UserError(f"data.val_dataset: {error}{more}") from error
     return source
 
 
 def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[str] | None) -> Source:
-    """All images; `class_names`: those that the run recorded."""
+    """Open all images; `class_names`: recorded by the run."""
     if data.labels:
         with blame("data.labels"):
             return open_labelled(data.val_dataset, Path(data.labels), classes)
@@ -218,23 +219,23 @@ def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[
         try:
             source = open_source(data.val_dataset, split="val", root=data.root, split_name=data.val_split)
         except LooseImages as error:
-            raise UserError(f"{error} Or give --data.labels=FILE that says which class each of them is.") from error
+            raise UserError(f"{error} Or give --data.labels=FILE with the class of each image.") from error
         names = source.class_names
         if data.own_classes and names is None:
             raise UserError(
-                f"expected class folders for {data.own_classes[0]}, {data.val_dataset} has no names of classes."
+                f"expected class folders for {data.own_classes[0]}, but {data.val_dataset} has no class names."
             )
         by_name = not data.own_classes and names is not None
         if by_name and not classes.know(names) and named_by_numbers(source, classes.count):
             raise UserError(
-                f"expected class folders named as the network's classes, found {len(names)} numbers ({some(names)}), whose order "
-                "as names need not be that of the classes; give --data.classes=index if folder k is class k, or "
-                "--data.class_map=FILE that says which class each is."
+                f"expected class folders named as the network's classes, found {len(names)} numbers ({some(names)}). Sorted as "
+                "names, their order need not be that of the classes. Give --data.classes=index if folder k is class k, or "
+                "--data.class_map=FILE with the class of each folder."
             )
     if data.class_map:
         with blame("data.class_map"):
             source.relabel(classes_by_map(names, Path(data.class_map), classes), classes.names)
-    # Numbers that the run recorded are names: they were numbered by their order then.
+    # Numbers recorded by the run are names: in training, the classes were numbered by the order of these names.
     elif data.classes == "index" and (class_names is None or not classes.know(names)):
         with blame("data.classes"):
             source.relabel(classes_by_index(names, classes), classes.names)
@@ -243,12 +244,12 @@ def _whole(data: EvalDataConfig, n_ex: int, classes: Classes, class_names: list[
             match_classes(source, classes.names, data.val_dataset)
         except UserError as error:
             raise UserError(
-                f"data.val_dataset: {error} Or give --data.class_map=FILE that says which class each is."
+                f"data.val_dataset: {error} Or give --data.class_map=FILE with the class of each folder."
             ) from error
     elif names is not None and source.of_folders and (classes.count == CLASSES or names != in_natural_order(names)):
         print_warning(
-            f"what the network's classes are called is not known, so the class folders are numbered by their sorted names "
-            f"({some(names)}); where the network has another order, give data.class_map."
+            f"the names of the network's classes are unknown, so the class folders are numbered by their sorted names "
+            f"({some(names)}). If the network has another order, give data.class_map."
         )
     if isinstance(source, StreamSource):
         return Collected(source, n_ex or len(source))

@@ -1,4 +1,4 @@
-"""Pictures of evaluations: accuracy attack by attack, and adversarial images beside the clean ones."""
+"""Pictures of evaluations: accuracy after each attack, and adversarial images next to the clean ones."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from common.files import write_atomically
 MOST_SHOWN = 8
 
 
-# A decorator: names are drawn as they are; matplotlib would take `$` for mathematics.
+# A decorator: draws names literally; matplotlib would otherwise parse `$` as mathematics.
 _plain_text = matplotlib.rc_context({"text.parse_math": False})
 
 
 @_plain_text
 def draw_accuracy(path: Path, curves: Mapping[str, Mapping[str, float]]) -> None:
-    """A line for each evaluation: accuracy without attack, then after each attack.
+    """Draw one line per evaluation: accuracy without attack, then after each attack.
 
     Args:
-        path: the PNG to write.
-        curves: name → attack → share of the images.
+        path: PNG file to write.
+        curves: evaluation → attack → share of the images.
     """
     figure = Figure(figsize=(7, 3.4 + 0.22 * len(curves)), layout="constrained")
     axes = figure.subplots()
@@ -48,14 +48,14 @@ def draw_examples(
     labels: Sequence[str],
     title: str = "",
 ) -> None:
-    """A grid: images; then for each attack on them the adversarial images, and the difference, magnified to fill black to white.
+    """Draw a grid: images, then per entry of `attacked` the adversarial images and the difference, scaled from black to white.
 
     Args:
-        path: the PNG to write.
+        path: PNG file to write.
         x: (N, 3, H, W) float in [0, 1]; the first `MOST_SHOWN` are drawn.
-        attacked: name → adversarial images (N, 3, H, W) and what broke each: an attack, "clean", or "" for none.
-        labels: the true classes.
-        title: of the picture.
+        attacked: name → adversarial images (N, 3, H, W) and `broken_by` of each image: an attack, "clean", or "" for none.
+        labels: true classes.
+        title: title of the picture.
     """
     count = min(len(x), MOST_SHOWN)
     rows: list[tuple[str, np.ndarray, list[str], bool]] = [("image", x[:count], list(labels), False)]

@@ -1,4 +1,4 @@
-"""What an evaluation is: one network, one set of images at one size, one threat model. And the list of all that were asked for."""
+"""Plan of a call: its evaluations, each with one network, one set of images at one size, and one threat model."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from zoo.names import Located, locate
 from zoo.published import Published
 from zoo.runs import TrainedModel, load_trained
 
-TRIED, CLEAR_GAP = 16, 0.25  # clean images that are classified behind other normalisers; share that must gain
-# What else images may be fed as: flags that ask for it → mean and std of the normaliser.
+TRIED, CLEAR_GAP = 16, 0.25  # clean images tried with other normalisers; share of them that must improve for a warning
+# Other normalisations to try: flags that select them → mean and std of the normaliser (None: no normaliser).
 READINGS = {
     "--model.add_normalization=0": None,
     "--model.add_normalization=1": (IMAGENET_MEAN, IMAGENET_STD),
     "--model.mean=0.5,0.5,0.5 --model.std=0.5,0.5,0.5": ([0.5] * 3, [0.5] * 3),
     "--model.mean=0,0,0 --model.std=0.00392157,0.00392157,0.00392157": ([0.0] * 3, [1 / 255] * 3),
 }
-# Their versions can change pixels, logits or attacks.
+# Packages whose versions can change pixels, logits or attacks.
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One network × image size × threat model; picklable, so that workers can do it.
+    """One network × image size × threat model; picklable, because it is sent to the workers.
 
-    `network` is its name in tables, `description` the network that `weights` holds, complete; `class_names` those of its outputs,
-    where known; `published` the published model it is, if any; `run` what its own run says of it; `preprocessing` what images go
-    through, with their size, and `fed` how the network gets them, in words; `classes` the numbers of the classes that the data set
-    has; `among` those that predictions are taken from, None for all of the network's; `n` the number of images; `batch_size` that
-    of a chunk; `folder` has state and report; `identity` is everything the verdicts depend on, as plain values.
+    `network`: name in tables; `description`: complete description of the network in `weights`; `class_names`: names of its
+    outputs, if known; `published`: the published model that it is, if any; `run`: facts recorded by its training run;
+    `preprocessing`: transform of the images, with their size; `fed`: the normalisation in words; `classes`: class numbers of the
+    data set; `among`: classes that predictions are taken from (None: all); `n`: number of images; `batch_size`: images per chunk;
+    `folder`: folder of state and report; `identity`: everything that the verdicts depend on, as plain values.
     """
 
     network: str
@@ -75,21 +75,21 @@ class Evaluation:
 
     @property
     def group(self) -> tuple[str, int]:
-        """The same for all threat models of a network at one size."""
+        """Key shared by all threat models of a network at one size."""
         return self.network, self.img_size
 
     @property
     def outputs(self) -> int:
-        """How many classes predictions are taken from."""
+        """Number of classes that predictions are taken from."""
         return self.description.num_classes if self.among is None else len(self.among)
 
     @property
     def choice(self) -> str:
-        """What predictions are taken from where the data set has not all classes; else nothing."""
+        """Text on the classes of predictions if the data set does not have all classes of the network; else empty."""
         if len(self.classes) == self.description.num_classes:
             return ""
         return (
-            f"; the images have {len(self.classes)} of the network's {self.description.num_classes} classes, predictions are among "
+            f"; the images have {len(self.classes)} of the network's {self.description.num_classes} classes; predictions are among "
             f"{'all' if self.among is None else 'these'} (eval.among={'all' if self.among is None else 'dataset'})"
         )
 
@@ -98,7 +98,7 @@ class Evaluation:
         return -(-self.n // self.batch_size)
 
     def positions(self, chunk: int) -> list[int]:
-        """Places of a chunk's images in the list."""
+        """Return the indices of a chunk's images in the list."""
         return list(range(chunk * self.batch_size, min((chunk + 1) * self.batch_size, self.n)))
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """All evaluations of one call, the folder that holds theirs, and the images by network."""
+    """All evaluations of one call, the parent of their folders, and the images by network."""
 
     evaluations: list[Evaluation]
     root: Path
@@ -115,17 +115,17 @@ class Plan:
 
 
 def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
-    """Every network × image size × norm, in that order. Each network is loaded, and tried at each size, on the CPU.
+    """Plan every network × image size × norm, in that order. Each network is loaded and tried at each size on the CPU.
 
-    Prints what images go through, and what a user should know of a network.
+    Prints the preprocessing of the images and warnings on a network.
 
     Raises:
-        UserError: what would stop the evaluation later: weights, images, image sizes.
+        UserError: weights, images or image sizes with which the evaluation would fail later.
     """
     settings = config.eval
     if settings.precision == "tf32" and not on_gpu:
         raise UserError(
-            "eval.precision: TensorFloat-32 needs a GPU, and this evaluation runs on the CPU; expected fp32."
+            "eval.precision: TensorFloat-32 needs a GPU, but this evaluation runs on the CPU; expected fp32."
         )
     entries = config.networks()
     with blame("eval.model_in"):
@@ -139,7 +139,7 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         check_classes(trained.description["num_classes"], settings.chosen)
         plan.images[name] = open_for(trained.description["num_classes"], trained.class_names)
         plan.evaluations.extend(_plan_network(settings, name, found, trained, plan, numbers))
-        beats = "; these weights validated better than their moving average" if trained.run.beats_average else ""
+        beats = "; these raw weights had a better validation than their EMA" if trained.run.beats_average else ""
         own = {f"{e.preprocessing}{e.choice}": e.preprocessing for e in plan.evaluations if e.network == name}
         for text in own:
             print(f"{name}: {text}, {fed(trained.model)}{beats}", file=sys.stderr)
@@ -153,9 +153,9 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
 
 
 def fed(model: nn.Module) -> str:
-    """What a network gets to see, in words."""
+    """Return the normalisation of a network's inputs, in words."""
     if not has_normalizer(model):
-        return "as they are, in [0, 1]"
+        return "not normalised, in [0, 1]"
     mean, std = (
         ", ".join(f"{v:.4g}" for v in values.flatten()) for values in (model.normalize.mean, model.normalize.std)
     )
@@ -163,7 +163,7 @@ def fed(model: nn.Module) -> str:
 
 
 def _seen_both_ways(model: nn.Module, images: ImageList, used: Preprocessing) -> str:
-    """A sentence where many more of a few clean images are right without a normaliser, or behind a usual one; else empty."""
+    """Return a warning if another common normalisation, or none, classifies many more clean images correctly; else ""."""
     bare = model.model if has_normalizer(model) else model
     others = {flags: bare if pair is None else normalize_model(bare, *pair) for flags, pair in READINGS.items()}
     chunk = images.read(spread_indices(len(images), TRIED), used)
@@ -175,15 +175,15 @@ def _seen_both_ways(model: nn.Module, images: ImageList, used: Preprocessing) ->
     if right[flags] - right[""] < max(CLEAR_GAP * len(chunk.y), 2):
         return ""
     return (
-        f"of {len(chunk.y)} clean images {right['']} are right {fed(model)}, and {right[flags]} {fed(others[flags])}; the network "
-        f"was most likely trained that way: {flags}"
+        f"of {len(chunk.y)} clean images, {right['']} are correct if the input is {fed(model)}; {right[flags]} are correct "
+        f"if it is {fed(others[flags])}. The network was most likely trained the second way: give {flags}"
     )
 
 
 def _plan_network(
     settings: EvalAttackConfig, name: str, found: Located, trained: TrainedModel, plan: Plan, numbers: Mapping[str, Any]
 ) -> Iterator[Evaluation]:
-    """The evaluations of one network; `numbers` completes their identities."""
+    """Yield the evaluations of one network; `numbers` completes their identities."""
     images, own = plan.images[name], found.preprocessing or trained.preprocessing
     version = {ATTACKS: "aa", ATTACKS[:2]: "apgd"}.get(settings.chosen, "+".join(settings.chosen))
     classes, among, restricted = images.classes, None, {}
@@ -233,7 +233,7 @@ def _plan_network(
 
 
 def _numbers(settings: EvalAttackConfig, *, on_gpu: bool) -> dict[str, Any]:
-    """What all verdicts of a call depend on: the attack, the arithmetic, the packages."""
+    """Return the common part of all identities of a call: attack, arithmetic, package versions."""
     package = package_name()
     return {
         "attack": {
@@ -253,25 +253,25 @@ def _numbers(settings: EvalAttackConfig, *, on_gpu: bool) -> dict[str, Any]:
 
 
 def default_folder(paths: Sequence[Path]) -> Path:
-    """`eval/` beside the weights; beside their folders, where those lie in one.
+    """Return `eval/` next to the weights; for weights in sibling folders, next to these folders.
 
     Raises:
-        UserError: they lie in different places.
+        UserError: the weights are in unrelated folders.
     """
     folders = {path.absolute().parent for path in paths}
     if len(folders) == 1:
         return folders.pop() / "eval"
     parents = {folder.parent for folder in folders}
     if len(parents) > 1:
-        raise UserError("eval.out: required, because the networks lie in different places.")
+        raise UserError("eval.out: required, because the networks are in different folders.")
     return parents.pop() / "eval"
 
 
 def open_planned_images(config: EvalConfig, evaluations: Sequence[Evaluation]) -> dict[str, ImageList]:
-    """The images by network, on a machine that did not make the plan.
+    """Open the images of each network on a machine other than that of the plan.
 
     Raises:
-        UserError: the images there are not those of the plan.
+        UserError: the images are not those of the plan.
     """
     open_for, by_network = image_lists(config), {}
     for evaluation in evaluations:
@@ -283,9 +283,9 @@ def open_planned_images(config: EvalConfig, evaluations: Sequence[Evaluation]) -
 
 
 def image_lists(config: EvalConfig) -> Callable[[int, Sequence[str] | None], ImageList]:
-    """A function from a network's number of classes and their names, where known, to the images labelled for it.
+    """Return a function (number of classes, class names if known) → images labelled for such a network.
 
-    Networks with the same classes share one list. Raises as `open_images`.
+    Networks with the same classes share one list. The function raises as `open_images`.
     """
     settings = config.eval
 
@@ -300,7 +300,7 @@ def image_lists(config: EvalConfig) -> Callable[[int, Sequence[str] | None], Ima
 
 
 def network_names(entries: Sequence[ModelEntry], located: Sequence[Located]) -> list[str]:
-    """A short name for each network: as given, the published one, else the file's, with its folder's if that is not enough.
+    """Return a short name for each network: the given or published name, else the file name, with its folder if needed.
 
     Raises:
         UserError: two networks have the same name.
@@ -321,23 +321,23 @@ def network_names(entries: Sequence[ModelEntry], located: Sequence[Located]) -> 
 
 
 def folder_name(name: str) -> str:
-    """A network's name as that of a folder, which cannot lead out of its place."""
+    """Return a network's name as a folder name that cannot point outside its parent."""
     return re.sub(r"[^\w.=+-]+", "-", name.replace("/", "__")).strip(".-") or "network"
 
 
 def try_size(model: nn.Module, size: int, *, name: str) -> None:
-    """One forward of a black image, so that a size the network refuses shows at the start."""
+    """Check an image size with one forward pass of a black image."""
     try:
         with torch.no_grad():
             logits = model(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"eval.img_size: {name} cannot take images of {size} pixels: {reason}") from error
+        raise UserError(f"eval.img_size: {name} does not accept images of {size} pixels: {reason}") from error
     if not torch.isfinite(logits).all():
-        raise UserError(f"eval.model_in: the logits of {name} are not finite; its accuracy means nothing.")
+        raise UserError(f"eval.model_in: the logits of {name} are not finite, so its accuracy is meaningless.")
 
 
 def show_eps(eps: float) -> str:
-    """eps as a small multiple of 1/255 where it is one, else as a number."""
+    """Return eps as text: n/255 if it is a small multiple of 1/255, else a number."""
     steps = eps * 255
     return f"{steps:.0f}/255" if steps < 32.5 and abs(steps - round(steps)) < 1e-6 else f"{eps:g}"

@@ -149,7 +149,7 @@ def test_without_nvidia_smi_all_are_free(no_nvidia_smi):
 def test_when_nvidia_smi_fails_all_are_free(nvidia_smi, capfd, lines):
     nvidia_smi(lines, status=9)
     assert free_gpus(UUIDS, 0.5, 0.5) == [0, 1, 2, 3]
-    assert "warning: eval.gpus: nvidia-smi does not say" in capfd.readouterr().err
+    assert "warning: eval.gpus: nvidia-smi does not report" in capfd.readouterr().err
 
 
 def test_an_nvidia_smi_that_says_nothing(nvidia_smi):

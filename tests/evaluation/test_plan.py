@@ -57,14 +57,16 @@ class Flipped(Brightness):
 def test_network_that_stood_behind_a_normaliser_is_noticed(images: ImageList) -> None:
     """Normalised grey images lie around zero; as they are, all of them are bright for this network."""
     text = _seen_both_ways(Flipped(0.0), images, USED)
-    assert text.startswith("of 16 clean images 8 are right as they are, in [0, 1], and 16 normalised with mean 0.485")
-    assert text.endswith("that way: --model.add_normalization=1")
+    assert text.startswith(
+        "of 16 clean images, 8 are correct if the input is not normalised, in [0, 1]; 16 are correct if it is normalised with mean 0.485"
+    )
+    assert text.endswith("the second way: give --model.add_normalization=1")
 
 
 def test_network_that_stood_behind_no_normaliser_is_noticed(images: ImageList) -> None:
     text = _seen_both_ways(normalize_model(Flipped(0.45), [0.9] * 3, [0.5] * 3), images, USED)
-    assert text.startswith("of 16 clean images 8 are right normalised with mean 0.9, 0.9, 0.9")
-    assert "and 16 as they are, in [0, 1]" in text and text.endswith("--model.add_normalization=0")
+    assert text.startswith("of 16 clean images, 8 are correct if the input is normalised with mean 0.9, 0.9, 0.9")
+    assert "16 are correct if it is not normalised, in [0, 1]" in text and text.endswith("--model.add_normalization=0")
 
 
 def test_network_of_images_in_0_to_255_is_noticed(images: ImageList) -> None:
@@ -79,7 +81,7 @@ def test_network_that_sees_images_as_they_are_is_left_alone(images: ImageList) -
 
 
 def test_what_the_network_sees_is_said() -> None:
-    assert fed(Brightness(0.5)) == "as they are, in [0, 1]"
+    assert fed(Brightness(0.5)) == "not normalised, in [0, 1]"
     assert fed(normalize_model(Brightness(0.0), [0.5] * 3, [0.25] * 3)) == (
         "normalised with mean 0.5, 0.5, 0.5 and std 0.25, 0.25, 0.25"
     )

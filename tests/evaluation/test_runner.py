@@ -179,7 +179,7 @@ def test_table_and_union(finished):
     out, _ = finished
     table, told = (part.splitlines() for part in (out / "table.md").read_text().split("\n\n"))
     assert len(table) == 2 + 4 + 2
-    assert "weights_1 sees images 32 px, crop 1, bicubic (the run's params.json), as they are, in [0, 1]." in told[0]
+    assert "weights_1 sees images 32 px, crop 1, bicubic (the run's params.json), not normalised, in [0, 1]." in told[0]
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["evaluations"]) == 4 and (out / "accuracy.png").read_bytes().startswith(PNG)
     for epoch, union in zip((1, 2), summary["unions"]):
@@ -272,7 +272,7 @@ def test_predictions_among_the_classes_of_the_data_set(trained, three_classes, t
     network = load_trained(trained.folder / "weights_2.pt", load_config(EvalConfig, argv(trained, "", "")).model).model
     for choice, classes in (("all", [0, 1, 2, 3]), ("dataset", [0, 2, 3])):
         assert evaluate(trained, three_classes, tmp_path, *flags, f"--eval.among={choice}") == 0
-        said = f"the images have 3 of the network's 4 classes, predictions are among {'all' if choice == 'all' else 'these'}"
+        said = f"the images have 3 of the network's 4 classes; predictions are among {'all' if choice == 'all' else 'these'}"
         assert said in capsys.readouterr().err
         folder = next(tmp_path.rglob("*_among3" if choice == "dataset" else "*_apgd-ce+square"))
         report = json.loads((folder / "report.json").read_text())
@@ -368,7 +368,7 @@ def test_a_network_is_tried_before_the_work_begins(images, tmp_path, capsys):
     flags = base_flags(images, tmp_path / "runs") | {"model.arch": "vit_micro"}
     trained = run(flags)
     assert evaluate(trained, images, tmp_path / "out", "--eval.img_size=32,30") == 2
-    assert "cannot take images of 30 pixels" in capsys.readouterr().err
+    assert "does not accept images of 30 pixels" in capsys.readouterr().err
     weights = torch.load(trained.folder / "weights_1.pt", weights_only=True)
     weights["head.bias"] = weights["head.bias"] * float("nan")
     torch.save(weights, trained.folder / "weights_1.pt")
@@ -418,7 +418,7 @@ def test_broken_images_are_left_out_and_named(trained, images, tmp_path, capsys)
     assert {row["path"].split("/")[1] for row in rows(only(tmp_path / "out", "verdicts.csv"))} == {"0.png"}
     assert "4 images could not be decoded" in capsys.readouterr().err
     assert evaluate(trained, copy, tmp_path / "out", *flags) == 0
-    assert "finished before, skipped" in capsys.readouterr().err  # chunks without an image have none to keep
+    assert "already finished, skipped" in capsys.readouterr().err  # chunks without an image have none to keep
 
 
 def test_adversarial_images_are_kept_on_demand(trained, images, tmp_path):
@@ -605,7 +605,7 @@ def test_a_gpu_is_deterministic(worker, monkeypatch):
 def test_a_process_without_the_gpu_that_the_first_one_has(worker, monkeypatch):
     monkeypatch.setattr(evaluation.evaluate, "find_devices", lambda settings, chunks: ["cuda:0"])
     board = Board(Processes.alone(), "test")
-    with pytest.raises(UserError, match="the first process works on cpu, another one on cuda; expected GPUs on all"):
+    with pytest.raises(UserError, match="the first process uses cpu, another process cuda; expected GPUs on all"):
         evaluation.evaluate._work(worker.config, board, worker.evaluations, [Task(0, 0)], None)
     assert "another one" in board.closed()
 
@@ -682,10 +682,10 @@ def test_stops_where_both_norms_are_known_well_enough(trained, images, tmp_path,
         len(reports) == 2 and 1 < n < 8 and all(r["chunks"] == n and r["interval"].startswith("beta") for r in reports)
     )
     assert all(half_width(round(r["robust_acc"] * n), n, points=47) <= 47 for r in reports)
-    assert f"{n} of 8 images are enough for 47 points to each side" in capsys.readouterr().err
+    assert f"{n} of 8 images are enough for ± 47 percentage points" in capsys.readouterr().err
     kept = {file: file.read_bytes() for file in out.rglob("chunks/*.json")}
     assert evaluate(trained, images, out, *flags, "--eval.ci=47") == 0
-    assert capsys.readouterr().err.count("finished before, skipped") == 2
+    assert capsys.readouterr().err.count("already finished, skipped") == 2
     assert evaluate(trained, images, out, *flags) == 0
     assert {json.loads(file.read_text())["n"] for file in out.rglob("report.json")} == {8}
     assert all(file.read_bytes() == content for file, content in kept.items())  # nothing is computed twice
