@@ -1,11 +1,11 @@
-"""The state of one evaluation on disk: what it is, and one record for each finished chunk.
+"""The state of one evaluation on disk: its identity, and one record for each finished chunk.
 
     <folder>/identity.json      everything the verdicts depend on
-    <folder>/chunks/00012.json  verdicts of chunk 12, written whole or not at all
-    <folder>/chunks/00012.npz   its adversarial images, where kept
-    <folder>/lock               held by the run that works here; the system frees it when that run ends, however it ends
+    <folder>/chunks/00012.json  verdicts of chunk 12, written atomically
+    <folder>/chunks/00012.npz   its adversarial images, if saved
+    <folder>/lock               locked by the run that uses the folder; the system releases it however that run ends
 
-A record never changes once it is there, so a run can end at any moment and another can go on.
+A written record never changes, so a run can end at any moment and another run can resume.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from common.files import set_aside, take_folder, writable, write_atomically
 from data.loader import print_warning
 
 SHOWN_DIFFERENCES = 6
-NOTHING = "nothing"  # in the place of a value that one of two identities lacks
-# What a record must hold to count as one; those of `LISTS` an entry for each image.
+NOTHING = "nothing"  # shown for a value that one of two identities lacks
+# Required keys of a record; those of `LISTS` have one entry per image.
 LISTS = ("positions", "labels", "clean_pred", "broken_by")
 LATER_LISTS = ("adv_pred",)  # records of earlier versions lack them
 RECORD_KEYS = {*LISTS, "chunk", "unreadable", "attack_seconds", "rejoined", "check", "images_kept"}
@@ -29,7 +29,7 @@ RECORD_KEYS |= {"seconds", "started", "device"}
 
 
 class StateFolder:
-    """The records of one evaluation; one run at a time works on it."""
+    """The records of one evaluation; one run at a time uses the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,10 +37,10 @@ class StateFolder:
         self._lock: BinaryIO | None = None
 
     def open(self, identity: Mapping[str, Any]) -> None:
-        """Take the folder for this run: make it, or go on with what is there.
+        """Lock the folder for this run; create it, or resume from its records.
 
         Raises:
-            UserError: another run is using it, it holds another evaluation, or it cannot be written.
+            UserError: another run uses the folder, it holds another evaluation, or it cannot be written.
         """
         with writable("eval.out", self.folder):
             self._chunks.mkdir(parents=True, exist_ok=True)
@@ -55,20 +55,20 @@ class StateFolder:
                 write_atomically(file, lambda f: f.write(json.dumps(identity, indent=2).encode()))
 
     def close(self) -> None:
-        """Let other runs use the folder."""
+        """Unlock the folder for other runs."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Keep the record of a finished chunk. Raises OSError where it cannot be written."""
+        """Write the record of a finished chunk. Raises OSError if it cannot be written."""
         file = self._chunks / f"{record['chunk']:05d}.json"
         write_atomically(file, lambda f: f.write(json.dumps(record).encode()))
 
     def read(self, chunks: int, *, with_images: bool = False) -> dict[int, dict[str, Any]]:
-        """The records by chunk, of `chunks`. One that cannot be read is renamed, with a warning, and its chunk is open again.
+        """Return the records by chunk; `chunks`: number of chunks. A damaged record is renamed with a warning; its chunk is open.
 
-        So is, `with_images`, a chunk whose adversarial images were not kept.
+        With `with_images`, a chunk whose adversarial images were not saved is open, too.
         """
         records = {}
         for file in sorted(self._chunks.glob("*.json")):
@@ -77,7 +77,7 @@ class StateFolder:
                 _check(record, file.stem, chunks)
             except (OSError, ValueError) as error:
                 aside = set_aside(file)
-                print_warning(f"{file} is damaged ({error}); renamed to {aside.name}, its chunk runs again.")
+                print_warning(f"{file} is damaged ({error}); it is renamed to {aside.name} and its chunk runs again.")
                 continue
             kept, shown = record["images_kept"], len(record["positions"])
             if not with_images or not shown or (kept == shown and self.images_file(record["chunk"]).exists()):
@@ -85,7 +85,7 @@ class StateFolder:
         return records
 
     def images_file(self, chunk: int) -> Path:
-        """Where a chunk's adversarial images go."""
+        """Return the path of a chunk's adversarial images."""
         return self._chunks / f"{chunk:05d}.npz"
 
     def _compare(self, file: Path, identity: Mapping[str, Any]) -> None:
@@ -93,21 +93,24 @@ class StateFolder:
             there = json.loads(file.read_bytes())
         except ValueError as error:
             raise UserError(
-                f"eval.out: {file} is damaged ({error}); give another eval.out, or remove the folder."
+                f"eval.out: {file} is damaged ({error}). Give another eval.out, or remove the folder."
             ) from error
-        found, wanted = _flat(there), _flat(json.loads(json.dumps(identity)))  # as JSON has it: tuples are lists
+        found, wanted = (
+            _flat(there),
+            _flat(json.loads(json.dumps(identity))),
+        )  # through JSON, which turns tuples into lists
         differ = [name for name in {**found, **wanted} if found.get(name, NOTHING) != wanted.get(name, NOTHING)]
         if differ:
             texts = [f"{n}: {found.get(n, NOTHING)} there, {wanted.get(n, NOTHING)} here" for n in differ]
             more = f"; and {len(texts) - SHOWN_DIFFERENCES} more" if len(texts) > SHOWN_DIFFERENCES else ""
             raise UserError(
-                f"eval.out: {self.folder} holds another evaluation, whose chunks cannot be mixed with this one's. What differs: "
+                f"eval.out: {self.folder} holds another evaluation; its chunks cannot be mixed with the new ones. Differences: "
                 f"{'; '.join(texts[:SHOWN_DIFFERENCES])}{more}. Give another eval.out."
             )
 
 
 def _check(record: Any, stem: str, chunks: int) -> None:
-    """Raise ValueError if this is no record of the chunk that its file is named after."""
+    """Raise ValueError if this is not a record of the chunk in its file name."""
     if not isinstance(record, dict) or not RECORD_KEYS <= record.keys():
         raise ValueError("not a record of a chunk")
     number = record["chunk"]
@@ -115,11 +118,11 @@ def _check(record: Any, stem: str, chunks: int) -> None:
         raise ValueError("not a record of this chunk")
     lists = [record[name] for name in (*LISTS, *LATER_LISTS) if name in record]
     if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
-        raise ValueError("its lists are not equally long")
+        raise ValueError("its lists have different lengths")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names → leaves."""
+    """Flatten a tree: dotted names → leaves."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     return {

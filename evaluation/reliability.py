@@ -1,4 +1,4 @@
-"""Signs that AutoAttack overestimates a network's robustness: those that its authors' package warns of (its `checks.py`)."""
+"""Signs that AutoAttack overestimates a network's robustness, as in `checks.py` of its authors' package."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch.nn.functional import cross_entropy
 from common.precision import float32_matmul
 from evaluation.autoattack import Among
 
-TOLERANCE = 1e-5  # between equal outputs, and of a sum of probabilities
-SQUARE_SHARE = 0.002  # of the images, which Square may break after the other attacks without being a sign
+TOLERANCE = 1e-5  # for equal outputs, and for a sum of probabilities
+SQUARE_SHARE = 0.002  # share of the images that Square may break after the other attacks without a warning
 
 
 def examine(model: nn.Module, x: Tensor, y: Tensor, *, device: torch.device, gradients: bool) -> dict[str, Any]:
-    """Look at the network's outputs, twice, and at its gradients on clean images. The random state stays as it is.
+    """Examine the network's outputs of two passes, and its gradients, on clean images. The random state is preserved.
 
     Args:
-        model: (B, C, H, W) in [0, 1] → logits (B, K); in eval mode on `device`. Of an `Among` all outputs are looked at.
-        x: (B, C, H, W) float32 in [0, 1], on the host.
+        model: (B, C, H, W) in [0, 1] → logits (B, K); in eval mode on `device`. For an `Among`, all outputs are examined.
+        x: (B, C, H, W) float32 in [0, 1], on the CPU.
         y: (B,) int64.
-        device: where the network is.
-        gradients: look at them, too: they need memory, and a network that Square alone attacks need not have any.
+        device: device of the network.
+        gradients: also examine gradients. They need memory, and a network attacked by Square only need not have any.
 
     Returns:
-        `zero_gradients`: on how many images the gradient of the cross-entropy is exactly 0, None without `gradients`; `random`:
+        `zero_gradients`: number of images whose gradient of the cross-entropy is exactly 0, None without `gradients`; `random`:
         whether two passes differ; `probabilities`: whether the outputs are in [0, 1] and sum to 1.
     """
     gpus = [device] if device.type == "cuda" else []
@@ -52,26 +52,26 @@ def examine(model: nn.Module, x: Tensor, y: Tensor, *, device: torch.device, gra
 
 
 def flags(records: Sequence[Mapping[str, Any]], attacks: Sequence[str]) -> Iterator[str]:
-    """A sentence for each sign in an evaluation's records; those of earlier versions have no `reliability`."""
+    """Yield a sentence for each sign in an evaluation's records; records of earlier versions have no `reliability`."""
     broken_by = [broken for record in records for broken in record["broken_by"]]
     by_gradients, by_square = [name for name in attacks if name != "square"], broken_by.count("square")
     if by_gradients and by_square > SQUARE_SHARE * len(broken_by):
         yield (
-            f"Square, without gradients, broke {by_square} of {len(broken_by)} images that {', '.join(by_gradients)} missed: a "
-            "sign of masked gradients; an attack adapted to the network may find more"
+            f"Square, which needs no gradients, broke {by_square} of {len(broken_by)} images that {', '.join(by_gradients)} did "
+            "not break: a sign of masked gradients; an adaptive attack may break more"
         )
     found = [(record["reliability"], len(record["positions"])) for record in records if record.get("reliability")]
     zeros = [(each["zero_gradients"], n) for each, n in found if each["zero_gradients"] is not None]
     if zero := sum(count for count, _ in zeros):
         n = sum(n for _, n in zeros)
         yield (
-            f"the gradient of the cross-entropy is exactly 0 on {zero} of {n} clean images ({zero / n:.1%}), where attacks by "
-            "gradients see nothing"
+            f"the gradient of the cross-entropy is exactly 0 on {zero} of {n} clean images ({zero / n:.1%}); "
+            "gradient-based attacks are blind there"
         )
     if any(each["random"] for each, _ in found):
         yield (
-            "two forward passes of the same images differ: the network is random, which AutoAttack's standard version is not made "
-            'for (its version "rand" averages over passes)'
+            "two forward passes of the same images differ: the network is random. AutoAttack's standard version is not made for "
+            'that (its version "rand" averages over passes)'
         )
     if found and all(each["probabilities"] for each, _ in found):
-        yield "the outputs are in [0, 1] and sum to 1, as probabilities do; the attacks expect logits"
+        yield "the outputs are in [0, 1] and sum to 1, like probabilities; the attacks expect logits"

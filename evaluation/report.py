@@ -1,4 +1,4 @@
-"""From the records of an evaluation to its report, table, log and pictures."""
+"""Reports, tables, logs and pictures from the records of evaluations."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from zoo.published import EPS
 
 CHECKS = ("outside_ball", "outside_box", "not_misclassified", "not_finite")
 PUBLISHED_IMAGES = 5000
-SUSPICIOUS = 0.3  # percentage points between the same evaluation here and there
-FAR_BELOW = 20.0  # percentage points below the validation of a network's own run
-AT_CHANCE = 0.05  # probability at least with which guessing reaches an accuracy
-NEAR_CHANCE = 0.1  # most by which it is above that of guessing
+SUSPICIOUS = 0.3  # percentage points between this evaluation and the same published one
+FAR_BELOW = 20.0  # percentage points below the validation accuracy of the training run
+AT_CHANCE = 0.05  # p-value above which an accuracy counts as guessing
+NEAR_CHANCE = 0.1  # and its largest distance above the accuracy of guessing
 NEEDED = {
     "robust_ci95",
     "chunks",
@@ -45,30 +45,30 @@ NEEDED = {
     "published",
     "flags",
     "classes",
-}  # of a report, for it not to be made again
+}  # keys of a report that need not be written again
 
 Record = Mapping[str, Any]
 
 
 def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalConfig) -> dict[str, Any]:
-    """The report of a finished evaluation, as plain values. Accuracies are shares of the images that could be decoded.
+    """Return the report of a finished evaluation as plain values. Accuracies are shares of the decodable images.
 
     Args:
-        evaluation: what was evaluated.
-        records: of all chunks, in order.
-        config: of this call.
+        evaluation: the evaluation.
+        records: records of all chunks, in order.
+        config: flags of this call.
 
     Returns:
-        Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson, or with
-        `eval.ci` one that is valid where stopping depends on what was found); `max_perturbation` and `pixel_range` found;
-        `check`: positions of images that fail the check at the end; `flags`: sentences, signs that robustness is overestimated;
-        `seconds`: time during which at least one chunk ran, restarts included; `worker_seconds`, `gpu_seconds`: summed over
+        Among others `clean_acc`, `acc_after` each attack, `robust_acc` and its 95 % interval `robust_ci95` (Wilson; with
+        `eval.ci`, one that stays valid if stopping depends on the results); the `max_perturbation` and `pixel_range` found;
+        `check`: positions of images that fail the final check; `flags`: sentences on signs of overestimated robustness;
+        `seconds`: time during which at least one chunk ran, including restarts; `worker_seconds`, `gpu_seconds`: sums over
         workers.
     """
     broken_by = [broken for record in records for broken in record["broken_by"]]
     n, points, identity = len(broken_by), config.eval.ci, evaluation.identity
     if not n:
-        raise UserError(f"data.val_dataset: none of the {evaluation.n} images of {evaluation} can be decoded.")
+        raise UserError(f"data.val_dataset: none of the {evaluation.n} images of {evaluation} could be decoded.")
     standing = sum(broken != "clean" for broken in broken_by)
     clean, acc_after, attack_seconds = standing / n, {}, {}
     for attack in identity["attack"]["attacks"]:
@@ -122,12 +122,12 @@ def summarise(evaluation: Evaluation, records: Sequence[Record], config: EvalCon
 def compare_with_published(
     evaluation: Evaluation, report: Mapping[str, Any], images: ImageList
 ) -> dict[str, Any] | None:
-    """How an evaluation of a published model compares with its published numbers; None for other networks.
+    """Compare an evaluation of a published model with its published numbers; None for other networks.
 
     Returns:
-        `name`; published `clean`, `autoattack` and, where one is known, `external` (a stronger attack's) in %; `differs`: what is
-        not as in the published evaluation, in words. Where nothing differs, also `difference` and `clean_difference` of ours in
-        percentage points, and whether one of them is `suspicious`: on the same images they should be equal but for rounding.
+        `name`; published `clean`, `autoattack` and, if known, `external` (of a stronger attack) in %; `differs`: differences from
+        the published evaluation, in words. If there is none, also `difference` and `clean_difference` of this evaluation in
+        percentage points, and whether one of them is `suspicious`: on the same images, the numbers should agree up to rounding.
     """
     model = evaluation.published
     if model is None:
@@ -147,7 +147,7 @@ def compare_with_published(
 
 
 def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any], images: ImageList) -> Iterator[str]:
-    """What is not as in the published evaluation: AutoAttack on RobustBench's images, which go through the same."""
+    """Yield the differences from the published evaluation: AutoAttack on RobustBench's images, equally preprocessed."""
     model, used, unreadable = evaluation.published, evaluation.preprocessing, len(report["data"]["unreadable"])
     if model.unlike:
         yield model.unlike
@@ -161,7 +161,7 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any], i
     elif report["n"] + unreadable != PUBLISHED_IMAGES:
         yield f"{report['n'] + unreadable} of RobustBench's 5,000 images"
     if len(images) > 1 and images.common_size is not None:
-        yield f"images that were all made {images.common_size} before, as those of ImageNet-C are"
+        yield f"images that are already resized to {images.common_size}, as those of ImageNet-C"
     if "weights_key" in report["network"]:
         yield f"weights_key={report['network']['weights_key']}"
     for name, value in {"use_blurpool": False, **model.description}.items():
@@ -181,12 +181,12 @@ def _differs_from_published(evaluation: Evaluation, report: Mapping[str, Any], i
 def write_evaluation(
     evaluation: Evaluation, records: Sequence[Record], images: ImageList, config: EvalConfig, examples: Path
 ) -> dict[str, Any]:
-    """Write report.json (last), verdicts.csv, log.txt, accuracy.png and examples.png into the evaluation's folder.
+    """Write verdicts.csv, log.txt, accuracy.png, examples.png and (last) report.json into the evaluation's folder.
 
     Args:
         evaluation, records, config: as in `summarise`.
-        images: the list, for names.
-        examples: file with the images of the first chunk and their adversarial images; no picture where it is missing.
+        images: the image list, for names.
+        examples: file with the images of the first chunk and their adversarial images; without it there is no examples.png.
 
     Returns:
         The report.
@@ -204,13 +204,13 @@ def write_evaluation(
             attacked = {"adversarial": (arrays["x_adv"], arrays["broken_by"].tolist())}
             draw_examples(folder / "examples.png", arrays["x"], attacked, labels=labels, title=str(evaluation))
     else:
-        print(f"note: {examples} is not on this machine, so there is no examples.png.", file=sys.stderr)
+        print(f"note: {examples} does not exist on this machine, so examples.png is not drawn.", file=sys.stderr)
     write_json(folder / "report.json", report)
     return report
 
 
 def read_report(evaluation: Evaluation, *, chunks: int, ci: float | None) -> dict[str, Any] | None:
-    """The report that `write_evaluation` left of so many chunks, with the same `eval.ci`; None where it has to be made (again)."""
+    """Read the report written earlier for this number of chunks and `eval.ci`; None if it must be written (again)."""
     with suppress(UserError):
         report = read_json(evaluation.folder / "report.json") or {}
         whole = NEEDED <= report.keys() and (evaluation.folder / "verdicts.csv").exists()
@@ -219,9 +219,9 @@ def read_report(evaluation: Evaluation, *, chunks: int, ci: float | None) -> dic
 
 
 def verdicts_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
-    """One line an image: position, path, label, prediction without attack, what broke it, and the prediction then.
+    """Return CSV with one line per image: position, path, label, prediction without attack, `broken_by`, adversarial prediction.
 
-    The last one is empty in records of earlier versions, which did not keep it.
+    The last one is empty for records of earlier versions, which lack it.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -234,7 +234,7 @@ def verdicts_csv(records: Sequence[Record], keys: Sequence[str]) -> str:
 
 
 def text_log(report: Mapping[str, Any], records: Sequence[Record]) -> str:
-    """The evaluation in the words of AutoAttack's own log."""
+    """Return the evaluation in the format of AutoAttack's log."""
     lines = [
         f"{report['network']['name']}: standard version including {', '.join(report['attacks'])}; seed {report['seed']}",
         f"initial accuracy: {report['clean_acc']:.2%}",
@@ -254,7 +254,7 @@ def text_log(report: Mapping[str, Any], records: Sequence[Record]) -> str:
     low, high = report["pixel_range"]
     lines.append(
         f"max {report['norm']} perturbation: {report['max_perturbation']:.5f}, max: {high:.5f}, min: {low:.5f}, "
-        f"images that fail the check at the end: {_failures(report) or 'none'}"
+        f"images that fail the final check: {_failures(report) or 'none'}"
     )
     lines.append(f"robust accuracy: {report['robust_acc']:.2%}")
     return "\n".join(lines) + "\n"
@@ -263,35 +263,35 @@ def text_log(report: Mapping[str, Any], records: Sequence[Record]) -> str:
 def write_overview(
     evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]], root: Path, *, save_adv: bool
 ) -> None:
-    """Write table.md, summary.json and accuracy.png over all evaluations into `root`; print the table, and what to know of it.
+    """Write table.md, summary.json and accuracy.png of all evaluations into `root`; print the table and warnings.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the files cannot be written.
     """
     joint = unions(evaluations, reports)
     table = results_table(evaluations, reports, joint)
     compared = [text for report in reports if (text := comparison_text(report))]
-    told = [
+    warned = [
         f"{evaluation}: {text}."
         for evaluation, report in zip(evaluations, reports)
         for text in warnings_of(report, save_adv=save_adv)
     ]
-    seen = dict.fromkeys(f"{e.network} sees images {e.preprocessing}, {e.fed}." for e in evaluations)
-    sentences = [*seen, *compared, *(f"Warning: {text}" for text in told)]
+    seen = dict.fromkeys(f"{e.network} gets images of {e.preprocessing}, {e.fed}." for e in evaluations)
+    sentences = [*seen, *compared, *(f"Warning: {text}" for text in warned)]
     with writable("eval.out", root):
         write_json(root / "summary.json", {"evaluations": reports, "unions": joint})
         write_text(root / "table.md", "\n".join([table, "", *(f"- {text}" for text in sentences), ""]))
         draw_accuracy(root / "accuracy.png", {str(e): curve(r) for e, r in zip(evaluations, reports)})
     print("\n".join([table, *compared]))
-    for text in told:
+    for text in warned:
         print_warning(text)
     print(f"reports: {root}")
 
 
 def unions(evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each network and size with several norms: accuracy under the union of its threat models.
+    """Return, for each network and size with several norms, the accuracy under the union of the threat models.
 
-    An image counts where it withstood the attacks of every norm.
+    An image counts as robust if no attack of any norm broke it.
     """
     found = []
     for (network, size), group in groupby(zip(evaluations, reports), key=lambda pair: pair[0].group):
@@ -309,7 +309,7 @@ def unions(evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any
 def results_table(
     evaluations: Sequence[Evaluation], reports: Sequence[Mapping[str, Any]], joint: Sequence[Mapping[str, Any]]
 ) -> str:
-    """A Markdown table: a row for each evaluation, and one for each union."""
+    """Return a Markdown table with a row for each evaluation and each union."""
     rows: list[dict[str, Any]] = []
     for evaluation, report in zip(evaluations, reports):
         low, high = report["robust_ci95"]
@@ -330,19 +330,19 @@ def results_table(
 
 
 def curve(report: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracy without attack and after each attack."""
+    """Return the accuracy without attack and after each attack."""
     return {"clean": report["clean_acc"], **report["acc_after"]}
 
 
 def comparison_text(report: Mapping[str, Any]) -> str:
-    """One line on the published number; empty where there is none."""
+    """Return one line on the published number; empty if there is none."""
     published = report.get("published")
     if not published or published["autoattack"] is None:
         return ""
     robust, clean = 100 * report["robust_acc"], 100 * report["clean_acc"]
     name, number = published["name"], f"published {published['autoattack']:.1f} %"
     if published["external"] is not None:
-        number += f" ({published['external']:.1f} % by a stronger attack)"
+        number += f" ({published['external']:.1f} % under a stronger attack)"
     if published["differs"]:
         low, high = (100 * bound for bound in report["robust_ci95"])
         return (
@@ -356,46 +356,46 @@ def comparison_text(report: Mapping[str, Any]) -> str:
     )
     if published["suspicious"]:
         text += (
-            f" SUSPICIOUS: on the same images more than {SUSPICIOUS} points apart. Check crop and interpolation, normaliser, "
+            f" SUSPICIOUS: more than {SUSPICIOUS} points apart on the same images. Check crop and interpolation, normaliser, "
             "eval.precision, and the versions in report.json."
         )
     return text
 
 
 def warnings_of(report: Mapping[str, Any], *, save_adv: bool = False) -> Iterator[str]:
-    """What a reader of the numbers should know."""
+    """Yield warnings that a reader of the numbers should know."""
     yield from _warnings_of_accuracy(report)
     yield from report["flags"]
     low, high = report["robust_ci95"]
     if report["ci"] and 50 * (high - low) > report["ci"]:
-        yield f"all {report['n']} images of the evaluation (eval.n_ex) are not enough for {report['ci']:g} points to each side"
+        yield f"all {report['n']} images of the evaluation (eval.n_ex) are not enough for ± {report['ci']:g} percentage points"
     if save_adv and (kept := report["images_kept"]) < report["n"]:
-        yield f"adversarial images are kept of {kept} of {report['n']} images; start again for the others"
+        yield f"adversarial images of {kept} of {report['n']} images are saved; run the command again for the others"
     if failures := _failures(report):
-        yield f"adversarial images that fail the check at the end: {failures}; positions are in report.json"
+        yield f"adversarial images that fail the final check: {failures}; their positions are in report.json"
     if len(devices := report["devices"]) > 1:
-        yield f"chunks come from different devices ({', '.join(devices)}), whose roundings differ"
+        yield f"chunks were computed on different devices ({', '.join(devices)}), whose rounding differs"
     if unreadable := report["data"]["unreadable"]:
-        yield f"{len(unreadable)} images could not be decoded and are left out, the first: {unreadable[0]}"
+        yield f"{len(unreadable)} images could not be decoded and are omitted, the first: {unreadable[0]}"
 
 
 def _warnings_of_accuracy(report: Mapping[str, Any]) -> Iterator[str]:
-    """Where the clean accuracy says that the network does not see what it was trained on, or the radius is not its own."""
+    """Yield warnings if the clean accuracy suggests other inputs than in training, or if the radius is not that of training."""
     clean, n, run, used = report["clean_acc"], report["n"], report["run"], report["transform"]
     chance = 1 / report["classes"]["among"]
     shown = f"{report['data']['img_size']} px, crop {used['crop_pct']:g}, {used['resize']} ({used['from']})"
     before = run["clean_acc"]
     if before is not None and 100 * (before - clean) > FAR_BELOW:
         yield (
-            f"clean accuracy {percent(clean)}, but {percent(before)} in the validation of its own run: most likely other images, "
-            f"or another image size or crop than there; here {shown}"
+            f"clean accuracy {percent(clean)}, but {percent(before)} in the validation of the training run: most likely the "
+            f"images, the image size or the crop differ; here {shown}"
         )
     elif clean - chance <= NEAR_CHANCE and binomtest(round(clean * n), n, chance, "greater").pvalue > AT_CHANCE:
         cause = (
             f"most likely a missing or second normaliser (model.add_normalization), classes in another order, or another image "
             f"size; here {shown}"
             if before is None
-            else f"the validation of its own run found {percent(before)}"
+            else f"the validation of the training run measured {percent(before)}"
         )
         yield f"clean accuracy {percent(clean)} of {n} images is no better than guessing: {cause}"
     if run["norm"] == report["norm"] and abs(run["eps"] - report["eps"]) > 1e-9:
@@ -403,17 +403,17 @@ def _warnings_of_accuracy(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain values as JSON, whole or not at all."""
+    """Write plain values as JSON, atomically."""
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, atomically."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with one decimal."""
+    """Format a share as a percentage with one decimal."""
     return f"{100 * share:.1f} %"
 
 
@@ -427,7 +427,7 @@ def _survivors(verdicts: Path) -> set[str]:
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))

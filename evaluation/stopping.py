@@ -1,4 +1,4 @@
-"""How many images are enough: chunk by chunk, until the accuracy under every norm is known to a given precision."""
+"""Stopping rule: evaluate chunks until the accuracy under every norm is known to a given precision."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ METHOD = "beta-binomial mixture confidence sequence (Robbins 1970; Howard et al.
 
 
 def anytime_interval(standing: int, n: int, *, points: float) -> tuple[float, float]:
-    """95 % interval for the share of which `standing` of `n` images are a sample, valid however it was decided to stop at `n`.
+    """Return a 95 % interval for the true share, given `standing` of `n` images; valid for every rule that decides when to stop.
 
-    It holds each share p that a mixture of shares around p, chosen beforehand, does not make 20 times as likely as p itself does;
-    by Ville's inequality the true share leaves it at any time with a probability of at most 5 %. The mixture is the one that
-    makes the interval narrowest where it comes to `points` percentage points to each side.
+    It contains each share p for which the data are less than 20 times as likely under a mixture of shares around p, fixed in
+    advance, as under p. By Ville's inequality, the true share is ever outside with a probability of at most 5 %. The mixture is
+    the one with the narrowest interval at a half-width of `points` percentage points.
     """
     fallen, weight = n - standing, 2_900 / points**2
     tiny = 1e-12
@@ -35,15 +35,15 @@ def anytime_interval(standing: int, n: int, *, points: float) -> tuple[float, fl
 
 
 def half_width(standing: int, n: int, *, points: float) -> float:
-    """Of `anytime_interval`, in percentage points."""
+    """Return the half-width of `anytime_interval` in percentage points."""
     low, high = anytime_interval(standing, n, points=points)
     return 50 * (high - low)
 
 
 def chunks_enough(by_norm: Sequence[Mapping[int, Mapping[str, Any]]], *, points: float) -> int | None:
-    """The smallest number of first chunks after which no norm's half-width is above `points`; None: more chunks are needed.
+    """Return the smallest number of first chunks after which every norm's half-width is at most `points`; None: not yet.
 
-    It does not depend on the order in which chunks were finished.
+    The result does not depend on the order in which chunks finish.
 
     Args:
         by_norm: for each norm, the records of finished chunks by number.

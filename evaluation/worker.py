@@ -1,4 +1,4 @@
-"""What a worker process does: load a network, attack chunks of images, return a record of each."""
+"""Worker process: loads a network, attacks chunks of images, and returns a record of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from evaluation.records import StateFolder
 from evaluation.reliability import examine
 from zoo.runs import load_trained
 
-SHOWN = 8  # images kept for the picture
+SHOWN = 8  # images saved for the picture
 
 
 class Task(NamedTuple):
@@ -37,27 +37,27 @@ class Task(NamedTuple):
 def setup(
     device_name: str, config: EvalConfig, evaluations: list[Evaluation], images: Mapping[str, ImageList]
 ) -> Callable[[Task, Callable[[str], None]], dict]:
-    """Prepare this process; returns the function that turns a task into its record. `images` is by network.
+    """Prepare this process and return the function task → record. `images` is by network.
 
-    On a GPU deterministic algorithms are asked for, so that the same chunk on the same type of device has the same verdicts.
+    On a GPU, deterministic algorithms are selected: the same chunk on the same type of device has the same verdicts.
     """
     device = torch.device(device_name)
     if device.type == "cpu":
-        torch.set_num_threads(config.eval.threads)  # with a fixed number a CPU is deterministic by itself
+        torch.set_num_threads(config.eval.threads)  # a CPU is deterministic for a fixed number of threads
     else:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads such memory
-        # Its gradient sums in any order as long as other algorithms only warn; what attention uses instead does not.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and no code here reads such memory
+        # With warn_only, its gradient sums in any order; the attention kernels used instead are deterministic.
         torch.backends.cuda.enable_mem_efficient_sdp(False)
-        # AutoAttack's projection onto the L1 ball sums along sorted values, for which a GPU has no deterministic algorithm.
+        # AutoAttack's L1 projection uses a cumulative sum, for which a GPU has no deterministic algorithm.
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
     return _Worker(device, config, evaluations, images).run
 
 
 class _Worker:
-    """Keeps the network of the last task, which the next one mostly needs again."""
+    """Runs tasks; keeps the network of the last task, because the next task usually needs it."""
 
     def __init__(
         self, device: torch.device, config: EvalConfig, evaluations: list[Evaluation], images: Mapping[str, ImageList]
@@ -66,7 +66,7 @@ class _Worker:
         self._network: tuple[Any, nn.Module, nn.Module | None] | None = None
 
     def run(self, task: Task, note: Callable[[str], None]) -> dict[str, Any]:
-        """The record of one chunk."""
+        """Return the record of one chunk."""
         evaluation = self.evaluations[task.evaluation]
         try:
             return self._record(evaluation, task.chunk, note)
@@ -74,8 +74,8 @@ class _Worker:
             reason = str(error).split("\n")[0]
             raise RuntimeError(
                 f"{self.device} has not enough memory for {len(evaluation.positions(task.chunk))} images of "
-                f"{evaluation.img_size} px at a time; give a smaller eval.batch_size, and another eval.out, as verdicts "
-                f"depend on it ({reason})"
+                f"{evaluation.img_size} px at a time; give a smaller eval.batch_size and another eval.out, because "
+                f"verdicts depend on the batch size ({reason})"
             ) from error
 
     def _record(self, evaluation: Evaluation, number: int, note: Callable[[str], None]) -> dict[str, Any]:
@@ -84,8 +84,8 @@ class _Worker:
         chunk = self.images[evaluation.network].read(evaluation.positions(number), evaluation.preprocessing)
         verdicts, check, signs = Verdicts(chunk.y, [], chunk.y, chunk.x), None, None
         classes = torch.arange(evaluation.outputs) if evaluation.among is None else torch.tensor(evaluation.among)
-        y = torch.searchsorted(classes, chunk.y)  # as the attacks number them
-        if len(chunk.y):  # an image can be decoded
+        y = torch.searchsorted(classes, chunk.y)  # class numbers used by the attacks
+        if len(chunk.y):  # at least one image was decoded
             threat = {"norm": evaluation.norm, "eps": evaluation.eps, "device": self.device}
             settings = {"seed": self.config.eval.seed, "attacks": self.config.eval.chosen, "progress": note}
             tf32 = self.config.eval.precision == "tf32"
@@ -113,9 +113,9 @@ class _Worker:
         }
 
     def _keep_images(self, evaluation: Evaluation, number: int, chunk: Chunk, verdicts: Verdicts) -> int:
-        """Write all adversarial images on demand, else the few of the first chunk that the picture shows; returns how many.
+        """Write all adversarial images if `eval.save_adv`, else a few of the first chunk for the picture; return the number.
 
-        A disk that does not take them is no reason to lose the chunk's verdicts.
+        A failed write only prints a warning: the chunk's verdicts must not be lost.
         """
         most = len(chunk.y) if self.config.eval.save_adv else SHOWN if number == 0 else 0
         count = min(most, len(chunk.y))
@@ -133,7 +133,9 @@ class _Worker:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, lambda f: np.savez(f, **arrays))
         except OSError as error:
-            print(f"warning: adversarial images are not kept: cannot write {file} ({error.strerror}).", file=sys.stderr)
+            print(
+                f"warning: adversarial images are not saved: cannot write {file} ({error.strerror}).", file=sys.stderr
+            )
             return 0
         return count
 
@@ -141,14 +143,14 @@ class _Worker:
         key = (evaluation.weights, evaluation.description, evaluation.among)
         key += (evaluation.img_size if self.config.eval.compile else None,)
         if self._network is None or self._network[0] != key:
-            self._network = None  # before the next one takes memory
+            self._network = None  # frees memory before the next one is loaded
             if self.config.eval.compile:
-                torch._dynamo.reset()  # it compiles one piece of code, shared by all networks, a limited number of times
+                torch._dynamo.reset()  # recompilations of the code shared by all networks are limited
             with blame("eval.model_in"):
                 trained = load_trained(evaluation.weights, evaluation.description)
                 if trained.sha256 != evaluation.identity["network"]["sha256"]:
                     raise UserError(
-                        f"{evaluation.weights} is not the same file on all machines, or has changed meanwhile."
+                        f"{evaluation.weights} is not the same file on all machines, or has changed since the start."
                     )
             model = trained.model.to(self.device).float().eval().requires_grad_(False)
             if evaluation.identity["arithmetic"]["channels_last"]:
@@ -161,23 +163,23 @@ class _Worker:
 
 
 def fast_copy(model: nn.Module, settings: EvalAttackConfig, *, size: int, device: torch.device) -> nn.Module | None:
-    """The network in the form `eval.precision` and `eval.compile` ask for; None where that is the network itself.
+    """Return the network as requested by `eval.precision` and `eval.compile`; None if that is the network itself.
 
-    A network that cannot be compiled, at this image size, is attacked as it is, with a warning.
+    A network that cannot be compiled at this image size is attacked uncompiled, with a warning.
     """
     tf32 = settings.precision == "tf32"
     if settings.compile:
         try:
             compiled = torch.compile(model, dynamic=True)
             x = torch.zeros(min(2, settings.batch_size), 3, size, size, device=device, requires_grad=True)
-            with float32_matmul(tf32=tf32):  # as in the attacks: else they would compile anew
+            with float32_matmul(tf32=tf32):  # as in the attacks, which would otherwise recompile
                 torch.autograd.grad(compiled(x).sum(), x)
                 with torch.no_grad():
                     compiled(x.detach())
             return compiled
         except torch.OutOfMemoryError:
             raise
-        # Compilers fail in every way: no C++ compiler, no Triton, an operation they do not know.
+        # Compilation can fail with any exception: no C++ compiler, no Triton, an unknown operation.
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             print(f"warning: eval.compile: running uncompiled: {type(error).__name__}: {reason}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Tasks → worker processes: each takes the next open task; a task whose worker dies is given to another.
+"""Work queue: each worker process takes the next open task; a task whose worker dies is given to another worker.
 
-Workers are forked from a server process that has imported what they need and nothing else, so they start at once and can
-open a GPU. They end with this process, however it ends. Under torchrun every process runs this loop with its own worker, and all
-take from one `Board`.
+Workers are forked from a server process that has only imported the modules they need. So they start fast and can open a GPU.
+They end with this process, however it ends. Under torchrun, every process runs this loop with its own worker, and all processes
+take tasks from one `Board`.
 """
 
 from __future__ import annotations
@@ -32,43 +32,43 @@ Handler = Callable[[Any, Callable[[str], None]], Any]
 
 
 class TaskFailed(Exception):
-    """A task that failed three times, or workers that cannot start; the message has the last cause."""
+    """A task failed three times, or no worker can start; the message contains the last cause."""
 
 
 def prepare_workers(*modules: str) -> None:
-    """Start the server that workers are forked from, which imports `modules` while this process goes on.
+    """Start the server that workers are forked from; it imports `modules` in the background.
 
-    Workers get the environment as it is now.
+    Workers get the current environment variables.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
     start_fork_server(*modules)
 
 
 def run_tasks(
     take: Callable[[], Any], *, slots: Sequence[Any], setup: Callable[..., Handler], arguments: tuple[Any, ...]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Work until no task is left, and yield what happens. Closing the generator ends the work at once, and all workers.
+    """Process tasks until none is left, and yield events. Closing the generator stops the work and all workers at once.
 
     Args:
-        take: the next open task, None when there is none.
-        slots: one worker each.
-        setup: called in each worker as `setup(slot, *arguments)`; returns what handles a task. A module-level function; all
-            that goes to it must be picklable.
+        take: returns the next open task, None if there is none.
+        slots: one worker is started for each.
+        setup: module-level function, called in each worker as `setup(slot, *arguments)`; returns the handler of tasks. All its
+            arguments must be picklable.
         arguments: see `setup`.
 
     Yields:
-        ("result", task, its result); ("note", task, what its worker reports of it); ("failed", a task that is given back, or
-        None for a worker that could not start, why); ("tick", None, None) at least every second.
+        ("result", task, its result); ("note", task, progress text of its worker); ("failed", task that is given back, or None
+        if a worker could not start, reason); ("tick", None, None) at least every second.
 
     Raises:
         UserError: raised by a worker.
-        TaskFailed: a task failed `MOST_FAILURES` times, or every slot failed so often in a row.
+        TaskFailed: a task failed `MOST_FAILURES` times, or every slot failed that many times in a row.
     """
-    start_fork_server()  # where `prepare_workers` has not
+    start_fork_server()  # unless `prepare_workers` has started it
     queue, start = _Queue(take), partial(_start, setup, arguments)
     workers: list[_Worker] = []
     try:
-        for place in enumerate(slots):  # numbered: slots may be alike
+        for place in enumerate(slots):  # numbered, because slots may be equal
             workers.append(start(place))
         while workers:
             yield "tick", None, None
@@ -90,7 +90,7 @@ def run_tasks(
                     elif not workers and queue.next(worker.slot, alone=True) is not None:
                         what = "workers could not start" if worker.task is None else "workers failed"
                         raise TaskFailed(f"{what} {MOST_FAILURES} times; the last time: {content}")
-                else:  # it is ready for a task, and perhaps has the result of one
+                else:  # "ready" or "result": the worker waits for a task
                     if kind == "result":
                         yield kind, worker.task, content
                         worker.failures = 0
@@ -104,7 +104,7 @@ def run_tasks(
 
 
 class _Queue:
-    """Open tasks: first those given back by another slot, which may be a better place for them."""
+    """Open tasks; tasks that failed in another slot come first, because they may succeed in this one."""
 
     def __init__(self, take: Callable[[], Any]) -> None:
         self._take = take
@@ -112,7 +112,7 @@ class _Queue:
         self._failures: Counter[Any] = Counter()
 
     def next(self, slot: Any, *, alone: bool) -> Any:
-        """A task for this slot; one that failed there only where it is the last one at work."""
+        """Return a task for this slot; a task that failed in this slot only if no other worker is left (`alone`)."""
         for entry in self._given_back:
             if alone or entry[1] != slot:
                 self._given_back.remove(entry)
@@ -128,7 +128,7 @@ class _Queue:
 
 @dataclass
 class _Worker:
-    """A worker process, and the task it is at; `failures` counts those of its slot since the last result."""
+    """A worker process and its current task; `failures`: failures of its slot since the last result."""
 
     slot: Any
     failures: int
@@ -137,17 +137,17 @@ class _Worker:
     task: Any = None
 
     def receive(self) -> tuple[str, Any]:
-        """Its next message; of a dead one, why it died."""
+        """Return its next message; for a dead worker, the cause."""
         try:
             return self.connection.recv()
-        except (EOFError, OSError):  # the latter in the middle of a message
+        except (EOFError, OSError):  # OSError: it died while sending
             self.process.join()
             return "failed", _cause_of_death(self.process.exitcode)
 
     def give(self, task: Any) -> None:
         self.task = task
         if task is not None:
-            with suppress(ConnectionError):  # it died meanwhile; receive() will say so
+            with suppress(ConnectionError):  # a dead worker is handled by receive()
                 self.connection.send(task)
 
     def stop(self) -> None:
@@ -158,17 +158,17 @@ class _Worker:
 
 def _start(setup: Callable[..., Handler], arguments: tuple[Any, ...], slot: Any, failures: int = 0) -> _Worker:
     context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    # Not daemonic: a worker may have decoding processes of its own.
-    process = context.Process(target=_work, args=(theirs, setup, slot[1], arguments), daemon=False)
+    here, there = context.Pipe()
+    # Not daemonic, because a worker may start decoding processes.
+    process = context.Process(target=_work, args=(there, setup, slot[1], arguments), daemon=False)
     process.start()
-    theirs.close()
-    return _Worker(slot, failures, process, ours)
+    there.close()
+    return _Worker(slot, failures, process, here)
 
 
 def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, arguments: tuple[Any, ...]) -> None:
-    """A worker's life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers
+    """Run a worker process: set up, then handle tasks until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops the workers
     settle()
     try:
         handle = setup(slot, *arguments)
@@ -179,15 +179,15 @@ def _work(connection: Connection, setup: Callable[..., Handler], slot: Any, argu
     except UserError as error:
         connection.send(("bad input", str(error)))
     except EOFError:
-        pass  # the parent is gone
+        pass  # the parent has ended
     except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-    signal.pause()  # give the parent the time to read that: it ends this process
+    signal.pause()  # wait until the parent has read the message and kills this process
 
 
 def _cause_of_death(exitcode: int | None) -> str:
     if exitcode is None or exitcode >= 0:
-        return f"its worker ended with status {exitcode}"
+        return f"its worker exited with status {exitcode}"
     name = signal.Signals(-exitcode).name
     memory = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
     return f"its worker was killed by {name}{memory}"

@@ -58,7 +58,8 @@ def test_network_that_stood_behind_a_normaliser_is_noticed(images: ImageList) ->
     """Normalised grey images lie around zero; as they are, all of them are bright for this network."""
     text = _seen_both_ways(Flipped(0.0), images, USED)
     assert text.startswith(
-        "of 16 clean images, 8 are correct if the input is not normalised, in [0, 1]; 16 are correct if it is normalised with mean 0.485"
+        "of 16 clean images, 8 are correct if the input is not normalised, in [0, 1]; "
+        "16 are correct if it is normalised with mean 0.485"
     )
     assert text.endswith("the second way: give --model.add_normalization=1")
 

@@ -154,7 +154,7 @@ def test_another_evaluation_is_refused(opened, tmp_path, other, differs, same):
         opened(other)
     message = str(refusal.value)
     assert message.startswith(f"eval.out: {tmp_path / 'state'} holds another evaluation")
-    listed = message.partition("What differs: ")[2]
+    listed = message.partition("Differences: ")[2]
     assert listed
     for text in differs:
         assert text in listed
@@ -296,7 +296,7 @@ def test_a_record_that_the_disk_does_not_give(opened, capsys):
     (state.folder / "chunks/00002.json").mkdir()  # reading a folder fails even for root
     (state.folder / "chunks/00002.json/file").touch()
     assert state.read(CHUNKS) == {1: record(1)}
-    assert "renamed to 00002.json.1, its chunk runs again" in capsys.readouterr().err
+    assert "renamed to 00002.json.1 and its chunk runs again" in capsys.readouterr().err
 
 
 def test_half_written_files_are_removed(opened):

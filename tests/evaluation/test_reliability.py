@@ -73,7 +73,7 @@ def record(broken_by: list[str], **found: Any) -> dict[str, Any]:
     ("records", "said"),
     [
         ([record(["", "clean", "apgd-ce", "fab-t"])], []),
-        ([record(["square"] * 3 + [""] * 7)], ["broke 3 of 10 images that apgd-ce, apgd-t, fab-t missed"]),
+        ([record(["square"] * 3 + [""] * 7)], ["broke 3 of 10 images that apgd-ce, apgd-t, fab-t did not break"]),
         ([record(["square"] + [""] * 499)], []),  # the package's own limit
         ([record(["square"] * 2 + [""] * 498)], ["broke 2 of 500 images"]),
         ([record([""] * 6, zero_gradients=2), record([""] * 2)], ["exactly 0 on 2 of 8 clean images (25.0%)"]),

@@ -179,7 +179,9 @@ def test_table_and_union(finished):
     out, _ = finished
     table, told = (part.splitlines() for part in (out / "table.md").read_text().split("\n\n"))
     assert len(table) == 2 + 4 + 2
-    assert "weights_1 sees images 32 px, crop 1, bicubic (the run's params.json), not normalised, in [0, 1]." in told[0]
+    assert (
+        "weights_1 gets images of 32 px, crop 1, bicubic (the run's params.json), not normalised, in [0, 1]." in told[0]
+    )
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["evaluations"]) == 4 and (out / "accuracy.png").read_bytes().startswith(PNG)
     for epoch, union in zip((1, 2), summary["unions"]):
@@ -633,7 +635,7 @@ def test_different_devices_are_said(finished):
     report = json.loads(next(finished[0].rglob("report.json")).read_text())
     report |= {"devices": {"NVIDIA H100": 3, "NVIDIA A100": 1}, "clean_acc": 1.0}
     assert list(warnings_of(report)) == [
-        "chunks come from different devices (NVIDIA H100, NVIDIA A100), whose roundings differ"
+        "chunks were computed on different devices (NVIDIA H100, NVIDIA A100), whose rounding differs"
     ]
     assert list(warnings_of(report | {"devices": {"NVIDIA H100": 4}})) == []
 
@@ -716,5 +718,5 @@ def test_says_where_all_images_are_not_enough(trained, images, tmp_path, capsys)
     assert evaluate(trained, images, tmp_path / "out", "--eval.ci=1") == 0
     assert (
         "warning" in (said := capsys.readouterr().err)
-        and "all 8 images of the evaluation (eval.n_ex) are not enough for 1 points to each side" in said
+        and "all 8 images of the evaluation (eval.n_ex) are not enough for ± 1 percentage points" in said
     )

@@ -316,7 +316,7 @@ def test_a_result_that_cannot_be_sent(folder):
     [
         (fail, "ValueError: this chunk is broken"),
         (die, "its worker was killed by SIGKILL"),
-        (leave, "its worker ended with status 3"),
+        (leave, "its worker exited with status 3"),
     ],
 )
 def test_a_task_that_always_fails(folder, handler, why):
