@@ -1,1 +1,1 @@
-"""From a name or a file to a model."""
+"""Models from names and weights files."""

@@ -1,4 +1,4 @@
-"""Published models from the command line; exit status 2 for wrong input or a download that failed."""
+"""Command line for published models; exit status 2 for wrong input or a failed download."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from zoo.submission import FIELDS, PLACEHOLDER, check_report, form_text, model_i
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line (without the program's name); returns the exit status."""
+    """Run one command line (without the program name) and return the exit status."""
     arguments = parser().parse_args(argv)
-    warnings.filterwarnings("ignore", ".*torch.jit.*", FutureWarning)  # of timm, about itself
+    warnings.filterwarnings("ignore", ".*torch.jit.*", FutureWarning)  # raised inside timm
     try:
         arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on.", file=sys.stderr)
+        print("interrupted; the same command resumes.", file=sys.stderr)
         return 130
     return 0
 
@@ -43,7 +43,7 @@ def share(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Return the parser of all commands and their options."""
     top = argparse.ArgumentParser(prog="python -m zoo", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -52,32 +52,34 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    models = command("list", list_models, "the published models and their numbers")
-    models.add_argument("--all", action="store_true", help="everybody's: all that are known by name")
-    command("show", show, "all that is known of one").add_argument("name")
-    download = command("download", download_weights, "robust weights, or a clean initialisation")
+    models = command("list", list_models, "list the published models and their accuracies")
+    models.add_argument("--all", action="store_true", help="all known models, of all publications")
+    command("show", show, "show all data of one model").add_argument("name")
+    download = command("download", download_weights, "download robust weights, or a clean initialisation")
     download.add_argument("name")
-    download.add_argument("--to", type=Path, help="where a folder <name> is made (default: checkpoints in the project)")
+    download.add_argument(
+        "--to", type=Path, help="parent of the new folder <name> (default: checkpoints in the project)"
+    )
     download.add_argument("--clean", action="store_true", help="the clean initialisation instead of the robust weights")
-    download.add_argument("--force", action="store_true", help="download again, and accept changed content")
-    command("verify", verify_path, "SHA-256 of a file, and what it holds").add_argument("path", type=Path)
-    export = command("export", export_model, "safetensors and config.json, for timm and the Hugging Face Hub")
-    export.add_argument("name", help="of a published model, or a path")
+    download.add_argument("--force", action="store_true", help="download again and accept changed content")
+    command("verify", verify_path, "show the SHA-256 and the content of a file").add_argument("path", type=Path)
+    export = command("export", export_model, "export safetensors and config.json, for timm and the Hugging Face Hub")
+    export.add_argument("name", help="published model, or a path")
     export.add_argument("--to", type=Path, required=True)
-    export.add_argument("--img-size", type=pixels, help="pixels that it is meant for (default: the network's own)")
-    export.add_argument("--crop-pct", type=share, help="of the evaluation transform (default: the network's own)")
-    export.add_argument("--push", metavar="REPOSITORY", help="upload to <owner>/<name> of the Hugging Face Hub")
-    zero_shot = command("zero-shot", write_classifier, "a CLIP model of open_clip as ImageNet classifier")
-    zero_shot.add_argument("model", help="open_clip's name, or hf-hub:<owner>/<repository>")
+    export.add_argument("--img-size", type=pixels, help="image size in pixels (default: the network's own)")
+    export.add_argument("--crop-pct", type=share, help="crop of the evaluation transform (default: the network's own)")
+    export.add_argument("--push", metavar="REPOSITORY", help="upload to <owner>/<name> on the Hugging Face Hub")
+    zero_shot = command("zero-shot", write_classifier, "write a CLIP model of open_clip as an ImageNet classifier")
+    zero_shot.add_argument("model", help="open_clip model name, or hf-hub:<owner>/<repository>")
     zero_shot.add_argument("--to", type=Path, required=True)
-    zero_shot.add_argument("--tower", type=Path, help="other weights of the image tower, such as FARE's")
-    zero_shot.add_argument("--pretrained", metavar="TAG", help="open_clip's tag of weights, such as openai")
-    submit = command("submit", print_submission, "RobustBench's model_info JSON and the text of its form")
+    zero_shot.add_argument("--tower", type=Path, help="other weights for the image tower, such as those of FARE")
+    zero_shot.add_argument("--pretrained", metavar="TAG", help="open_clip's weights tag, such as openai")
+    submit = command("submit", print_submission, "print RobustBench's model_info JSON and the text of its form")
     submit.add_argument("report", type=Path, help="report.json of an evaluation")
     for name in FIELDS:
         submit.add_argument(f"--{name}", default=PLACEHOLDER)
-    submit.add_argument("--architecture", help="default: as the report calls it")
-    submit.add_argument("--additional-data", action="store_true", help="trained with more than ImageNet-1k")
+    submit.add_argument("--architecture", help="default: the architecture in the report")
+    submit.add_argument("--additional-data", action="store_true", help="trained on more data than ImageNet-1k")
     return top
 
 
@@ -103,7 +105,7 @@ def show(arguments: argparse.Namespace) -> None:
     model = find_published(arguments.name)
     if model is None:
         hint = f"; did you mean {near}?" if (near := nearest_published(arguments.name)) else "."
-        raise UserError(f"NAME: no published model is called {arguments.name!r}{hint}")
+        raise UserError(f"NAME: no published model has the name {arguments.name!r}{hint}")
     for field, value in vars(model).items():
         if value not in (None, "", {}, ()):
             print(f"{field + ':':20}{value}")
@@ -150,7 +152,7 @@ def print_submission(arguments: argparse.Namespace) -> None:
         report = json.loads(arguments.report.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"REPORT: expected a report.json of an evaluation, got {arguments.report} ({error})."
+            f"REPORT: expected the report.json of an evaluation, got {arguments.report} ({error})."
         ) from error
     check_report(report, str(arguments.report))
     print(json.dumps(model_info(report, arguments), indent=2), form_text(report, arguments), sep="\n\n")

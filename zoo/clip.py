@@ -1,7 +1,7 @@
-"""Robust CLIP models as zero-shot classifiers: the image tower of open_clip, and a linear head made from the names of classes.
+"""Robust CLIP models as zero-shot classifiers: the image tower of open_clip, and a linear head computed from class names.
 
-The package open_clip_torch is optional. The head is made once, with the text tower, and kept with the image tower in a folder like
-that of an export: from there on the classifier is a network like any other.
+The package open_clip_torch is optional. The text tower computes the head once. Head and image tower are then stored in a folder
+in the export format, so the classifier loads like any other network.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from utils_architecture import normalize_model
 from zoo.description import CLIP_PREFIX, EXPORT_KEY, EXPORTED
 from zoo.reading import read_content
 
-# Of a text tower that is not used.
+# Configuration of a text tower that is not used.
 SMALL_TEXT = {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}
 
 
 class ZeroShotClassifier(nn.Module):
-    """Normalised images (B, 3, H, W) → logits (B, num_classes): cosines with the classes' embeddings, times the logit scale."""
+    """Normalised images (B, 3, H, W) → logits (B, num_classes): cosine similarities with class embeddings × logit scale."""
 
     def __init__(self, visual: nn.Module, width: int, num_classes: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ZeroShotClassifier(nn.Module):
 
 
 def import_open_clip() -> ModuleType:
-    """The package; UserError where it is not installed."""
+    """Import the package; raise UserError if it is not installed."""
     try:
         return importlib.import_module("open_clip")
     except ImportError as error:
@@ -49,7 +49,7 @@ def import_open_clip() -> ModuleType:
 
 
 def clip_architecture(name: str, num_classes: int = 1000) -> ZeroShotClassifier:
-    """The classifier with random weights; `name` is one of open_clip's, or hf-hub:<repository>, whose configuration is downloaded.
+    """Build the classifier with random weights; `name`: an open_clip model, or hf-hub:<repository> (downloads its config).
 
     Raises:
         UserError: open_clip is not installed or does not know the name, or the repository cannot be reached.
@@ -60,26 +60,26 @@ def clip_architecture(name: str, num_classes: int = 1000) -> ZeroShotClassifier:
             file = hf_hub_download(name.removeprefix("hf-hub:"), "open_clip_config.json")
             cfg = json.loads(Path(file).read_text(encoding="utf-8"))["model_cfg"]
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{name}: its open_clip_config.json cannot be had ({error}).") from error
+            raise UserError(f"{name}: its open_clip_config.json cannot be downloaded ({error}).") from error
     elif (cfg := open_clip.get_model_config(name)) is None:
-        raise UserError(f"open_clip has no model named {name!r}; open_clip.list_models() lists them.")
+        raise UserError(f"open_clip has no model {name!r}; open_clip.list_models() lists its models.")
     model = open_clip.CLIP(cfg["embed_dim"], cfg["vision_cfg"], SMALL_TEXT, cfg.get("quick_gelu", False))
     return ZeroShotClassifier(model.visual, cfg["embed_dim"], num_classes)
 
 
 def write_zero_shot(name: str, folder: Path, *, pretrained: str | None = None, tower: Path | None = None) -> Path:
-    """Make ImageNet's zero-shot classifier of a CLIP model, and write it into `folder`; returns the weights file.
+    """Write a CLIP model as zero-shot ImageNet classifier into `folder` and return the weights file.
 
-    The head is the mean over open_clip's 80 templates of OpenAI, as in its own zero-shot evaluation.
+    The head is the mean over OpenAI's 80 templates in open_clip, as in its own zero-shot evaluation.
 
     Args:
-        name: as in `clip_architecture`; both towers of a repository of the Hub are downloaded.
-        folder: gets model.safetensors and config.json.
-        pretrained: open_clip's tag of weights, such as openai, for a model that is not on the Hub.
-        tower: a file with other weights for the image tower, such as FARE's.
+        name: as in `clip_architecture`; for a repository of the Hub, both towers are downloaded.
+        folder: folder for model.safetensors and config.json.
+        pretrained: open_clip's weights tag, such as openai, for a model that is not on the Hub.
+        tower: file with other weights for the image tower, such as those of FARE.
 
     Raises:
-        UserError: open_clip is not installed, it cannot have the model, or `tower` does not fit.
+        UserError: open_clip is not installed or cannot load the model, or `tower` does not fit.
     """
     open_clip = import_open_clip()
     try:

@@ -1,7 +1,7 @@
-"""Published weights from a share, Google Drive, the Hugging Face Hub or a web server: whole and verified, or an error.
+"""Download of published weights from a share, Google Drive, the Hugging Face Hub or a web server, complete and verified.
 
-A download under way is `.<name>.part`, continued after a break. What came is unpacked beside its place, tested, compared with the
-digests known so far, and moved into the folder; `sha256.json` there holds {link: {file: SHA-256}}.
+An unfinished download is `.<name>.part`; it resumes after an interruption. The files are unpacked in a temporary folder, tested,
+compared with the known digests, and moved into the folder. `sha256.json` there contains {link: {file: SHA-256}}.
 """
 
 from __future__ import annotations
@@ -30,34 +30,35 @@ from zoo.robustbench import robustbench_entry
 DIGESTS = "sha256.json"
 GOOGLE_DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 WEIGHT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".safetensors", ".bin")
-PIECE = 1 << 16  # bytes held at a time; as many are lost at most where a connection breaks
-TIMEOUT = 30.0  # seconds without a byte
-RETRY = Retry(4, backoff_factor=1.0)  # after failures in a row, none of which brought the download further
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that another attempt may change
-REFUSED = {401: "asks for a login", 403: "is not public", 404: "does not exist", 410: "was removed"}
-BOMB_FACTOR, BOMB_BYTES = 20, 100 << 20  # weights hardly shrink: a ZIP that grows by more, to more, holds other things
+PIECE = 1 << 16  # bytes per read; a broken connection loses at most that many
+TIMEOUT = 30.0  # seconds without data
+RETRY = Retry(4, backoff_factor=1.0)  # for consecutive failures without progress
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of temporary failures
+REFUSED = {401: "requires a login", 403: "is not public", 404: "does not exist", 410: "was removed"}
+BOMB_FACTOR, BOMB_BYTES = 20, 100 << 20  # limits of a ZIP's growth: weights hardly compress
 
 
 class ShareUnavailable(UserError):
-    """The files cannot be had, or not as what they should be: another source of them may do."""
+    """The files are not available, or are not what they should be; another source may work."""
 
 
 def download(
     link: str, folder: Path, *, name: str, hint: str = "", known: Mapping[str, str] | None = None, force: bool = False
 ) -> list[Path]:
-    """Weights and logs of a link, in `folder`; what is there and agrees with its digests is not fetched again.
+    """Download the weights and logs of a link to `folder`; files that match their digests are not downloaded again.
 
     Args:
-        link: `hub:<owner>/<repository>:<file>`, `drive:<id>`, `robustbench:<id>`, the address of a file of weights, or of a public
-            share, where `<link>/download` answers with a ZIP of a folder. A single file becomes `<name>.pt`.
-        name: of the partial file, the progress bar, and in errors; hint: the model's RobustBench id, if it has one.
-        known: file name → SHA-256, enforced from the start.
-        force: fetch afresh, and accept other content than recorded (not other than `known`).
+        link: `hub:<owner>/<repository>:<file>`, `drive:<id>`, `robustbench:<id>`, the URL of a weights file, or the URL of a public
+            share, for which `<link>/download` returns a ZIP of a folder. A single file becomes `<name>.pt`.
+        name: name of the partial file, also shown in the progress bar and in errors.
+        hint: the model's RobustBench id, if it has one.
+        known: file name → SHA-256, always enforced.
+        force: download again, and accept content that differs from the record (but not from `known`).
 
     Raises:
-        UserError: a full disk, or other content than recorded; `ShareUnavailable` where there are no whole weights to be had.
+        UserError: the disk is full, or the content differs from the record; `ShareUnavailable`: no complete weights available.
     """
-    advice = (hint and f"RobustBench's copy by its id, {hint}, ") + "another link, or a local file by its path"
+    advice = (hint and f"RobustBench's copy (id {hint}), ") + "another link, or the path of a local file"
     return _download(name, link, _address(link), folder, advice, known or {}, force)
 
 
@@ -71,16 +72,16 @@ def _address(link: str) -> str:
 
 
 def verify(path: Path) -> str:
-    """The SHA-256 of a file, or of each file that a folder's record names; UserError where the record has another one."""
+    """Return the SHA-256 of a file, or of each file in a folder's record; raise UserError if it differs from the record."""
     folder = path if path.is_dir() else path.parent
     recorded = {file: digest for files in _recorded(folder).values() for file, digest in files.items()}
     if path.is_dir() and recorded:
         return "\n".join(verify(path / file) for file in sorted(recorded))
     if not path.is_file():
-        raise UserError(f"{path}: expected a file, or a folder with a {DIGESTS} in it.")
+        raise UserError(f"{path}: expected a file, or a folder that contains {DIGESTS}.")
     digest, expected = sha256(path), recorded.get(path.name)
     if expected not in (None, digest):
-        problem = f"{folder / DIGESTS} records the SHA-256 {expected}, the file has {digest}"
+        problem = f"{folder / DIGESTS} records the SHA-256 {expected}, but the file has {digest}"
         raise UserError(f"{path}: {problem}. Try deleting the file and downloading it again.")
     return f"{digest}  {path}: {'agrees with' if expected else 'not recorded in'} {folder / DIGESTS}"
 
@@ -110,17 +111,17 @@ def _download(name: str, link: str, url: str, folder: Path, advice: str, known: 
                 expected = {} if force else _expected(digests, folder, link, recorded)
                 for file, digest in (expected | dict(known)).items():
                     if digests.get(file) != digest:
-                        came = f"holds {file} with the SHA-256 {digests.get(file, 'of nothing: it is not there')}"
-                        accept = f"To accept that, move {folder} away or force the download; else try {advice}"
-                        raise UserError(f"{name}: {url} {came}, expected was {digest}. {accept}.")
+                        came = f"contains {file} with the SHA-256 {digests.get(file, '(none: the file is missing)')}"
+                        accept = f"To accept this content, move {folder} away or force the download; else try {advice}"
+                        raise UserError(f"{name}: {url} {came}; expected {digest}. {accept}.")
                 for file in digests:
                     os.replace(staging / file, folder / file)
             except UserError:
-                _discard(part)  # a later call must see what the server has then
+                _discard(part)  # a later call must download again
                 raise
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-            for files in recorded.values():  # a file has one source, the last it came from
+            for files in recorded.values():  # each file has one source: the last one
                 for file in digests:
                     files.pop(file, None)
             content = {source: files for source, files in recorded.items() if files} | {link: digests}
@@ -129,13 +130,13 @@ def _download(name: str, link: str, url: str, folder: Path, advice: str, known: 
     except ShareUnavailable as error:
         raise ShareUnavailable(f"{name}: {url} {error}. Try {advice}.") from error
     except OSError as error:
-        problem = f"cannot write to {folder} ({error.strerror or error}); what has come is kept"
-        raise UserError(f"{name}: {problem}. Make room there, or try another folder.") from error
+        problem = f"cannot write to {folder} ({error.strerror or error}); the downloaded part is kept"
+        raise UserError(f"{name}: {problem}. Free space there, or try another folder.") from error
     return [folder / file for file in digests]
 
 
 def _lock(folder: Path, name: str) -> BinaryIO:
-    """Let one process at a time work in `folder`: jobs that start together on a shared disk ask for the same file."""
+    """Lock `folder` for one process, because jobs that start together on a shared disk request the same file."""
     with suppress(UserError):
         return take_folder(folder)
     print(f"{name}: waiting for another process that downloads to {folder}", file=sys.stderr)
@@ -143,7 +144,7 @@ def _lock(folder: Path, name: str) -> BinaryIO:
 
 
 def _expected(digests: Iterable[str], folder: Path, link: str, recorded: Mapping[str, dict]) -> dict[str, str]:
-    """The SHA-256 that the files of a link should have: as recorded, and where nothing is, as of the files that are here."""
+    """Return the expected SHA-256 of a link's files: the recorded one, else that of the file in `folder`."""
     expected = {file: sha256(folder / file) for file in digests if (folder / file).is_file()}
     for source, files in recorded.items():
         expected |= {file: files[file] for file in files if source == link or file in digests}
@@ -156,7 +157,7 @@ def _discard(part: Path) -> None:
 
 
 def _fetch(url: str, part: Path, name: str) -> None:
-    """Complete a part by as many requests as it takes; notes beside it tell whether a server's answer continues it."""
+    """Complete a partial file, with several requests if needed; notes next to it show whether a response continues it."""
     retry, furthest = RETRY, 0
     while True:
         notes = {}
@@ -170,7 +171,7 @@ def _fetch(url: str, part: Path, name: str) -> None:
         try:
             return _request(url, part, size, notes, name)
         except ValueError as error:
-            raise ShareUnavailable(f"leads to what is no address of a web server ({error})") from error
+            raise ShareUnavailable(f"is not a valid URL of a web server ({error})") from error
         except requests.RequestException as error:
             cause: BaseException = error
             while cause.__context__ is not None:
@@ -178,42 +179,44 @@ def _fetch(url: str, part: Path, name: str) -> None:
             size = part.stat().st_size
             retry, furthest = RETRY if size > furthest else retry, max(furthest, size)
             if not retry.total:
-                raise ShareUnavailable(f"failed again and again: {cause} ({size:,} bytes are kept)") from error
+                raise ShareUnavailable(f"failed repeatedly: {cause} ({size:,} bytes are kept)") from error
             retry = retry.increment(error=error)
             retry.sleep()
 
 
 def _request(url: str, part: Path, size: int, notes: Mapping[str, Any], name: str) -> None:
-    """Add one answer to the part. A RequestException is a failure that another attempt may change."""
+    """Append one response to the partial file. RequestException means a failure for which a retry may help."""
     asked = {"Accept-Encoding": "identity"}
-    if size and notes["validator"]:  # else nothing tells whether an answer continues the same file
+    if size and notes["validator"]:  # without it, a response may be of another version of the file
         asked |= {"Range": f"bytes={size}-", "If-Range": notes["validator"]}
     with requests.get(url, headers=asked, stream=True, timeout=TIMEOUT) as response:
         status, headers = response.status_code, response.headers
         etag, length = headers.get("ETag", ""), headers.get("Content-Length", "")
-        validator = etag if etag.startswith('"') else headers.get("Last-Modified")  # no weak tag
+        validator = etag if etag.startswith('"') else headers.get("Last-Modified")  # weak tags are not used
         if status in PASSING:
             raise requests.ConnectionError(f"status {status}, {response.reason}")
         if status not in (200, 206, 416):
             raise ShareUnavailable(f"{REFUSED.get(status, 'gave no file')} (status {status} of {response.url})")
         if "html" in headers.get("Content-Type", "").lower():
-            raise ShareUnavailable("sent a web page: the file was moved, asks for a login, or its quota is used up")
+            raise ShareUnavailable(
+                "sent a web page: the file was moved, requires a login, or its download quota is exceeded"
+            )
         if status == 200:
             part.write_bytes(b"")
             size, notes = 0, {"url": url, "validator": validator, "total": int(length) if length.isdecimal() else None}
             part.with_suffix(".json").write_text(json.dumps(notes))
         elif validator not in (None, notes["validator"]) or f"bytes {size}-" not in headers.get("Content-Range", ""):
             part.write_bytes(b"")
-            raise requests.ConnectionError("other bytes came than were asked for")
+            raise requests.ConnectionError("the server sent other bytes than requested")
         with part.open("ab") as file, tqdm.wrapattr(file, "write", notes["total"], desc=name, initial=size) as shown:
             for piece in response.iter_content(PIECE):
                 shown.write(piece)
     if notes["total"] not in (None, part.stat().st_size):
-        raise requests.ConnectionError(f"{part.stat().st_size:,} bytes came instead of {notes['total']:,}")
+        raise requests.ConnectionError(f"{part.stat().st_size:,} bytes received instead of {notes['total']:,}")
 
 
 def _unpack(part: Path, staging: Path, name: str) -> None:
-    """Weights and logs of a ZIP by their own names, without its folders; or the file of weights that came, as `<name>.pt`."""
+    """Unpack weights and logs of a ZIP by their file names, without folders; a single weights file becomes `<name>.pt`."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     with part.open("rb") as file:
@@ -222,15 +225,17 @@ def _unpack(part: Path, staging: Path, name: str) -> None:
         os.replace(part, staging / f"{name}.pt")
         return
     if not start.startswith(b"PK"):
-        raise ShareUnavailable(f"sent neither a ZIP nor weights, but what begins with {start!r}")
+        raise ShareUnavailable(f"sent neither a ZIP nor weights, but data that begin with {start!r}")
     try:
         with zipfile.ZipFile(part) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
             if sum(info.file_size for info in infos) > max(BOMB_BYTES, BOMB_FACTOR * part.stat().st_size):
-                raise ShareUnavailable("sent a ZIP that grows to many times its size, as no weights do")
-            paths = [PureWindowsPath(info.filename) for info in infos]  # knows both slashes, and drives
+                raise ShareUnavailable(
+                    "sent a ZIP that unpacks to many times its size; weights do not compress like that"
+                )
+            paths = [PureWindowsPath(info.filename) for info in infos]  # handles both slashes, and drive letters
             names = Counter(path.name for path in paths)
-            if "data.pkl" in names:  # a file of torch.save
+            if "data.pkl" in names:  # a file written by torch.save
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile("wrong checksum")
                 os.replace(part, staging / f"{name}.pt")
@@ -244,7 +249,7 @@ def _unpack(part: Path, staging: Path, name: str) -> None:
                         shutil.copyfileobj(member, file, PIECE)
     except (OSError, UserError):
         raise
-    except Exception as error:  # damaged members make the decoders raise nearly anything
-        raise ShareUnavailable(f"sent a ZIP that is damaged or not whole ({error})") from error
+    except Exception as error:  # for damaged members, decoders raise nearly any exception
+        raise ShareUnavailable(f"sent a ZIP that is damaged or incomplete ({error})") from error
     if not any(staging.iterdir()):
-        raise ShareUnavailable("sent a ZIP without weights or logs in it")
+        raise ShareUnavailable("sent a ZIP without weights or logs")

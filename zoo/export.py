@@ -1,7 +1,7 @@
-"""A trained network for use elsewhere: safetensors and config.json in the layout of timm's models on the Hugging Face Hub.
+"""Export of a trained network: safetensors and config.json in the layout of timm's models on the Hugging Face Hub.
 
-timm itself loads the folder where the architecture is timm's (`timm.create_model("hf-hub:<repository>", pretrained=True)`);
-`load_robust_model` loads it always.
+timm loads the folder if the architecture is timm's (`timm.create_model("hf-hub:<repository>", pretrained=True)`).
+`load_robust_model` always loads it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ def export(
 ) -> None:
     """Write model.safetensors (the bare network), config.json and README.md into `folder`.
 
-    timm's models get normalised images: a normaliser inside ours becomes `mean` and `std` of config.json; none: 0 and 1.
+    timm's models get normalised images. So a normaliser in the network becomes `mean` and `std` of config.json; without one, they
+    are 0 and 1.
 
     Args:
-        folder: made if need be; files of these names are replaced.
-        img_size, crop_pct: of the evaluation that the network is meant for; None: its own.
+        folder: created if needed; files of these names are replaced.
+        img_size, crop_pct: evaluation settings for config.json; None: the network's own.
         card: text for README.md, such as a table of results.
 
     Raises:
-        UserError: a folder that cannot be written.
+        UserError: the folder cannot be written.
     """
     network = trained.model.model if has_normalizer(trained.model) else trained.model
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
@@ -55,7 +56,7 @@ def export(
 
 
 def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct: float) -> dict[str, Any]:
-    """config.json: timm's keys, and ours from which `load_trained` builds the network."""
+    """Return the content of config.json: timm's keys, and the keys from which `load_trained` builds the network."""
     description, mean, std = trained.description, [0.0] * 3, [1.0] * 3
     if has_normalizer(trained.model):
         normalize = trained.model.normalize
@@ -87,7 +88,7 @@ def config(trained: TrainedModel, network: nn.Module, *, img_size: int, crop_pct
 
 
 def timm_name(description: Mapping[str, Any]) -> str | None:
-    """timm's name of the architecture; None where ours is another one: a ConvStem, blurpool, or not in timm."""
+    """Return timm's name of the architecture; None if it is not timm's (ConvStem, blurpool, or not in timm)."""
     arch, entry = description["arch"], ARCHITECTURES.get(description["arch"])
     if description["not_original"] or description["updated"] or description["use_blurpool"]:
         return None
@@ -97,7 +98,7 @@ def timm_name(description: Mapping[str, Any]) -> str | None:
 
 
 def model_card(description: Mapping[str, Any], content: Mapping[str, Any], card: str) -> str:
-    """README.md of the folder, with the Hub's header."""
+    """Return README.md of the folder, with the header of the Hub."""
     cfg, stem = content["pretrained_cfg"], " with ConvStem" if description["not_original"] else ""
     loader = 'load_robust_model("<folder>")  # this architecture is not in timm'
     if timm_name(description):
@@ -111,15 +112,15 @@ def model_card(description: Mapping[str, Any], content: Mapping[str, Any], card:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload the folder to a repository of the Hugging Face Hub, made if need be; returns its address.
+    """Upload the folder to a Hugging Face Hub repository, created if needed; return its URL.
 
     Raises:
-        UserError: not logged in, no such owner, or no connection.
+        UserError: not logged in, the owner does not exist, or no connection.
     """
     api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[EXPORTED, CONFIG, CARD])
-    except Exception as error:  # the Hub's library and the one below it raise a dozen kinds
-        raise UserError(f"--push: cannot upload to {repository} ({error}); try `hf auth login`.") from error
+    except Exception as error:  # huggingface_hub and its HTTP library raise many types
+        raise UserError(f"--push: cannot upload to {repository} ({error}). Try `hf auth login`.") from error
     return str(address)

@@ -1,7 +1,7 @@
-"""Which network a file of weights holds, from names and shapes alone: architecture, stem, width, classes, image size.
+"""Inference of the network of a weights file from names and shapes: architecture, stem, width, classes, image size.
 
-The weights are compared with every entry of `ARCHITECTURES`, built without numbers on PyTorch's meta device. Two entries
-may have the same names and shapes; then all that fit are candidates.
+The weights are compared with every entry of `ARCHITECTURES`, built without values on PyTorch's meta device. Several entries may
+have the same names and shapes; all that fit are candidates.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from zoo.loading import POSITIONS, Weights, differences, grid_side, has_normaliz
 from zoo.meansparse import without_operators
 from zoo.models import build_model
 
-FC_NORM = "fc_norm.weight"  # what a ViT has instead of norm.weight, whose head reads the mean over patches
-# Pattern of a tensor's name, digits as #, → modules of timm, or with an asterisk names of torchvision, whose networks have such
-# tensors; the first pattern that occurs counts.
+FC_NORM = "fc_norm.weight"  # a ViT whose head reads the mean over patches has it instead of norm.weight
+# Pattern of a tensor's name (digits as #) → modules of timm, or with an asterisk names in torchvision, whose networks have such
+# tensors. The first matching pattern counts.
 _FAMILIES = {
     "blocks.#.local_mp.conv#.weight": ("xcit",),
     "blocks_token_only.#.attn.q.weight": ("cait",),
@@ -48,20 +48,20 @@ _FAMILIES = {
     "layer#.#.conv#.weight": ("resnet",),
     "features.#.weight": ("vgg", "vgg*", "alexnet*"),
 }
-MARK = 1009  # classes of the models that are built here, to tell the head by: a prime, which no other dimension is
-# Attributes of modules that results depend on, and that PyTorch's description does not show.
+MARK = 1009  # number of classes of models built here, identifies the head: a prime that no other dimension has
+# Attributes of modules that affect results but are not in PyTorch's text form of a module.
 HIDDEN = ("num_heads", "window_size", "shift_size", "scale", "global_pool", "num_prefix_tokens", "no_embed_class")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description(NetworkDescription):
-    """What a file of weights holds. All but `add_normalization` is None, and `candidates` empty, if nothing known fits."""
+    """Network of a weights file. If nothing known fits, all but `add_normalization` is None and `candidates` is empty."""
 
-    use_blurpool: bool = False  # leaves no trace in weights
-    global_pool: str | None = None  # what its head reads, as timm calls it; None for the architecture's default
-    img_size: int | None = None  # side in pixels of the square images its position embeddings are for; None without any
-    candidates: tuple[str, ...] = ()  # names in `ARCHITECTURES` that fit, in the table's order; `arch` is the first
-    alike: bool = True  # these are one network by several names; False: with the same weights they compute other things
+    use_blurpool: bool = False  # not visible in weights
+    global_pool: str | None = None  # timm's name of the input of the head; None: the architecture's default
+    img_size: int | None = None  # side of the square images of the position embeddings in pixels; None: there are none
+    candidates: tuple[str, ...] = ()  # names in `ARCHITECTURES` that fit, in its order; `arch` is the first
+    alike: bool = True  # candidates are one network under several names; False: they compute different functions
 
     def __str__(self) -> str:
         if self.arch is None:
@@ -77,14 +77,14 @@ class Description(NetworkDescription):
 
 
 def describe_weights(weights: Weights, arch: str | None = None) -> Description:
-    """Infer which network `weights` belong to; the size of the head and of the position embeddings may be any.
+    """Infer the network of `weights`; the sizes of head and position embeddings may be arbitrary.
 
     Args:
-        arch: compare with this architecture only (also a `timm_…` one); None: with all of `ARCHITECTURES`, and where none of them
-            fits with all that timm and torchvision have of the family that the names speak of.
+        arch: architecture to compare with (also `timm_…`); None: all of `ARCHITECTURES`, and if none fits, all architectures of
+            timm and torchvision in the family that the names indicate.
 
     Raises:
-        UserError: `arch` is not known.
+        UserError: `arch` is unknown.
     """
     known = _blueprints(weights, ARCHITECTURES if arch is None else [arch])
     fitting = [blueprint for blueprint in known if not blueprint.differences(weights)]
@@ -98,7 +98,7 @@ def describe_weights(weights: Weights, arch: str | None = None) -> Description:
         arch=first.arch,
         not_original=first.not_original,
         updated=first.updated,
-        num_classes=first.num_classes(weights) or 1000,  # an architecture whose head cannot be chosen is ImageNet's
+        num_classes=first.num_classes(weights) or 1000,  # an architecture with a fixed head is for ImageNet
         add_normalization=normalized,
         global_pool=first.global_pool,
         img_size=first.img_size(weights),
@@ -110,17 +110,17 @@ def describe_weights(weights: Weights, arch: str | None = None) -> Description:
 def check_description(
     weights: Weights, asked: Mapping[str, Any], *, source: str | Path, by: str = "the flags"
 ) -> Description:
-    """What `weights` hold, made sure to be what was asked for.
+    """Infer the network of `weights` and check it against the requested values.
 
     Args:
-        asked: any of `arch`, `not_original`, `updated`, `num_classes`, `add_normalization`; None, or no entry: not asked.
+        asked: any of `arch`, `not_original`, `updated`, `num_classes`, `add_normalization`; None or missing: not requested.
             A file without a normaliser fits a model with one.
-        source: the file, for the error.
-        by: who asks, for the error.
+        source: the file, for errors.
+        by: origin of the requested values, for errors.
 
     Raises:
-        UserError: the file is something else (it says what), or nothing known, or could be networks that differ and
-            `arch` is not asked for.
+        UserError: the file contains another network (shown in the message), or no known one; or several different networks fit
+            and `arch` is not requested.
     """
     arch = asked.get("arch")
     found = describe_weights(weights, arch)
@@ -131,31 +131,31 @@ def check_description(
         nearest, problems = min(((b, b.differences(weights)) for b in known), key=lambda pair: len(pair[1]))
         stem = "ConvStem" if nearest.not_original else "no ConvStem"
         is_tower = {"class_embedding", "positional_embedding"} <= weights.network.keys()
-        hint = " It looks like the image tower of a CLIP model: see `python -m zoo zero-shot`." if is_tower else ""
+        hint = " It seems to be the image tower of a CLIP model: see `python -m zoo zero-shot`." if is_tower else ""
         raise UserError(
-            f"{source} does not fit: nothing in it fits {arch or 'a known architecture'}. Nearest is {nearest.arch} with {stem}, "
-            f"but {listed(problems)}. Other models of timm have the arch timm_<name>.{hint}"
+            f"{source} does not fit {arch or 'a known architecture'}. The nearest is {nearest.arch} with {stem}, but "
+            f"{listed(problems)}. For other models of timm, give arch timm_<name>.{hint}"
         )
     wrong = [
-        f"{name} asks for {int(value) if isinstance(value, bool) else value}"
+        f"{name}={int(value) if isinstance(value, bool) else value}"
         for name in ("arch", "not_original", "updated", "num_classes")
         if (value := asked.get(name)) is not None and value != getattr(found, name)
     ]
     if found.add_normalization and asked.get("add_normalization") is False:
-        wrong.append("add_normalization asks for 0")
+        wrong.append("add_normalization=0")
     if wrong:
-        raise UserError(f"{source} does not fit: it is {found}; {', '.join(wrong)} ({by}).")
+        raise UserError(f"{source} does not fit: it is {found}; requested: {', '.join(wrong)} ({by}).")
     if not found.alike:
         raise UserError(
-            f"{source} fits {' and '.join(found.candidates)}, which have the same weights and compute different "
-            "things; expected arch to say which."
+            f"{source} fits {' and '.join(found.candidates)}, which have the same weights but compute different "
+            "functions; give arch."
         )
     return found
 
 
 @dataclass(frozen=True)
 class _Blueprint:
-    """One variant of an architecture, built without values; its head is for `MARK` classes."""
+    """One variant of an architecture, built without values, with a head for `MARK` classes."""
 
     arch: str
     not_original: bool
@@ -165,7 +165,7 @@ class _Blueprint:
 
     @cached_property
     def state(self) -> Mapping[str, Tensor]:
-        """Names and shapes of its tensors."""
+        """Names and shapes of the tensors."""
         return self.network.state_dict()
 
     @cached_property
@@ -175,13 +175,13 @@ class _Blueprint:
 
     @cached_property
     def modules(self) -> str:
-        """PyTorch's description of the modules, and what it does not show although results depend on it."""
+        """PyTorch's text form of the modules, and the `HIDDEN` attributes that it does not show."""
         modules = self.network.named_modules()
         hidden = [f"{name} {key} {vars(m)[key]}" for name, m in modules for key in HIDDEN if key in vars(m)]
         return "\n".join([str(self.network), *hidden])
 
     def differences(self, weights: Weights) -> list[str]:
-        """As `zoo.loading.differences`, for the weights' own number of classes."""
+        """Return `zoo.loading.differences` for the weights' number of classes."""
         classes = self.num_classes(weights)
         expected = {
             name: value.new_empty(classes or MARK, *value.shape[1:]) if name in self.head else value
@@ -190,13 +190,13 @@ class _Blueprint:
         return differences(expected, self._named(weights), self.network)
 
     def num_classes(self, weights: Weights) -> int | None:
-        """Of the head in `weights`; None if the model has none whose size can be chosen."""
+        """Return the number of classes of the head in `weights`; None if the model has no head of variable size."""
         network = self._named(weights)
         heads = [network[name] for name in self.head if name in network]
         return len(heads[0]) if heads and heads[0].ndim else None
 
     def img_size(self, weights: Weights) -> int | None:
-        """Of the images that the position embeddings in `weights` are for; None without any."""
+        """Return the image size of the position embeddings in `weights`; None if there are none."""
         positions = self._named(weights).get(POSITIONS)
         side = grid_side(self.network, positions) if positions is not None else 0
         if not side:
@@ -205,21 +205,21 @@ class _Blueprint:
         return side * (embed.img_size[0] // embed.grid_size[0])
 
     def _named(self, weights: Weights) -> Mapping[str, Tensor]:
-        """The weights by the names of today."""
+        """Return the weights under timm's current names."""
         return with_timm_names(without_operators(weights.network), self.network, self.state)
 
 
-# In-place functions that only change values, of which a meta tensor has none; they take four fifths of the time to build one.
+# In-place functions that only change values. They do nothing on meta tensors but take four fifths of the build time.
 _INITIALISERS = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"}
 
 
 class _NumbersOnCPU(TorchFunctionMode):
-    """Lets timm read the numbers of a linspace (drop path rates) while it builds a model on the meta device."""
+    """Computes linspace on the CPU, because timm reads its values (drop path rates) while it builds a model on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _INITIALISERS:
-            target = args[0] if args else kwargs["tensor"]  # of torch.nn.init's functions
+            target = args[0] if args else kwargs["tensor"]  # for functions of torch.nn.init
             if target.is_meta:
                 return target
         return func(*args, **({"device": "cpu"} | kwargs if func is torch.linspace else kwargs))
@@ -232,14 +232,14 @@ def _blueprint(arch: str, not_original: bool, updated: bool, global_pool: str | 
     try:
         with torch.device("meta"), _NumbersOnCPU():
             model = build()
-    except RuntimeError:  # a few of timm's architectures compute with more numbers while they are built
+    except RuntimeError:  # a few architectures of timm read more values while they are built
         model = build()
     network = model.model if has_normalizer(model) else model
     return _Blueprint(arch, not_original, updated, global_pool, network)
 
 
 def _blueprints(weights: Weights, names: Iterable[str]) -> Iterator[_Blueprint]:
-    """All variants of these architectures that have the stem which the weights' names speak of."""
+    """Yield all variants of these architectures that have the stem indicated by the weights' names."""
     for name in names:
         entry = ARCHITECTURES.get(name)
         stem = entry and entry.conv_stem
@@ -251,7 +251,7 @@ def _blueprints(weights: Weights, names: Iterable[str]) -> Iterator[_Blueprint]:
 
 
 def _of_libraries(weights: Weights) -> Iterator[_Blueprint]:
-    """All that timm and torchvision have of the family that the weights' names speak of."""
+    """Yield all architectures of timm and torchvision in the family indicated by the weights' names."""
     patterns = {re.sub(r"\d+", "#", name) for name in without_operators(weights.network)}
     modules = next((modules for pattern, modules in _FAMILIES.items() if pattern in patterns), ())
     names = []
@@ -262,7 +262,7 @@ def _of_libraries(weights: Weights) -> Iterator[_Blueprint]:
         else:
             names += [TIMM_PREFIX + name for name in timm.list_models(module=module)]
     for arch in sorted(names, key=lambda name: (len(name), name)):
-        with suppress(RuntimeError, ValueError, AssertionError):  # one that timm cannot build for so many classes
+        with suppress(RuntimeError, ValueError, AssertionError):  # timm cannot build it for that many classes
             yield from _blueprints(weights, [arch])
 
 

@@ -1,8 +1,8 @@
-"""Weights of any layout, strictly into the model that was asked for: every name and shape fits, or nothing is loaded.
+"""Strict loading of weights of any layout into a given model: every name and shape fits, or nothing is loaded.
 
-A state dict is known by what it is: names and tensors, wherever in the file they are. Wrappers leave prefixes (`module.` of DDP,
-`base_model.` of attack wrappers, `_orig_mod.` of torch.compile, `1.` of an `nn.Sequential`), and a model with its input
-normaliser inside is `normalize.*` and `model.*`. `zoo.inference` says which network a file holds.
+A state dict is any mapping of names to tensors, wherever it is in the file. Wrappers leave prefixes (`module.` of DDP,
+`base_model.` of attack wrappers, `_orig_mod.` of torch.compile, `1.` of an `nn.Sequential`). A model with a built-in input
+normaliser has the names `normalize.*` and `model.*`. `zoo.inference` infers the network of a file.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from common.errors import UserError
 from zoo.reading import NORMALIZERS, SHOWN_NAMES, Array, Foreign, listed, modules_state, read_content, three_numbers
 
-# Words in the keys of a training state: a moving average lies under the first, no network under the others.
+# Words in the keys of a training state: the first mark EMA weights, the others contain no network.
 AVERAGES = {"ema", "swa", "averaged", "shadow"}
 NO_NETWORKS = {"optim", "optimizer", "optimizers", "opt", "sched", "scheduler", "schedulers", "scaler"}
-SHADOWS = "shadow_params"  # key of torch_ema: a moving average as a list, in the order of model.parameters()
-_DEEPEST = 20  # key of a training state under which a network is looked for
-IGNORED_TYPES = (bool, int, float, str, bytes, type(None))  # beside the tensors of a state dict
-COUNTER = "num_batches_tracked"  # of batch normalisation: no number of the network depends on it
-STATISTICS = ("running_mean", "running_var")  # of batch normalisation, which are no parameters
-_FEW = 3  # tensors: a mapping with more of them is a network, whatever else is in it
-_LARGEST = 2**30  # numbers of a tensor: a file may claim more than it holds, by a view that repeats them
+SHADOWS = "shadow_params"  # key of torch_ema: EMA weights as a list, in the order of model.parameters()
+_DEEPEST = 20  # largest depth in a training state at which a network is searched
+IGNORED_TYPES = (bool, int, float, str, bytes, type(None))  # allowed beside tensors in a state dict
+COUNTER = "num_batches_tracked"  # of batch normalisation; does not affect the network's outputs
+STATISTICS = ("running_mean", "running_var")  # of batch normalisation; not parameters
+_FEW = 3  # a mapping with more tensors than this is a network, whatever else it contains
+_LARGEST = 2**30  # elements of a tensor: a strided view in a small file may claim any number
 INNER_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # anywhere in names
-ATTACKER = "attacker."  # under which MadryLab's models hold a second copy of themselves
+ATTACKER = "attacker."  # prefix of a second copy of the model in MadryLab's files
 POSITIONS, PATCHES = "pos_embed", "patch_embed.proj.weight"
 
 
@@ -43,10 +43,10 @@ class Weights:
     """Parameters and buffers of a bare network."""
 
     network: dict[str, Tensor]  # by name, without prefixes and normaliser
-    normalizer: dict[str, Tensor] | None  # `mean` and `std` of images in [0, 1], [1, 3, 1, 1], if there was one
-    key: str = ""  # of the training state that they were under, by dots; empty: a file of nothing but weights
+    normalizer: dict[str, Tensor] | None  # `mean` and `std` [1, 3, 1, 1] for images in [0, 1], if there is one
+    key: str = ""  # dotted key in a training state; empty: the file contains only weights
     sha256: str = ""  # of the file
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of timm's training script, where the file has them
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of timm's training script, if in the file
 
 
 def read_weights(path: str | Path, *, key: str | None = None) -> Weights:
@@ -54,24 +54,24 @@ def read_weights(path: str | Path, *, key: str | None = None) -> Weights:
 
     Args:
         path: the file.
-        key: leads to one of several networks in it, by dots if nested. A moving average is preferred to the last weights.
+        key: key of one of several networks, dotted if nested. Without it, EMA weights are preferred to raw weights.
 
     Raises:
-        UserError: no such file, not a weights file, or no state dict in it (under that key).
+        UserError: the file does not exist, is not a weights file, or has no state dict (under that key).
     """
     content, digest = read_content(Path(path))
     return replace(parse_weights(content, source=path, key=key), sha256=digest)
 
 
 def parse_weights(content: Any, *, source: str | Path, key: str | None = None) -> Weights:
-    """The weights in what a file held, or in a `state_dict()`; `source` is named in errors. Else as `read_weights`."""
+    """Extract the weights from a file's content or a `state_dict()`; `source` is shown in errors. Else as `read_weights`."""
     found = _with_names(list(_state_dicts(content, seen=set())))
     found = found or list(_state_dicts(content, seen=set(), arrays=True))
     chosen = _choose(found, content, key, str(source))
     state = {name: value for name, value in chosen.state.items() if isinstance(value, Tensor)}
     if large := [f"{name}, {list(value.shape)}" for name, value in state.items() if value.numel() > _LARGEST]:
-        raise UserError(f"{source}: expected tensors of at most {_LARGEST} numbers, got {listed(large)}.")
-    # A normaliser may be kept beside the network, where there may be other statistics.
+        raise UserError(f"{source}: expected tensors of at most {_LARGEST} elements, got {listed(large)}.")
+    # A normaliser may be stored next to the network, together with other statistics.
     for name in itertools.chain(*_normalizers(chosen.beside)):
         value = chosen.beside.get(name)
         value = value if isinstance(value, Tensor) and "." not in name else three_numbers(value)
@@ -81,7 +81,7 @@ def parse_weights(content: Any, *, source: str | Path, key: str | None = None) -
 
 
 def _timm_arguments(content: Any) -> dict[str, Any]:
-    """The command line that timm's training script keeps in its checkpoints under `args`; empty where there is none."""
+    """Return the arguments that timm's training script stores in checkpoints under `args`; empty if there are none."""
     args = content.get("args") if isinstance(content, Mapping) else None
     found = args.state if isinstance(args, Foreign) else args
     return found if isinstance(found, dict) and {"model", "mean", "std", "crop_pct"} <= found.keys() else {}
@@ -90,18 +90,20 @@ def _timm_arguments(content: Any) -> dict[str, Any]:
 def load_weights(model: nn.Module, weights: Weights, *, source: str | Path, keep: Collection[str] = ()) -> None:
     """Copy `weights` into `model`, which may be a network or `normalize_model(network)`.
 
-    A file without a normaliser fits both (the network's weights are the same). A file with one needs a model with one: its
-    network was trained behind it. Position embeddings of another resolution are resampled (bicubic, class token kept).
-    Nothing is copied unless everything fits. `source` is named in errors; tensors of the model named in `keep`, such as those of
-    a new head, stay as they are.
+    A file without a normaliser fits both, because the network's weights are the same. A file with a normaliser needs a model
+    with one, because its network was trained with it. Position embeddings of another resolution are resampled (bicubic, class
+    token kept). Nothing is copied unless everything fits. `source` is shown in errors. The model's tensors in `keep`, such as those
+    of a new head, are not changed.
 
     Raises:
-        UserError: missing or unexpected names, other shapes, values that are no finite numbers, or a normaliser the model
+        UserError: missing or unexpected names, different shapes, values that are not finite, or a normaliser that the model
             lacks; the first names are listed.
     """
     normalized = has_normalizer(model)
     if weights.normalizer is not None and not normalized:
-        raise UserError(f"{source} holds an input normaliser, the model has none; build it with add_normalization.")
+        raise UserError(
+            f"{source} contains an input normaliser, but the model has none; build it with add_normalization."
+        )
     network = model.model if normalized else model
     expected = network.state_dict()
     kept = {name: value for name, value in expected.items() if f"{'model.' * normalized}{name}" in keep}
@@ -111,9 +113,9 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path, keep
             f"{source} does not fit the model ({len(expected)} tensors expected, {len(weights.network)} found): "
             f"{listed(problems)}. Do arch, not_original, updated and num_classes describe this checkpoint?"
         )
-    # Such weights come from a run that diverged or a damaged file; they would show as the accuracy of a guess.
+    # Such weights come from a diverged run or a damaged file; their only symptom would be an accuracy at chance level.
     if broken := [n for n, value in found.items() if not value.to(expected[n].dtype).isfinite().all()]:
-        raise UserError(f"{source} holds values that are not finite: {listed(broken)}.")
+        raise UserError(f"{source} contains values that are not finite: {listed(broken)}.")
     if POSITIONS in expected and found[POSITIONS].shape != expected[POSITIONS].shape:
         grid, side = network.patch_embed.grid_size, grid_side(network, found[POSITIONS])
         prefix = expected[POSITIONS].shape[1] - math.prod(grid)
@@ -127,12 +129,12 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path, keep
 
 
 def has_normalizer(model: nn.Module) -> bool:
-    """Whether `model` was made by `utils_architecture.normalize_model`."""
+    """Return whether `model` was created by `utils_architecture.normalize_model`."""
     return [name for name, _ in model.named_children()] == ["normalize", "model"]
 
 
 def grid_side(network: nn.Module, positions: Tensor) -> int:
-    """Side of the square grid of patches that position embeddings [1, class tokens + side², C] are for; 0: none of `network`."""
+    """Return the side of the square patch grid of position embeddings [1, class tokens + side², C]; 0: not for `network`."""
     own, embed = getattr(network, POSITIONS, None), getattr(network, "patch_embed", None)
     height, width = getattr(embed, "grid_size", None) or (0, 1)
     if height != width or not isinstance(own, Tensor) or not own.ndim == positions.ndim == 3:
@@ -143,9 +145,9 @@ def grid_side(network: nn.Module, positions: Tensor) -> int:
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], network: nn.Module) -> list[str]:
-    """One phrase a tensor that is missing, unexpected, or of another shape or kind, in the model's order.
+    """Return a phrase for each tensor that is missing, unexpected, or of another shape or kind, in the model's order.
 
-    Position embeddings may be those of another square grid; `network` is what the `expected` ones are of.
+    Position embeddings may have another square grid; the `expected` tensors are those of `network`.
     """
     problems = []
     for name, value in expected.items():
@@ -164,18 +166,18 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], net
 def with_timm_names(
     state: Mapping[str, Tensor], network: nn.Module, expected: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """`state` under the names that timm gives its tensors today, by timm's own rules for older files of this architecture.
+    """Rename the tensors of `state` to timm's current names, by timm's own rules for older files of this architecture.
 
-    Unchanged where these rules do not lead to the `expected` names, or would compute new values.
+    `state` is returned unchanged if these rules do not result in the `expected` names or would compute new values.
     """
     rules = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if rules is None or state.keys() == expected.keys() or len(state) < len(expected):
         return state
     if PATCHES in state and PATCHES in expected and state[PATCHES].shape != expected[PATCHES].shape:
-        return state  # the rules would make new values, and take seconds for them
+        return state  # the rules would compute new values, which takes seconds
     try:
         renamed = rules(dict(state), network)
-    except Exception:  # they expect a file of this architecture
+    except Exception:  # the rules expect a file of this architecture
         return state
     known = {value.untyped_storage().data_ptr() for value in state.values()}
     same = all(value.untyped_storage().data_ptr() in known for value in renamed.values())
@@ -183,7 +185,7 @@ def with_timm_names(
 
 
 def _other_kind(expected: Tensor, found: Tensor) -> str:
-    """In words, what keeps the values of `found` from being copied faithfully; empty for another precision."""
+    """Return why the values of `found` cannot be copied exactly; empty if only the precision differs."""
     if found.layout is not torch.strided or found.is_quantized:
         return "sparse or quantised instead of dense"
     if found.is_meta and not expected.is_meta:
@@ -197,7 +199,7 @@ def _other_kind(expected: Tensor, found: Tensor) -> str:
 
 @dataclass(frozen=True)
 class _Found:
-    """A state dict in a file, the keys that lead to it, by dots, and the mapping that holds it under the last of them."""
+    """A state dict in a file, its dotted key, and the mapping `beside` that contains it."""
 
     key: str
     state: Mapping[str, Any]
@@ -205,7 +207,7 @@ class _Found:
 
     @property
     def is_network(self) -> bool:
-        """Whether there is a matrix in it: statistics and the like have none."""
+        """Whether it contains a tensor with at least two dimensions; statistics do not."""
         return any(isinstance(value, Tensor) and value.ndim > 1 for value in self.state.values())
 
 
@@ -216,9 +218,9 @@ def _words(key: str) -> set[str]:
 def _state_dicts(
     content: Any, key: str = "", beside: Mapping[str, Any] | None = None, *, seen: set[int], arrays: bool = False
 ) -> Iterator[_Found]:
-    """Each mapping of names to tensors in a file, plain values and objects of other programs between them; none twice.
+    """Yield each mapping of names to tensors in a file once; it may also contain plain values and foreign objects.
 
-    A list under `SHADOWS` is one too, by its places. `arrays`: those of NumPy count as tensors.
+    A list under `SHADOWS` counts as one, with indices as names. `arrays`: NumPy arrays count as tensors.
     """
     if id(content) in seen or key.count(".") > _DEEPEST:
         return
@@ -240,7 +242,7 @@ def _state_dicts(
 
 
 def _with_names(found: list[_Found]) -> list[_Found]:
-    """A moving average that is a list gets the names of the one network of which it has the parameters, and its buffers."""
+    """Give EMA weights that are a list the names and buffers of the one network whose parameter shapes they have."""
     averages, networks = [], [entry for entry in found if 0 not in entry.state]
     for entry in (entry for entry in found if 0 in entry.state):
         named = []
@@ -254,7 +256,7 @@ def _with_names(found: list[_Found]) -> list[_Found]:
 
 
 def _not_weights(content: Mapping[Any, Any]) -> str:
-    """The first entry that no state dict has, in words; empty if there is none."""
+    """Return the first entry that a state dict cannot have, in words; empty if there is none."""
     few = sum(isinstance(value, Tensor) for value in content.values()) <= _FEW
     for name, value in content.items():
         if not isinstance(name, str):
@@ -268,20 +270,22 @@ def _choose(found: list[_Found], content: Any, key: str | None, where: str) -> _
     if not found:
         shown = f"a {type(content).__name__}"
         if isinstance(content, Mapping):
-            shown = f"a mapping with {', '.join(map(str, list(content)[:SHOWN_NAMES])) or 'nothing in it'}"
+            shown = f"a mapping with {', '.join(map(str, list(content)[:SHOWN_NAMES])) or 'no entries'}"
             shown += f" (and {odd})" if (odd := _not_weights(content)) else ""
-        raise UserError(f"{where} holds no state dict (a mapping of names to tensors); got {shown}.")
+        raise UserError(f"{where} contains no state dict (a mapping of names to tensors); got {shown}.")
     found = [entry for entry in found if entry.is_network] or found
     if key:
         everywhere, found = found, [entry for entry in found if f"{entry.key}.".startswith(f"{key}.")]
-        for entry in everywhere if not found else ():  # it may be the prefix of one of several in a state dict
+        for entry in everywhere if not found else ():  # the key may be a prefix within a state dict
             if inside := {n.removeprefix(f"{key}."): v for n, v in entry.state.items() if n.startswith(f"{key}.")}:
                 found.append(_Found(key, inside, entry.beside))
         if not found:
             raise UserError(f"{where}: expected weights under the key {key}, found only {_keys(everywhere)}.")
     chosen = [entry for entry in found if AVERAGES & _words(entry.key)] or found
     if len(chosen) > 1:
-        raise UserError(f"{where}: expected one model, found {len(chosen)}: {_keys(chosen)}; weights_key says which.")
+        raise UserError(
+            f"{where}: expected one model, found {len(chosen)}: {_keys(chosen)}; select one with weights_key."
+        )
     return chosen[0]
 
 
@@ -290,11 +294,11 @@ def _keys(found: list[_Found]) -> str:
 
 
 def _bare(state: dict[str, Tensor], where: str) -> Weights:
-    """Without prefixes, in whatever order they are nested, and with the normaliser apart."""
+    """Remove prefixes, in any nesting, and separate the normaliser."""
     normalizer = None
     state = {INNER_WRAPPERS.sub("", name): value for name, value in state.items()}
     while True:
-        state.pop("n_averaged", None)  # the counter of torch's AveragedModel
+        state.pop("n_averaged", None)  # counter of torch's AveragedModel
         firsts = {name.partition(".")[:2] for name in state}
         pair = next((pair for pair in _normalizers(state) if all(name in state for name in pair)), None)
         if len(firsts) == 1 and (prefix := "".join(firsts.pop())).endswith("."):
@@ -306,7 +310,7 @@ def _bare(state: dict[str, Tensor], where: str) -> Weights:
             if not (normalizer["std"] > 0).all():
                 values = normalizer["std"].flatten().tolist()
                 raise UserError(f"{where}: {pair[1]}: expected positive values, got {values}.")
-            if max(normalizer["mean"].max(), normalizer["std"].max()) > 2:  # of images in [0, 255], not in [0, 1]
+            if max(normalizer["mean"].max(), normalizer["std"].max()) > 2:  # for images in [0, 255], not in [0, 1]
                 normalizer = {kind: value / 255 for kind, value in normalizer.items()}
         else:
             break
@@ -318,7 +322,7 @@ def _bare(state: dict[str, Tensor], where: str) -> Weights:
 
 
 def _normalizers(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The names of mean and std of each input normaliser that has one of them among `names`."""
+    """Return the names of mean and std of each input normaliser that has at least one of them in `names`."""
     split = [str(name).rpartition(".") for name in names]
     found = [(module + dot, pair) for module, dot, last in split for pair in NORMALIZERS if last in pair]
     return [(module + mean, module + std) for module, (mean, std) in dict.fromkeys(found) if module.count(".") < 2]

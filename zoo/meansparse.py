@@ -1,5 +1,5 @@
 """MeanSparse (Amini et al., "MeanSparse: Post-Training Robustness Enhancement Through Mean-Centered Feature Sparsification", 2024):
-an operator behind layers of a trained network, of which its files hold the statistics.
+an operator next to layers of a trained network. The weights file contains its statistics.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _PARTS = ("running_mean", "running_var", "threshold")
 
 
 class MeanSparse(nn.Module):
-    """Values closer to their channel's mean than `threshold` standard deviations become the mean; threshold 0 changes nothing.
+    """Sets values closer to their channel's mean than `threshold` standard deviations to the mean; threshold 0: identity.
 
-    Channels are dimension 1 where that has as many, else the last one.
+    Channels are dimension 1 if its size fits the statistics, else the last dimension.
     """
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
-        """`buffers`: all that the file holds for this operator; the counters among them are not used."""
+        """Create buffers with the names and shapes of `buffers`, the file's tensors of this operator; counters are not used."""
         super().__init__()
         for name, value in buffers.items():
             self.register_buffer(name, torch.zeros_like(value))
@@ -36,7 +36,7 @@ class MeanSparse(nn.Module):
 
 
 def operators(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Module name → tensors of each operator in a network's weights, where it stands beside a layer in an `nn.Sequential`."""
+    """Return module name → tensors for each operator in a network's weights that is next to a layer in an `nn.Sequential`."""
     names = [name.removesuffix(".threshold") for name in state if name.endswith((".0.threshold", ".1.threshold"))]
     found = {at: {key.removeprefix(f"{at}."): state[key] for key in state if key.startswith(f"{at}.")} for at in names}
     return {at: tensors for at, tensors in found.items() if _is_operator(tensors)}
@@ -50,21 +50,23 @@ def _is_operator(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def without_operators(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the network that they were added to."""
+    """Return the weights of the network without the operators."""
     prefixes = tuple(f"{at}." for at in operators(state))
     return {name: value for name, value in state.items() if not name.startswith(prefixes)}
 
 
 def add_operators(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put the operators that `state` has behind (`….1`) or before (`….0`) their layers, in place.
+    """Insert the operators of `state` after (`….1`) or before (`….0`) their layers, in place.
 
     Raises:
-        UserError: there is no such layer.
+        UserError: the layer does not exist.
     """
     layers = dict(network.named_modules())
     for at, buffers in operators(state).items():
         layer, _, place = at.rpartition(".")
         if not layer or layer not in layers:
-            raise UserError(f"expected {at} to be an operator of MeanSparse beside a layer, but there is no {layer!r}.")
+            raise UserError(
+                f"expected {at} to be a MeanSparse operator next to a layer, but the layer {layer!r} does not exist."
+            )
         pair = [network.get_submodule(layer), MeanSparse(buffers)]
         network.set_submodule(layer, nn.Sequential(*(pair if place == "1" else pair[::-1])))

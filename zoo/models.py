@@ -1,4 +1,4 @@
-"""The network as training and evaluation use it: architecture, blurpool, normaliser."""
+"""Construction of the network used in training and evaluation: architecture, blurpool, normaliser."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ def build_model(
     global_pool: str | None = None,
     img_size: int | None = None,
 ) -> nn.Module:
-    """Images (B, 3, H, W) in [0, 1] → logits (B, num_classes). Arguments as in `get_new_model` and the flags of their names.
+    """Build a network: images (B, 3, H, W) in [0, 1] → logits (B, num_classes). Arguments as in `get_new_model`.
 
-    `arch` may also be `robustbench_<id>`, the network as RobustBench builds it, with its normaliser, for 1000 classes; or
-    `open_clip_<name>`, see `zoo.clip.clip_architecture`.
+    Arguments that are flags have the meaning of the flag. `arch` may also be `robustbench_<id>`, RobustBench's network with its
+    normaliser for 1000 classes, or `open_clip_<name>`, see `zoo.clip.clip_architecture`.
 
     Raises:
         UserError: see `get_new_model`, `add_blurpool`, `robustbench_entry`, `clip_architecture`.
     """
     if arch.startswith((ROBUSTBENCH_PREFIX, CLIP_PREFIX)):
         if pretrained or not_original or updated or use_blurpool:
-            raise UserError(f"arch: {arch} is built by another package; expected nothing else that describes a model.")
+            raise UserError(
+                f"arch: {arch} is built by another package; expected no other options that describe the model."
+            )
         if arch.startswith(CLIP_PREFIX):
             model = clip_architecture(arch.removeprefix(CLIP_PREFIX), num_classes)
             return normalize_model(model) if add_normalization else model
         if num_classes != 1000:
-            raise UserError(f"num_classes: {arch} has 1000 classes, expected were {num_classes}.")
+            raise UserError(f"num_classes: {arch} has 1000 classes, but {num_classes} were requested.")
         network = robustbench_entry(arch.removeprefix(ROBUSTBENCH_PREFIX))["model"]()
-        if hasattr(network, "normalization"):  # RaWRN's stands inside of it, with ImageNet's mean and std
+        if hasattr(network, "normalization"):  # RaWRN has a built-in one with ImageNet's mean and std
             network.normalization = nn.Identity()
             network = normalize_model(network)
         return network
@@ -63,14 +65,14 @@ def build_model(
 
 
 def add_blurpool(model: nn.Module) -> nn.Module:
-    """Blur the input of every strided convolution with at least 16 input channels, in place; returns `model`.
+    """Blur the input of every strided convolution with at least 16 input channels, in place; return `model`.
 
     The blur is the fixed binomial 3x3 kernel (1, 2, 1) ⊗ (1, 2, 1) / 16 with zero padding (Zhang, "Making
-    Convolutional Networks Shift-Invariant Again", ICML 2019). It is a hook in front of the convolution: names in
-    the state dict stay as they are, so every checkpoint of the model still loads. A second call changes nothing.
+    Convolutional Networks Shift-Invariant Again", ICML 2019). It is a forward pre-hook of the convolution, so names in the
+    state dict do not change and every checkpoint of the model still loads. A second call has no effect.
 
     Raises:
-        UserError: no convolution of the model is of that kind.
+        UserError: the model has no such convolution.
     """
     strided = [
         module
@@ -78,7 +80,9 @@ def add_blurpool(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
     ]
     if not strided:
-        raise UserError("use_blurpool: expected strided convolutions of at least 16 input channels; leave it out.")
+        raise UserError(
+            "use_blurpool: expected strided convolutions with at least 16 input channels, found none; remove it."
+        )
     for conv in strided:
         if not hasattr(conv, "blur_kernel"):
             row = torch.tensor([0.25, 0.5, 0.25], device=conv.weight.device, dtype=conv.weight.dtype)

@@ -1,4 +1,4 @@
-"""From what a user calls a network to its weights: a file, a run folder, a published name, or a RobustBench id."""
+"""Resolution of network names: weights file, run folder, published name, or RobustBench id."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zoo.runs import TrainedModel, find_weights, load_trained
 
 CHECKPOINTS = PROJECT / "checkpoints"
 ROBUSTBENCH_ID = re.compile(r"[A-Z][A-Za-z]+\d{4}\S+")  # first author, year, first word of the title
-# Words in the names of weights. Those of `TRAINED` also describe how a clean model was trained, and count where no other does.
+# Words in file names of weights. Those of `TRAINED` also occur for clean models, so they count only if no other word matches.
 CLEAN = re.compile(r"clean|pretrain|standard|(?<![a-z])init")
 ROBUST = re.compile(r"robust|linf|(?<![a-z])adv")
 TRAINED = re.compile(r"(?<![a-z])(ema|full)(?![a-z])|(?<!\d)(50|100|250|300)(?!\d)")
@@ -30,7 +30,7 @@ TRAINED = re.compile(r"(?<![a-z])(ema|full)(?![a-z])|(?<!\d)(50|100|250|300)(?!\
 
 @dataclass(frozen=True)
 class Located:
-    """Weights on this machine, what their name says of the network, and the published model they are, if any."""
+    """Weights on this machine, the network description that their name implies, and their published model, if any."""
 
     path: Path
     description: Mapping[str, Any]
@@ -38,26 +38,26 @@ class Located:
 
     @property
     def preprocessing(self) -> Preprocessing | None:
-        """What a published model's images went through; None where the weights or their run have to say."""
+        """Preprocessing of a published model's images; None if the weights or their run define it."""
         return self.published and self.published.preprocessing
 
     def describe(self, asked: NetworkDescription) -> NetworkDescription:
-        """What was asked for, completed by what the name says."""
+        """Complete the requested description by the one that the name implies."""
         unset = {name: value for name, value in self.description.items() if getattr(asked, name) is None}
         return replace(asked, **unset)
 
 
 def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force: bool = False) -> Located:
-    """Find the weights called `name`; a published one is downloaded where it is not there yet.
+    """Find the weights `name`; those of a published model are downloaded if needed.
 
     Args:
         name: weights file, run folder, published name or title, RobustBench ImageNet id.
         kind: "robust", or "clean" for the initialisation of a published model.
-        folder: where downloads go, in a folder for each model; by default `checkpoints` in the project.
-        force: download a published model's share again, and accept other content than the first time.
+        folder: parent of one download folder per model; default: `checkpoints` in the project.
+        force: download a published model's share again, and accept changed content.
 
     Raises:
-        UserError: nothing is called so, or it cannot be downloaded.
+        UserError: the name is unknown, or the download fails.
     """
     path, folder = Path(name).expanduser(), folder or CHECKPOINTS
     published, is_id = find_published(name), ROBUSTBENCH_ID.fullmatch(name) is not None
@@ -65,14 +65,14 @@ def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force
         try:
             return Located(find_weights(path), {})
         except UserError:
-            if published is None and not is_id:  # else it is the folder of a download, which bears the model's name
+            if published is None and not is_id:  # else it is a download folder with the model's name
                 raise
     if published is not None:
         weights = _published_weights(published, folder / _share_name(published), kind=kind, force=force)
         return Located(weights, published.description, published)
     if "/" in name or path.suffix:
-        raise UserError(f"expected a file of weights, got {name!r}, which does not exist.")
-    if is_id:  # newer than the table
+        raise UserError(f"expected a weights file, got {name!r}, which does not exist.")
+    if is_id:  # not in the table, because it is newer
         if kind == "clean":
             raise UserError(f"RobustBench has no clean initialisation of {name}.")
         (weights,) = download(f"robustbench:{name}", folder / name, name=name, force=force)
@@ -82,26 +82,26 @@ def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force
 
 
 def load_named(name: str, asked: NetworkDescription | None = None, *, folder: Path | None = None) -> TrainedModel:
-    """The network of the weights that `locate` finds, with the images of its publication where that says them."""
+    """Load the network that `locate` finds, with the preprocessing of its publication, if stated there."""
     located = locate(name, folder=folder)
     trained = load_trained(located.path, located.describe(asked or NetworkDescription()))
     return replace(trained, preprocessing=located.preprocessing or trained.preprocessing)
 
 
 def _share_name(published: Published) -> str:
-    """Name of the folder for a model's share: the model's, or the share's where several models lie in it."""
+    """Return the folder name for a model's share: the model's name, or the share's if it contains several models."""
     several = sum(model.links == published.links for model in KNOWN.values()) > 1
     return published.links[0].rsplit("/", 1)[-1] if several else published.name
 
 
 def split_kind(name: str) -> tuple[str, str]:
-    """`NAME:clean` and `NAME:robust` as a name and a kind of weights; "clean", training's start, where nothing is said."""
+    """Split `NAME:clean` or `NAME:robust` into name and kind of weights; default kind: "clean", the start of training."""
     model, colon, kind = name.rpartition(":")
     return (model, kind) if colon and kind in ("clean", "robust") and not Path(name).exists() else (name, "clean")
 
 
 def _published_weights(published: Published, folder: Path, *, kind: str, force: bool) -> Path:
-    """The share's file; of robust weights RobustBench's copy where the share cannot be had."""
+    """Return the share's file; for robust weights RobustBench's copy if the share is not available."""
     if kind == "clean" and published.by != "paper":
         raise UserError(f"no clean initialisation of {published.name} is published.")
     if published.arch.startswith(CLIP_PREFIX):
@@ -119,7 +119,7 @@ def _published_weights(published: Published, folder: Path, *, kind: str, force: 
         return published.arch in found.candidates and found.not_original == published.not_original
 
     copy = published.robustbench_id if kind == "robust" and published.by == "paper" else None
-    if copy and not force and (folder / f"{copy}.pt").exists():  # downloaded before, when the share could not be had
+    if copy and not force and (folder / f"{copy}.pt").exists():  # downloaded earlier, when the share was not available
         return download(f"robustbench:{copy}", folder, name=copy)[0]
     problems = []
     for link in published.links:
@@ -142,12 +142,12 @@ def _published_weights(published: Published, folder: Path, *, kind: str, force: 
 
 
 def choose(files: Iterable[Path], kind: str, fits: Callable[[Path], bool] = lambda path: True) -> Path:
-    """The one of a share's files of `kind` ("robust" or "clean") that `fits` the model; a share may hold several models'.
+    """Return the file of `kind` ("robust" or "clean") that `fits` the model; a share may contain files of several models.
 
-    Weights whose names say nothing are taken for robust ones where no others fit.
+    Weights whose names imply no kind count as robust if no others fit.
 
     Raises:
-        UserError: none, or more than one.
+        UserError: no file or several files match.
     """
     weights = [path for path in files if path.suffix.lower() in WEIGHT_SUFFIXES]
     found = [path for path in weights if _kind(path.name) == kind and fits(path)]
@@ -155,9 +155,9 @@ def choose(files: Iterable[Path], kind: str, fits: Callable[[Path], bool] = lamb
         found = [path for path in weights if _kind(path.name) is None and fits(path)]
     if len(found) == 1:
         return found[0]
-    problem = "several files could be it" if found else "no file of the share is it"
+    problem = "several files match" if found else "no file of the share matches"
     problem += ": " + (", ".join(map(str, found or weights)) or "no weights at all")
-    raise UserError(f"expected one file of {kind} weights for this model, but {problem}. Give one by its path.")
+    raise UserError(f"expected one file of {kind} weights for this model, but {problem}. Give the path of one.")
 
 
 def _kind(name: str) -> str | None:

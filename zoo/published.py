@@ -1,6 +1,6 @@
-"""Robust ImageNet models that are known by name: what they are, their numbers, where their weights lie.
+"""Robust ImageNet models known by name: description, published accuracies, links of the weights.
 
-The tables, and where their numbers are from: published.yaml.
+The tables and their sources are in published.yaml.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import yaml
 from zoo.description import CLIP_PREFIX, ROBUSTBENCH_PREFIX, Preprocessing
 
 SHARES = "https://nc.mlcloud.uni-tuebingen.de/index.php/s/"
-PREFIXES = {"robustbench": ROBUSTBENCH_PREFIX, "open_clip": CLIP_PREFIX}  # of architectures, by the kind of link
-EPS = {"Linf": 4 / 255, "L2": 2.0, "L1": 75.0}  # radii of the numbers
+PREFIXES = {"robustbench": ROBUSTBENCH_PREFIX, "open_clip": CLIP_PREFIX}  # of `arch`, by kind of link
+EPS = {"Linf": 4 / 255, "L2": 2.0, "L1": 75.0}  # radii of the published accuracies
 
 
 class Accuracies(NamedTuple):
-    """In % of the images; None: not published."""
+    """Accuracies in %; None: not published."""
 
     clean: float | None
     autoattack: float | None
@@ -31,48 +31,48 @@ class Accuracies(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A robust ImageNet model; empty or None, where nothing else is said: not known, or there is none."""
+    """A robust ImageNet model. Unless stated otherwise, empty or None means unknown or not existing."""
 
-    name: str  # ours; of the models of the paper also the stem of its config
-    title: str  # the published name, or the architecture in words
-    by: str = "paper"  # who published it: this for the models of README's table, else a section of published.yaml
+    name: str  # this project's name; for models of the paper also the file name of the config
+    title: str  # published name, or architecture in words
+    by: str = "paper"  # publication: "paper" for README's table, else a section of published.yaml
     family: str = ""  # "ConvNeXt", "ConvNeXt-iso" or "ViT"
-    arch: str  # this and the next three as the flags `model.*`
+    arch: str  # this and the next three: as the flags `model.*`
     not_original: bool = False
     updated: bool = False
     add_normalization: bool | None = (
-        None  # whether the weights need an input normaliser, or have one; None: found in the file
+        None  # whether the weights need or contain an input normaliser; None: inferred from the file
     )
     epochs: int | None = None  # of adversarial training, as in the config
-    results: Mapping[int, Accuracies | None]  # by image side in pixels, AutoAttack at Linf 4/255
+    results: Mapping[int, Accuracies | None]  # by image size in pixels, AutoAttack at Linf 4/255
     other_norms: Mapping[str, float] = field(
         default_factory=dict
-    )  # AutoAttack at L2 2 and L1 75 in %, at the model's own size
-    links: tuple[str, ...]  # of the weights, the newest first; see `zoo.download.download` and `zoo.clip`
+    )  # AutoAttack accuracy in % at L2 2 and L1 75, at the model's own image size
+    links: tuple[str, ...]  # of the weights, newest first; see `zoo.download.download` and `zoo.clip`
     params: float | None = None  # in millions
-    gflops: float | None = None  # multiply-adds of the forward pass of one image of 224 px, in billions
-    robustbench_id: str | None = None  # RobustBench's name of the same weights
-    robustbench: Accuracies | None = None  # RobustBench's own numbers, at 224 px
-    external: float | None = None  # lower accuracy in % that a stronger or adaptive attack left of it
-    unlike: str = ""  # why no evaluation can be compared with the published numbers; empty: it can
-    note: str = ""  # a footnote,
-    note_on: str = ""  # and the column of README's table it belongs to
-    # What images go through in the published evaluation; None: the weights' own configuration says it.
+    gflops: float | None = None  # multiply-adds of a forward pass of one 224 px image, in billions
+    robustbench_id: str | None = None  # RobustBench id of the same weights
+    robustbench: Accuracies | None = None  # accuracies measured by RobustBench at 224 px
+    external: float | None = None  # lower accuracy in % under a stronger or adaptive attack
+    unlike: str = ""  # why evaluations cannot be compared with the published numbers; empty: they can
+    note: str = ""  # a footnote
+    note_on: str = ""  # column of README's table for the footnote
+    # Preprocessing of the published evaluation; None: defined by the weights' configuration.
     preprocessing: Preprocessing | None = Preprocessing(source="the published table")
     sha256: Mapping[str, str] = field(default_factory=dict)  # by file name in the share
 
     @property
     def config(self) -> str | None:
-        """Its config, relative to the project."""
+        """Path of the config, relative to the project."""
         return f"configs/{self.name}.yaml" if self.by == "paper" else None
 
     @property
     def description(self) -> dict[str, Any]:
-        """What its network is built with, by the names of the flags `model.*`."""
+        """Arguments of the network, by the names of the flags `model.*`."""
         return {flag: getattr(self, flag) for flag in ("arch", "not_original", "updated", "add_normalization")}
 
     def autoattack(self, norm: str, eps: float, img_size: int) -> float | None:
-        """Its published accuracy in % under AutoAttack in this threat model; None: not published."""
+        """Return the published accuracy in % under AutoAttack in this threat model; None: not published."""
         if abs(eps - EPS[norm]) > 1e-9:
             return None
         numbers = self.results.get(img_size)
@@ -101,7 +101,7 @@ def _read_tables() -> Iterator[Published]:
 
 
 def _rows_of_files(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for each radius of each architecture, in one file each."""
+    """Yield a row for each radius of each architecture; each has its own file."""
     for kind, arch in table["files"].items():
         for norm, clean_of in table["clean"][kind].items():
             for radius, clean in clean_of.items():
@@ -112,7 +112,7 @@ def _rows_of_files(table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _preprocessing(images: str | Mapping[str, Any] | None, by: str) -> Preprocessing | None:
-    """Of RobustBench's name for it, such as BicubicRes256Crop224, or of a `Preprocessing`'s fields."""
+    """Parse RobustBench's name of a preprocessing, such as BicubicRes256Crop224, or the fields of a `Preprocessing`."""
     if not isinstance(images, str):
         return images if images is None else Preprocessing(**images, source=by)
     found = re.fullmatch(r"(Bicubic)?(?:Res(\d+))?(?:Crop(\d+))?", images)
@@ -122,7 +122,7 @@ def _preprocessing(images: str | Mapping[str, Any] | None, by: str) -> Preproces
     return Preprocessing(resized or crop, 1.0, interpolation, "squash" if resized else "crop", source=by)
 
 
-# All models by name, and those of README's table.
+# All models by name, and the models of README's table.
 KNOWN = MappingProxyType({model.name: model for model in _read_tables()})
 PUBLISHED = MappingProxyType({name: model for name, model in KNOWN.items() if model.by == "paper"})
 _ALIASES = {model.title.casefold(): model for model in PUBLISHED.values()}
@@ -131,11 +131,11 @@ _ALIASES |= {name.casefold(): model for name, model in KNOWN.items()}
 
 
 def find_published(name: str) -> Published | None:
-    """The model of our name, a published name or a RobustBench id, in upper or lower case; None if there is none."""
+    """Return the model with this name, published name or RobustBench id, ignoring case; None if there is none."""
     return _ALIASES.get(name.casefold())
 
 
 def nearest_published(name: str) -> str | None:
-    """Our name of the model whose name, title or RobustBench id is most like `name`; None if none is much alike."""
+    """Return the name of the model whose name, title or RobustBench id is most similar to `name`; None if none is close."""
     nearest = difflib.get_close_matches(name.casefold(), _ALIASES, n=1)
     return _ALIASES[nearest[0]].name if nearest else None

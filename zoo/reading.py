@@ -1,8 +1,8 @@
-"""A weights file's content, read once: tensors and plain values, whatever else is in it. Nothing of the file is ever executed.
+"""Reader of weights files: returns their tensors and plain values, and never executes anything from the file.
 
-torch's own reader takes files of tensors and plain values. Training states of the field hold more (timm's and MAE's an
-`argparse.Namespace`, others NumPy scalars, or the whole `nn.Module`). Of those, tensors are read as they are, and every other
-object becomes a `Foreign`, which holds the data that came with it.
+torch's own reader accepts tensors and plain values only. Many training states contain more: an `argparse.Namespace` (timm, MAE),
+NumPy scalars, or the whole `nn.Module`. Their tensors are read normally. Every other object becomes a `Foreign`, which contains
+the data of the object.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import damaged_record
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch.save wrote before PyTorch 1.6
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a torch.save file before PyTorch 1.6
 _NUMBERS = re.compile(r"<(f[248]|[iu][248]|c8|c16)|\|([iu]1|b1)")  # codes of NumPy's types
-_DEEPEST_MODULE = 20  # modules in modules of a pickled network
+_DEEPEST_MODULE = 20  # nesting depth of modules in a pickled network
 SHOWN_NAMES = 5
-# Names of a normaliser's mean and std, in a module or in the model itself: ours, MadryLab's, and many others'.
+# Names of a normaliser's mean and std, in a module or in the model itself: this project's, MadryLab's, and others.
 NORMALIZERS = (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"), ("_mean", "_std"))
 NORMALIZERS += (("image_mean", "image_std"), ("pixel_mean", "pixel_std"))
 STATISTICS = {name for pair in NORMALIZERS for name in pair}
 
 
 class Foreign(dict):
-    """An object of another program: its entries, where it was a mapping, and its state."""
+    """Placeholder for an object of another program: its entries, if it was a mapping, and its state."""
 
     state: Any = None
 
@@ -56,13 +56,13 @@ class Foreign(dict):
         return id(self)
 
     def append(self, _: Any) -> None:
-        """What a pickle does with lists and sets of other programs."""
+        """Ignore an item; pickles call this for lists and sets of other programs."""
 
     extend = add = append
 
 
 class _ArrayType(Foreign):
-    """A NumPy type, by its code, such as <f4."""
+    """A NumPy type by its code, such as <f4."""
 
     def __init__(self, code: Any = "", *_: Any) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _ArrayType(Foreign):
 
 
 class Array(Foreign):
-    """A NumPy array; `tensor` is None where it is of anything but plain numbers of most machines' byte order."""
+    """A NumPy array; `tensor` is None unless it has plain numbers in little-endian byte order."""
 
     tensor: Tensor | None = None
 
@@ -85,25 +85,25 @@ class Array(Foreign):
 
 
 def listed(problems: list[str]) -> str:
-    """The first few, and how many more there are."""
+    """Join the first few problems; append the number of further ones."""
     more = f" and {len(problems) - SHOWN_NAMES} more" if len(problems) > SHOWN_NAMES else ""
     return "; ".join(problems[:SHOWN_NAMES]) + more
 
 
 def read_content(path: Path) -> tuple[Any, str]:
-    """What `torch.save` or safetensors wrote, on the CPU, and the file's SHA-256.
+    """Read a file of `torch.save` or safetensors on the CPU; return its content and SHA-256.
 
     Raises:
-        UserError: no such file, or one that is neither.
+        UserError: the file does not exist or has another format.
     """
     if not os.path.isfile(path):  # Path.is_file fails for names too long
         what = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise UserError(f"expected a file of weights, got {str(path)!r}, which {what}.")
+        raise UserError(f"expected a weights file, got {str(path)!r}, which {what}.")
     data = b""
     try:
         data = path.read_bytes()
         return _content(data, path.suffix), hashlib.sha256(data).hexdigest()
-    except Exception as error:  # a damaged file makes the readers raise nearly anything: struct.error, IndexError, …
+    except Exception as error:  # for a damaged file, readers raise nearly any exception: struct.error, IndexError, …
         raise UserError(
             f"{path} cannot be read as weights (torch.save, or safetensors): {_why_unreadable(data[:512], error)}."
         ) from error
@@ -117,7 +117,10 @@ def _content(data: bytes, suffix: str) -> Any:
         return safetensors.torch.load(data)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, AttributeError) as error:  # the latter for some types in files of old torch
+    except (
+        pickle.UnpicklingError,
+        AttributeError,
+    ) as error:  # AttributeError: some types in files of old versions of torch
         try:
             return _read_zip(data) if data.startswith(b"PK") else _read_legacy(data)
         except Exception:
@@ -129,9 +132,9 @@ def _check_archive(archive: zipfile.ZipFile) -> None:
     if not any(name.endswith("/data.pkl") for name in names):
         raise zipfile.BadZipFile(f"it is an archive of other files ({listed([repr(name) for name in names])})")
     if any(name.endswith("/constants.pkl") for name in names):
-        raise zipfile.BadZipFile("it is TorchScript, a program; expected the state_dict() of the model")
+        raise zipfile.BadZipFile("it is a TorchScript program; expected the state_dict() of the model")
     if (name := damaged_record(archive)) is not None:
-        problem = f"the checksum or header of {name!r} is wrong: it is damaged, or was saved without checksums"
+        problem = f"the checksum or header of {name!r} is wrong: it is damaged or was saved without checksums"
         raise zipfile.BadZipFile(problem)
 
 
@@ -141,24 +144,24 @@ def _why_unreadable(head: bytes, error: Exception) -> str:
     if not head:
         return "it is empty"
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, such as a link answers with that is not the file's own"
+        return "it is a web page; the link was probably not the download link of the file"
     if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; `git lfs pull` brings the file"
+        return "it is a Git LFS pointer; `git lfs pull` downloads the file"
     if isinstance(error, zipfile.BadZipFile):
         cut = str(error) == "File is not a zip file"
-        return "its end is missing, so it was not copied or downloaded completely" if cut else str(error)
+        return "its end is missing, so the copy or download is incomplete" if cut else str(error)
     if objects := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it holds Python objects or code ({objects[1]}), which are never loaded"
+        return f"it contains Python objects or code ({objects[1]}), which are never loaded"
     if head.isascii() and head.decode("ascii").isprintable():
         return "it is text"
     return f"it is damaged or of another format ({type(error).__name__})"
 
 
-# --- pickles that torch's own reader refuses --------------------------------------------------------------------------
+# --- pickles that torch's own reader rejects --------------------------------------------------------------------------
 
 
 class _Known:
-    """A function that a pickle may call, and can change nothing of."""
+    """A function that a pickle may call but not change."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -174,8 +177,8 @@ def _tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], _: Any = 0, __: Any = 0, bits: Any = 0
 ) -> Tensor:
     if bits:
-        raise pickle.UnpicklingError("a tensor that is conjugated or negated when it is read")
-    return torch.as_strided(storage, size, stride, offset)  # refuses what lies outside of the storage
+        raise pickle.UnpicklingError("a tensor with a conjugate or negative bit")
+    return torch.as_strided(storage, size, stride, offset)  # rejects views outside of the storage
 
 
 def _tensor_of_type(storage: Tensor, *view: Any) -> Tensor:
@@ -187,7 +190,7 @@ def _of_another_type(function: Any, _: Any, arguments: tuple[Any, ...], __: Any)
     return function(*arguments) if isinstance(function, _Known) else Foreign()
 
 
-# All that a pickle may name and get; none of it reaches outside of these functions.
+# All names that a pickle may use. None of them has effects outside of these functions.
 _REBUILD, _PARAMETER = _Known(_tensor), _Known(lambda data, *_: data)
 _STORAGES = {"Byte": "uint8", "Char": "int8", "Short": "int16", "Int": "int32", "Long": "int64", "Half": "float16"}
 _STORAGES |= {"BFloat16": "bfloat16", "Float": "float32", "Double": "float64", "Bool": "bool"}
@@ -206,17 +209,17 @@ _NAMES = {
     ("numpy", "dtype"): _ArrayType,
     ("numpy.core.multiarray", "_reconstruct"): Array,
     ("numpy._core.multiarray", "_reconstruct"): Array,
-    ("_codecs", "encode"): _Known(lambda text, *_: str.encode(text, "latin1")),  # how bytes are in older pickles
+    ("_codecs", "encode"): _Known(lambda text, *_: str.encode(text, "latin1")),  # encoding of bytes in older pickles
     ("torch.storage", "UntypedStorage"): torch.uint8,
     **{("torch", f"{name}Storage"): getattr(torch, dtype) for name, dtype in _STORAGES.items()},
     **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
 }
-_LARGEST_MEMO = 10_000_000  # entries; the unpickler makes room for the highest number that a file names
+_LARGEST_MEMO = 10_000_000  # entries; the unpickler allocates memory up to the highest index in a file
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BufferedIOBase, storage: Callable[[str, torch.dtype, int], np.ndarray]) -> None:
-        """`storage`: the bytes of a storage by its key, where it is asked for as one of so many numbers of a type."""
+        """Read from `file`; `storage`: (key, dtype, number of elements) → bytes of a storage."""
         super().__init__(file, encoding="utf-8")
         self._file = file
         self._storage, self._storages = storage, {}
@@ -226,7 +229,7 @@ class _Unpickler(pickle.Unpickler):
         for opcode, argument, _ in pickletools.genops(self._file):
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > _LARGEST_MEMO:
                 raise pickle.UnpicklingError(f"memo entry {argument}")
-            if opcode.name == "DUP":  # no pickler writes it, and few of them make a key that takes for ever to hash
+            if opcode.name == "DUP":  # no pickler writes it, and a few suffice for a key that never finishes hashing
                 raise pickle.UnpicklingError("a copy of an object")
         self._file.seek(place)
         return super().load()
@@ -235,13 +238,13 @@ class _Unpickler(pickle.Unpickler):
         return _NAMES.get((module, name), Foreign)
 
     def persistent_load(self, reference: Any) -> Any:
-        if reference[0] == "module":  # a class, with its source
+        if reference[0] == "module":  # a class with its source code
             return reference[1]
         kind, dtype, key, _, count, *view = reference
         if kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
             raise pickle.UnpicklingError(f"a reference to a {kind} of {dtype}")
         if key not in self._storages:
-            # A pickle may call set_() of it (BUILD), which enlarges storages, but none of NumPy.
+            # A pickle may call set_() on it (BUILD), which can enlarge storages of torch but not of NumPy.
             values = torch.from_numpy(self._storage(key, dtype, count))
             self._storages[key] = values.as_strided(values.shape, (1,)).view(dtype)
         if self._storages[key].dtype != dtype:
@@ -254,7 +257,7 @@ def _read_zip(data: bytes) -> Any:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
         order = f"{root}byteorder"
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
-            raise ValueError("it was written on a machine of another byte order")
+            raise ValueError("it was written on a machine with another byte order")
 
         def storage(key: str, *_: Any) -> np.ndarray:
             return np.frombuffer(bytearray(archive.read(f"{root}data/{key}")), np.uint8)
@@ -263,27 +266,27 @@ def _read_zip(data: bytes) -> Any:
 
 
 def _read_legacy(data: bytes) -> Any:
-    """Pickles one after the other: magic number, version, facts of the machine, content, keys of storages; then those."""
+    """Read consecutive pickles (magic number, version, machine facts, content, storage keys), then the storages."""
     file, storages = io.BytesIO(data), {}
 
     def storage(key: str, dtype: torch.dtype, count: int) -> np.ndarray:
-        if not 0 <= count <= len(data):  # no more memory than the file can fill
+        if not 0 <= count <= len(data):  # allocate no more memory than the file can fill
             raise ValueError("a tensor is larger than the file")
         storages[key] = count, np.zeros(count * dtype.itemsize, np.uint8)
         return storages[key][1]
 
     magic, _, _, content, keys = (_Unpickler(file, storage).load() for _ in range(5))
     if magic != _LEGACY_MAGIC or set(keys) != storages.keys():
-        raise ValueError("no file of torch.save")
+        raise ValueError("not a file of torch.save")
     for key in keys:
         count, values = storages[key]
         if int.from_bytes(file.read(8), "little") != count or file.readinto(values) != values.nbytes:
-            raise ValueError("a storage of another size than its tensors")
+            raise ValueError("a storage has another size than its tensors")
     return content
 
 
 def modules_state(content: Foreign, above: tuple[Foreign, ...] = ()) -> dict[str, Any]:
-    """The state dict of a pickled `nn.Module`; empty for any other object. `above`: the modules that hold it."""
+    """Return the state dict of a pickled `nn.Module`, empty for any other object; `above`: the modules that contain it."""
     if (
         not isinstance(content.state, dict)
         or not isinstance(content.state.get("_modules"), dict)
@@ -292,7 +295,7 @@ def modules_state(content: Foreign, above: tuple[Foreign, ...] = ()) -> dict[str
     ):
         return {}
     state, hidden = {}, content.state.get("_non_persistent_buffers_set", ())
-    for pair in NORMALIZERS:  # of a normaliser that has them as plain attributes
+    for pair in NORMALIZERS:  # a normaliser may have them as plain attributes
         values = [three_numbers(content.state.get(name)) for name in pair]
         state |= {} if any(value is None for value in values) else dict(zip(pair, values))
     for kind in ("_parameters", "_buffers"):
@@ -308,7 +311,7 @@ def modules_state(content: Foreign, above: tuple[Foreign, ...] = ()) -> dict[str
 
 
 def three_numbers(value: Any) -> Tensor | None:
-    """A list, an array or a tensor of three numbers as a tensor; None of anything else."""
+    """Return a list, array or tensor of three numbers as a tensor; None for anything else."""
     if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and 0 <= v <= 255 for v in value):
         value = torch.tensor(value, dtype=torch.float32)
     value = value.tensor if isinstance(value, Array) else value

@@ -1,4 +1,4 @@
-"""A robust network for use in other programs."""
+"""Interface for other programs: a robust network by name."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ def load_robust_model(
     folder: str | Path | None = None,
     **description: Any,
 ) -> nn.Module:
-    """A ready network: images (B, 3, H, W) in [0, 1] → logits, in eval mode on the CPU.
+    """Load a network: images (B, 3, H, W) in [0, 1] → logits, in eval mode on the CPU.
 
-    Its attribute `transform` turns a PIL image into such a tensor (3, img_size, img_size).
+    Its attribute `transform` converts a PIL image to a tensor (3, img_size, img_size) in [0, 1].
 
     Args:
-        name: a published model or RobustBench id (downloaded to `folder` where it is not there yet), a weights file, or the
-            folder of a run or an export.
-        img_size, crop_pct: of the transform: resize to img_size / crop_pct, centre crop; by default as the network was validated.
-        folder: where downloads go; by default `checkpoints` in the project.
-        description: of the network, such as arch and add_normalization, where name and file do not say it
-            (`zoo.description.NetworkDescription`).
+        name: published model or RobustBench id (downloaded to `folder` if needed), weights file, or folder of a run or an export.
+        img_size, crop_pct: of the transform: resize to img_size / crop_pct, centre crop; default: as in the network's validation.
+        folder: folder for downloads; default: `checkpoints` in the project.
+        description: fields of `zoo.description.NetworkDescription`, such as arch and add_normalization, that name and file do not
+            define.
 
     Raises:
-        UserError: nothing is called so, or it cannot be downloaded or loaded.
+        UserError: the name is unknown, or the download or loading fails.
     """
     with blame("name"):
         trained = load_named(name, NetworkDescription(**description), folder=folder and Path(folder))

@@ -1,4 +1,4 @@
-"""RobustBench's package: imported with the AutoAttack that is installed, and its ImageNet models for Linf by their ids."""
+"""Access to RobustBench: import of the package with the installed AutoAttack, and its ImageNet Linf models by id."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from common.errors import UserError
 
 
 def import_robustbench() -> ModuleType:
-    """The package robustbench.
+    """Import the package robustbench.
 
-    It imports a package `autoattack`, which PyPI has as `pyautoattack`. Where the first is missing, the second goes by its name
-    for as long as the import takes, so that nobody else finds it under a name it does not have.
+    It imports a package `autoattack`, whose name on PyPI is `pyautoattack`. If `autoattack` is missing, `pyautoattack` is
+    registered under this name, but only during the import: other code must not find it under a wrong name.
 
     Raises:
-        UserError: robustbench, or something that it imports, is not installed.
+        UserError: robustbench or one of its imports is not installed.
     """
     if (imported := sys.modules.get("robustbench")) is not None:
         return imported
@@ -31,7 +31,7 @@ def import_robustbench() -> ModuleType:
             for name in ("autoattack", "autoattack.state"):
                 aliases[name] = sys.modules[name] = importlib.import_module(f"py{name}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about deprecated names that robustbench and its models use
+            warnings.simplefilter("ignore")  # on deprecated names used by robustbench and its models
             return importlib.import_module("robustbench")
     except ImportError as error:
         raise UserError(
@@ -43,10 +43,10 @@ def import_robustbench() -> ModuleType:
 
 
 def robustbench_entry(robustbench_id: str) -> Mapping[str, Any]:
-    """What RobustBench lists for an ImageNet model for Linf: `model`, which builds it with random weights, `gdrive_id`, and more.
+    """Return RobustBench's entry of an ImageNet Linf model: `model` (builds it with random weights), `gdrive_id`, and more.
 
     Raises:
-        UserError: no such id, or a model that is not one network with one file of weights at RobustBench.
+        UserError: the id is unknown, or the model is not a single network with one weights file at RobustBench.
     """
     import_robustbench()
     enums = importlib.import_module("robustbench.model_zoo.enums")
@@ -55,14 +55,14 @@ def robustbench_entry(robustbench_id: str) -> Mapping[str, Any]:
     if robustbench_id not in models:
         near = difflib.get_close_matches(robustbench_id, models, n=3, cutoff=0.5)
         raise UserError(
-            f"RobustBench has no ImageNet model for Linf named {robustbench_id!r}; "
+            f"RobustBench has no ImageNet model for Linf with the id {robustbench_id!r}; "
             f"{'the nearest are' if near else 'there are'} {', '.join(near or sorted(models))}."
         )
     entry = models[robustbench_id]
-    # Without an id, building the network downloads its weights from elsewhere; with a list of them it is an ensemble.
+    # Without a gdrive_id, `model` downloads weights from elsewhere; with a list of ids, the model is an ensemble.
     if not isinstance(entry["gdrive_id"], str) or not entry["gdrive_id"]:
         raise UserError(
-            f"{robustbench_id}: expected a model with one file of weights at RobustBench; this one is an ensemble, or its weights "
-            f"are kept elsewhere. robustbench.load_model({robustbench_id!r}, dataset='imagenet', threat_model='Linf') loads it."
+            f"{robustbench_id}: expected a model with one weights file at RobustBench; this one is an ensemble, or its weights "
+            f"are stored elsewhere. robustbench.load_model({robustbench_id!r}, dataset='imagenet', threat_model='Linf') loads it."
         )
     return entry

@@ -1,4 +1,4 @@
-"""A trained network from its weights file or run folder, with the flags it was trained with."""
+"""Loading of a trained network from its weights file or run folder, with the flags of its training."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ from zoo.meansparse import add_operators
 from zoo.models import build_model
 from zoo.reading import three_numbers
 
-EPOCH_FILE = re.compile(r"(weights|weights_ema)_(\d+)\.pt")  # of a run folder
-TIMM_DEFAULTS = {"input_size": [3, 224, 224], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # where it is told nothing
-HUB_FILES = (EXPORTED, "pytorch_model.bin")  # of a folder of the Hugging Face Hub
+EPOCH_FILE = re.compile(r"(weights|weights_ema)_(\d+)\.pt")  # in a run folder
+TIMM_DEFAULTS = {"input_size": [3, 224, 224], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # for missing keys
+HUB_FILES = (EXPORTED, "pytorch_model.bin")  # in a folder of the Hugging Face Hub
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network in eval mode on the CPU, and where it comes from."""
+    """A network in eval mode on the CPU, and its origin."""
 
     model: nn.Module
     path: Path  # the weights file
-    sha256: str  # of its content
-    description: dict[str, Any]  # the values of `DESCRIPTION` it was built with, and of `ASKED_ONLY`, where asked for
-    class_names: list[str] | None  # of its outputs, in order; None where the run does not say
-    preprocessing: Preprocessing = Preprocessing()  # what its images went through in validation
-    run: RunFacts = RunFacts()  # what its run says of it
+    sha256: str  # of the weights file
+    description: dict[str, Any]  # values of `DESCRIPTION` it was built with, and requested values of `ASKED_ONLY`
+    class_names: list[str] | None  # of its outputs, in order; None: unknown
+    preprocessing: Preprocessing = Preprocessing()  # of its images in validation
+    run: RunFacts = RunFacts()  # recorded by its run
     notes: tuple[str, ...] = ()  # sentences for the user
     sure_of_input: bool = (
-        True  # whether the weights or their own run say how images are normalised, not a file beside them
+        True  # whether the weights or their run define the normalisation of images, not another file in the folder
     )
 
 
@@ -62,11 +62,11 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
 
     Args:
         model_in: weights file, or run folder (see `find_weights`).
-        asked: what the flags say; unset values come from the params.json beside the file, else from the weights
-            (blurpool leaves no trace in them: without).
+        asked: values of the flags; unset ones come from params.json next to the file, else from the weights
+            (they do not show blurpool: default without).
 
     Raises:
-        UserError: no such file, a broken params.json, or weights that do not fit the description.
+        UserError: the file does not exist, params.json is damaged, or the weights do not fit the description.
     """
     path = find_weights(Path(model_in))
     run, weights = _run_params(path.parent), read_weights(path, key=asked.weights_key)
@@ -76,27 +76,29 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         value = getattr(asked, name)
         description[name] = run.get(section, {}).get(name, description.get(name)) if value is None else value
     if asked.mean is not None and (weights.normalizer is not None or asked.add_normalization is False):
-        why = "the file holds a normaliser" if weights.normalizer is not None else "add_normalization=0 asks for none"
-        raise UserError(f"{path}: mean and std would have no effect, because {why}; leave one of them out.")
+        why = (
+            "the file contains a normaliser" if weights.normalizer is not None else "add_normalization=0 requests none"
+        )
+        raise UserError(f"{path}: mean and std would have no effect, because {why}; remove one of them.")
     sure = bool(weights.normalizer or (run and asked.add_normalization is None))
-    with blame(f"what is said of {path}"):
+    with blame(f"normaliser of {path}"):
         if weights.normalizer is None and asked.add_normalization is not False:
             weights = replace(weights, normalizer=_normalizer(_own_normalizer(asked) or of_timm))
-    by = "the flags, or the params.json beside the file" if run else "the flags"
+    by = "the flags, or params.json next to the file" if run else "the flags"
     found = check_description(weights, description, source=path, by=by)
     description = {name: getattr(found, name) if value is None else value for name, value in description.items()}
     facts, notes = _run_facts(path, run), ()
     if facts.worse_than_raw:
-        notes = (f"{path}: the raw weights of the same epoch validated better than this moving average",)
+        notes = (f"{path}: the raw weights of the same epoch had a better validation than these EMA weights",)
     sure = sure or description["arch"].startswith(ROBUSTBENCH_PREFIX)
     says = weights.normalizer or sure or of_timm
     if not says and asked.add_normalization is None:
-        # Many publish weights of a network that stood behind a normaliser, of which they show nothing.
+        # Many published weights need a normaliser that is not in the file.
         notes += (
-            f"{path} holds no input normaliser, so the network gets images as they are, in [0, 1]; if it was trained behind one, "
-            "ask for it with add_normalization=1",
+            f"{path} contains no input normaliser, so the network gets images without normalisation, in [0, 1]; if it was trained "
+            "with one, give add_normalization=1",
         )
-    # Position embeddings stay as they are: resampled to another grid they would not be the same at their own size again.
+    # Position embeddings are not resampled to another grid, because resampling back would not restore them.
     model = build_model(**description, global_pool=found.global_pool, img_size=found.img_size)
     with blame(str(path)):
         add_operators(model.model if has_normalizer(model) else model, weights.network)
@@ -116,7 +118,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
 
 
 def recorded_classes(model_in: str) -> list[str] | None:
-    """Names of the outputs of a weights file or run folder, in order; None where neither a run nor config.json says them."""
+    """Return the output names of a weights file or run folder, in order; None if neither run nor config.json has them."""
     with suppress(UserError):
         if os.path.exists(path := Path(model_in).expanduser()):
             path = find_weights(path)
@@ -125,16 +127,16 @@ def recorded_classes(model_in: str) -> list[str] | None:
 
 
 def recorded_input(path: Path, arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor] | None, str] | None:
-    """What the network of a weights file stood behind: `mean` and `std` of a normaliser, or None, and who says so.
+    """Return (`mean` and `std` of the network's normaliser, or None for no normaliser; source of this information).
 
-    `arguments`: of the training script, from the file itself. None where neither a run, nor timm's configuration, says it.
+    `arguments`: of the training script, from the weights file. None if neither a run nor timm's configuration defines it.
     """
     asked = _run_params(path.parent).get("model", {}).get("add_normalization")
     if asked is not None:
         pair = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if asked else {}
-        return _normalizer(pair), "the params.json beside it"
+        return _normalizer(pair), "the params.json next to it"
     cfg = _timm_config(path) or _timm_arguments(arguments)
-    return (_normalizer(cfg), cfg.get("from", "the config.json beside it")) if cfg else None
+    return (_normalizer(cfg), cfg.get("from", "the config.json next to it")) if cfg else None
 
 
 def _class_names(run: Mapping[str, Any]) -> list[str] | None:
@@ -143,7 +145,7 @@ def _class_names(run: Mapping[str, Any]) -> list[str] | None:
 
 
 def find_weights(path: Path) -> Path:
-    """The file itself, or the newest weights of a run folder: the moving average, unless the raw weights validated better."""
+    """Return the file itself, or the newest weights of a run folder: EMA, unless the raw weights had a better validation."""
     if not os.path.isdir(path):  # Path.is_dir fails for names too long
         return path
     newest: dict[str, int] = {}
@@ -159,12 +161,12 @@ def find_weights(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise UserError(
-        f"expected a weights file or run folder, got {path} without weights_<epoch>.pt or {EXPORTED} in it."
+        f"expected a weights file or run folder, got {path}, which contains neither weights_<epoch>.pt nor {EXPORTED}."
     )
 
 
 def _average_is_worse(folder: Path, number: int) -> bool:
-    """Whether a run's validation of that epoch says so, by robust accuracy where it was measured."""
+    """Return whether EMA is worse in a run's validation of the epoch: by robust accuracy if measured, else clean."""
     epoch = _epoch(folder, number)
     for key in ("adv_top1", "top1"):
         ema, raw = epoch.get(f"ema_{key}"), epoch.get(key)
@@ -174,7 +176,7 @@ def _average_is_worse(folder: Path, number: int) -> bool:
 
 
 def _epoch(folder: Path, number: int) -> dict[str, Any]:
-    """What a run's log says of an epoch; empty where it does not."""
+    """Return the records of an epoch in a run's log, merged; empty if there are none."""
     found = {}
     with suppress(OSError):
         for line in (folder / "log").read_text(errors="replace").splitlines():
@@ -185,7 +187,7 @@ def _epoch(folder: Path, number: int) -> dict[str, Any]:
 
 
 def _timm_config(path: Path) -> dict[str, Any]:
-    """What timm, or an export, says in config.json of the weights beside it, with the architecture as `model.arch`; else empty."""
+    """Return timm's (or an export's) config.json next to the weights, with the architecture as `model.arch`; else empty."""
     content = (path.name in HUB_FILES and read_json(path.parent / "config.json")) or {}
     cfg = content.get("pretrained_cfg", content)
     if not isinstance(cfg, dict) or not TIMM_DEFAULTS.keys() & cfg.keys():
@@ -195,7 +197,7 @@ def _timm_config(path: Path) -> dict[str, Any]:
     odd = {key: value for key, value in options.items() if value not in (None, "", "avg", "token")}
     if odd:
         raise UserError(
-            f"{path.parent / 'config.json'}: expected an architecture as timm builds it by itself, got the options {odd}."
+            f"{path.parent / 'config.json'}: expected an architecture with timm's default options, got the options {odd}."
         )
     names = content.get("label_names") or content.get("labels")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -206,7 +208,7 @@ def _timm_config(path: Path) -> dict[str, Any]:
         ]  # ImageNet has two cranes
     elif content.get("num_classes") not in (None, len(names)):
         raise UserError(
-            f"{path.parent / 'config.json'}: expected a name for each of its {content['num_classes']} classes, label_names has "
+            f"{path.parent / 'config.json'}: expected a name for each of its {content['num_classes']} classes, but label_names has "
             f"{len(names)}."
         )
     known = {"architecture": TIMM_PREFIX + architecture if timm.is_model(architecture) else None, "classes": names}
@@ -214,7 +216,7 @@ def _timm_config(path: Path) -> dict[str, Any]:
 
 
 def _timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, of the command line of timm's training script: what it leaves open is the architecture's own."""
+    """Return the same from the arguments of timm's training script; missing values are the architecture's own."""
     name = str(arguments.get("model"))
     if not arguments or not timm.is_model(name):
         return {}
@@ -225,32 +227,32 @@ def _timm_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     cfg |= {key: value for key, value in given.items() if value} | ({"input_size": [size]} if size else {})
     if (
         arguments.get("no_normalize") or arguments.get("normalize") is False
-    ):  # forks for adversarial training have these
+    ):  # options in forks for adversarial training
         cfg |= {"mean": [0.0] * 3, "std": [1.0] * 3}
     return cfg | {"architecture": TIMM_PREFIX + name, "from": "timm's arguments in the file"}
 
 
 def _own_normalizer(asked: NetworkDescription) -> dict[str, Any]:
     if (asked.mean is None) != (asked.std is None):
-        raise UserError("mean, std: expected both of a normaliser, got one.")
+        raise UserError("mean, std: expected both or neither, got one.")
     return {} if asked.mean is None else {"mean": asked.mean, "std": asked.std}
 
 
 def _normalizer(cfg: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """What images are normalised with according to timm's configuration; None: with nothing."""
+    """Return mean and std of timm's configuration as tensors; None: no normalisation."""
     mean, std = (three_numbers(cfg.get(name, value)) for name, value in (("mean", [0.0] * 3), ("std", [1.0] * 3)))
     if mean is None or std is None or not (std > 0).all():
         raise UserError(f"expected mean and std of three numbers, got {cfg.get('mean')} and {cfg.get('std')}.")
     if (mean == 0).all() and (std == 1).all():
         return None
-    if max(mean.max(), std.max()) > 2:  # of images in [0, 255], not in [0, 1]
+    if max(mean.max(), std.max()) > 2:  # for images in [0, 255], not in [0, 1]
         mean, std = mean / 255, std / 255
     return {"mean": mean.view(1, 3, 1, 1), "std": std.view(1, 3, 1, 1)}
 
 
 def _preprocessing(run: Mapping[str, Any], cfg: Mapping[str, Any], arch: str, positions: int | None) -> Preprocessing:
-    """Of the run or the export beside the weights; else timm's for its architectures; else what the position embeddings are for."""
-    validation, source = run.get("validation", {}), cfg.get("from", "config.json beside the weights")
+    """Return the preprocessing: of run or export next to the weights, else timm's, else the size of the position embeddings."""
+    validation, source = run.get("validation", {}), cfg.get("from", "config.json next to the weights")
     with suppress(KeyError, TypeError, ValueError, OverflowError):
         resolution, crop_pct = int(validation["resolution"]), float(validation["crop_pct"])
         if resolution > 0 and 0 < crop_pct <= 1:
@@ -274,7 +276,7 @@ def _preprocessing(run: Mapping[str, Any], cfg: Mapping[str, Any], arch: str, po
         if value not in (None, "", "random", "center", "squash", "crop", *INTERPOLATIONS)
     ]
     if odd:
-        source += f", in place of its {' and '.join(map(repr, odd))}"
+        source += f", instead of its {' and '.join(map(repr, odd))}"
     return Preprocessing(
         size,
         float(crop_pct),
@@ -285,7 +287,7 @@ def _preprocessing(run: Mapping[str, Any], cfg: Mapping[str, Any], arch: str, po
 
 
 def _run_facts(path: Path, run: Mapping[str, Any]) -> RunFacts:
-    """Threat model of a run's params.json, and what its log says of the epoch whose weights these are."""
+    """Return the threat model in a run's params.json and the validation of the weights' epoch in its log."""
     adv, facts = run.get("adv", {}), RunFacts()
     if match := EPOCH_FILE.fullmatch(path.name):
         kind, number = match[1], int(match[2])
@@ -301,7 +303,7 @@ def _run_facts(path: Path, run: Mapping[str, Any]) -> RunFacts:
 
 
 def _run_params(folder: Path) -> Mapping[str, Any]:
-    """Sections → flags of the run, or of an export, that the folder holds; none of them elsewhere."""
+    """Read sections → flags of the run or export in the folder; empty for other folders."""
     file = folder / "params.json"
     if (params := read_json(file)) is None:
         file = folder / "config.json"

@@ -1,4 +1,4 @@
-"""What RobustBench asks for when a model is submitted: its model_info JSON, and the text of its form, from a report."""
+"""Texts for a submission to RobustBench, from a report: the model_info JSON and the text of the form."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from common.errors import UserError
 
 NEEDED = {"network", "norm", "eps", "seed", "attacks", "engine", "n", "clean_acc", "robust_acc", "check"}
-# What a report cannot know of a paper, as text, and what stands for it; beside them additional_data (bool) and architecture.
+# Text fields on the paper that are not in a report, and their placeholder. Further ones: additional_data (bool), architecture.
 FIELDS, PLACEHOLDER = ("title", "link", "authors", "venue", "checkpoint"), "(to be filled in)"
 
 
 def check_report(report: Mapping[str, Any], source: str) -> None:
-    """Refuse a report that RobustBench's ImageNet leaderboard would not take.
+    """Check that a report meets the requirements of RobustBench's ImageNet leaderboard.
 
     Raises:
-        UserError: not the full AutoAttack, another threat model, not 5,000 images, or images that are no adversarial ones.
+        UserError: not the full AutoAttack, another threat model, not 5,000 images, or adversarial images that fail the checks.
     """
     if not isinstance(report, Mapping) or not NEEDED <= report.keys():
         raise UserError(f"{source}: expected the report.json of an evaluation.")
@@ -30,13 +30,13 @@ def check_report(report: Mapping[str, Any], source: str) -> None:
         wrong.append(f"its 5,000 images, not {report['n']}")
     failed = sorted(name for name, places in report["check"].items() if places and name != "not_misclassified")
     if failed:
-        wrong.append(f"adversarial images that pass the check at the end ({', '.join(failed)})")
+        wrong.append(f"adversarial images that pass the final check (failed: {', '.join(failed)})")
     if wrong:
         raise UserError(f"{source}: RobustBench's ImageNet leaderboard expects {'; '.join(wrong)}.")
 
 
 def model_info(report: Mapping[str, Any], paper: Namespace) -> dict[str, Any]:
-    """The content of RobustBench's `model_info/imagenet/<norm>/<id>.json`; `paper`: what a report cannot know, see `FIELDS`."""
+    """Return the content of RobustBench's `model_info/imagenet/<norm>/<id>.json`; `paper`: data not in a report, see `FIELDS`."""
     robust = f"{100 * report['robust_acc']:.2f}"
     return {
         "link": paper.link,
@@ -56,7 +56,7 @@ def model_info(report: Mapping[str, Any], paper: Namespace) -> dict[str, Any]:
 
 
 def form_text(report: Mapping[str, Any], paper: Namespace) -> str:
-    """The fields of RobustBench's "New Model(s)" form, filled in; `paper` as in `model_info`."""
+    """Return the text of RobustBench's "New Model(s)" form, filled in; `paper` as in `model_info`."""
     fields = {
         "Paper Information": {"Paper Title": paper.title, "Paper URL": paper.link, "Paper authors": paper.authors},
         "Leaderboard Claim(s)": {

@@ -241,7 +241,7 @@ def test_another_evaluation_in_the_folder_is_refused(trained, images, tmp_path, 
     assert evaluate(trained, images, tmp_path, "--eval.n_ex=2", "--eval.seed=1", "--eval.batch_size=2") == 2
     error = capsys.readouterr().err
     assert "attack.seed: 0 there, 1 here" in error and "attack.batch_size: 3 there, 2 here" in error
-    assert "network" not in error.split("differs:")[1]
+    assert "network" not in error.split("Differences:")[1]
     with open(only(tmp_path, "lock"), "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert evaluate(trained, images, tmp_path, "--eval.n_ex=2") == 2
@@ -338,7 +338,7 @@ def test_a_wrong_list_is_refused(trained, images, tmp_path, capsys, content, wor
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--eval.model_in=nowhere.pt"], "eval.model_in: expected a file of weights"),
+        (["--eval.model_in=nowhere.pt"], "eval.model_in: expected a weights file"),
         (["--data.val_dataset=nowhere"], "data.val_dataset"),
         (["--model.not_original=0"], "does not fit"),
         (["--model.num_classes=5"], "does not fit"),

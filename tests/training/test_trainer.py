@@ -268,7 +268,7 @@ def test_find_weights_takes_the_newest_that_validated_better(images, tmp_path):
     trained = load_trained(outcome.folder, NetworkDescription())
     assert trained.path.name == "weights_12.pt" and trained.run.beats_average and trained.notes == ()
     average = load_trained(outcome.folder / "weights_ema_12.pt", NetworkDescription())
-    assert average.run.worse_than_raw and "raw weights of the same epoch validated better" in average.notes[0]
+    assert average.run.worse_than_raw and "raw weights of the same epoch had a better validation" in average.notes[0]
     (outcome.folder / "log").write_text("")  # nothing is known: the average
     trained = load_trained(outcome.folder, NetworkDescription())
     assert trained.path.name == "weights_ema_12.pt" and not trained.run.beats_average

@@ -103,7 +103,7 @@ class Share:
         assert type(caught.value) is error
         assert "\n" not in message and " --" not in message
         assert f"{self.link}/download" in message
-        assert message.endswith("ry RobustBench's copy by its id, Some_Id, another link, or a local file by its path.")
+        assert message.endswith("ry RobustBench's copy (id Some_Id), another link, or the path of a local file.")
         return message
 
 
@@ -422,17 +422,17 @@ def test_two_at_a_time_download_once(share: Share, tmp_path: Path) -> None:
         (status(404, b"<html>no such page</html>"), "does not exist .status 404 "),
         (status(410), "was removed .status 410 "),
         (status(403), "is not public .status 403 "),
-        (status(401), "asks for a login .status 401 "),
+        (status(401), "requires a login .status 401 "),
         (status(418), "gave no file .status 418 "),
-        (PAGE, "sent a web page: the file was moved, asks for a login, or its quota is used up"),
+        (PAGE, "sent a web page: the file was moved, requires a login, or its download quota is exceeded"),
         (status(200, b"\n <html>closed", Content_Type="application/zip"), "neither a ZIP nor weights.*<html>"),
         (status(200, BODY, Content_Type="text/html"), "sent a web page"),
         (status(200, b'{"ocs": 1}', Content_Type="application/json"), r"neither a ZIP nor weights.*\{\"ocs\": "),
-        (status(200, b"PK??", Content_Type="application/zip"), "damaged or not whole"),
+        (status(200, b"PK??", Content_Type="application/zip"), "damaged or incomplete"),
         (status(200, zipped({}, top="")), "ZIP without weights or logs"),
         (status(200, zipped({"README.md": b""})), "ZIP without weights or logs"),
-        (status(302, Location="ftp://127.0.0.1/"), "no address of a web server"),
-        (status(302, Location="http://[/"), "no address of a web server"),
+        (status(302, Location="ftp://127.0.0.1/"), "not a valid URL of a web server"),
+        (status(302, Location="http://[/"), "not a valid URL of a web server"),
     ],
 )
 def test_answers_that_are_final(share: Share, tmp_path: Path, answer: Answer, match: str) -> None:
@@ -447,7 +447,7 @@ def test_final_answer_to_a_later_part_of_the_file_keeps_the_part(share: Share, t
     assert "Range" in share.seen[0][1]
 
 
-@pytest.mark.parametrize(("answer", "match"), [(PAGE, "web page.* asks for a login"), (status(401), "login .*/login")])
+@pytest.mark.parametrize(("answer", "match"), [(PAGE, "web page.* requires a login"), (status(401), "login .*/login")])
 def test_redirect_to_a_login_page(share: Share, tmp_path: Path, answer: Answer, match: str) -> None:
     share.fails(tmp_path, status(302, Location="/index.php/login?redirect_url=/s/token"), answer, match=match)
 
@@ -461,12 +461,12 @@ def test_redirect_loop(share: Share, tmp_path: Path) -> None:
 
 
 def test_gives_up_after_so_many_attempts(share: Share, tmp_path: Path) -> None:
-    share.fails(tmp_path, status(503), match="failed again and again: status 503")
+    share.fails(tmp_path, status(503), match="failed repeatedly: status 503")
     assert (len(share.seen), share.waits) == (5, [2, 4, 8])
 
 
 def test_length_too_long(share: Share, tmp_path: Path) -> None:
-    share.fails(tmp_path, whole(BODY, ranges=False, length=len(BODY) + 9), match="failed again.*9 more")
+    share.fails(tmp_path, whole(BODY, ranges=False, length=len(BODY) + 9), match="failed repeatedly.*9 more")
     assert len(share.seen) > 1
     check_nothing_final(tmp_path)
 
@@ -474,7 +474,7 @@ def test_length_too_long(share: Share, tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [THIRD, None])
 def test_truncated_zip(share: Share, tmp_path: Path, length: int | None) -> None:
     """With the length it was cut to, or with none: only the ZIP itself tells."""
-    share.fails(tmp_path, whole(BODY[:THIRD], length=length), match="damaged or not whole")
+    share.fails(tmp_path, whole(BODY[:THIRD], length=length), match="damaged or incomplete")
     check_nothing_final(tmp_path)
     assert not (tmp_path / ".net.part").exists()
     check_files(tmp_path, share.download(tmp_path, whole(BODY)))
@@ -485,7 +485,7 @@ def test_truncated_zip(share: Share, tmp_path: Path, length: int | None) -> None
 def test_wrong_byte_in_a_member(share: Share, tmp_path: Path, method: int, files: dict[str, bytes]) -> None:
     body = bytearray(zipped(files, method=method))
     body[1000] ^= 1
-    share.fails(tmp_path, whole(bytes(body)), match="damaged or not whole")
+    share.fails(tmp_path, whole(bytes(body)), match="damaged or incomplete")
     check_nothing_final(tmp_path)
 
 
@@ -496,7 +496,7 @@ def test_slow_server(share: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     end = threading.Event()
     stuck = whole(BODY, stop=stop, then=lambda: end.wait(20))
     try:
-        share.fails(tmp_path, stuck, match="failed again and again: .*timed out")
+        share.fails(tmp_path, stuck, match="failed repeatedly: .*timed out")
     finally:
         end.set()
     assert len(share.seen) in (5, 6)
@@ -513,7 +513,7 @@ def test_slow_server(share: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("http://127.0.0.1:1/s/token", "http://127.0.0.1:1/s/token/download failed .*refused.* Try another"),
         ("http://share.invalid/s/token", "Name or service not known|resol|name resolution"),
         *[
-            (link, "no address of a web server")
+            (link, "not a valid URL of a web server")
             for link in ("token", "file:///etc/passwd", "https://", "http://[::1/s")
         ],
     ],
@@ -582,7 +582,7 @@ def test_duplicate_members_overwrite_nothing(share: Share, tmp_path: Path, name:
 def test_encrypted_member(share: Share, tmp_path: Path) -> None:
     body = bytearray(special("secret.pt"))
     body[body.rindex(b"PK\x01\x02") + 8] |= 1
-    share.fails(tmp_path, whole(bytes(body)), match="damaged or not whole.*secret.pt.* is encrypted")
+    share.fails(tmp_path, whole(bytes(body)), match="damaged or incomplete.*secret.pt.* is encrypted")
 
 
 @pytest.mark.parametrize("name", ["robust.pt", "data.pkl"])
@@ -637,7 +637,7 @@ def test_file_changed_here_is_refused_until_deleted(share: Share, tmp_path: Path
 
 def test_someone_elses_file_is_not_overwritten(share: Share, tmp_path: Path) -> None:
     (tmp_path / "robust.pt").write_bytes(b"mine")
-    share.fails(tmp_path, whole(BODY), error=UserError, match=f"expected was {digest(b'mine')}")
+    share.fails(tmp_path, whole(BODY), error=UserError, match=f"expected {digest(b'mine')}")
     assert (tmp_path / "robust.pt").read_bytes() == b"mine"
     check_files(tmp_path, share.download(tmp_path, whole(BODY), force=True))
 
@@ -648,9 +648,9 @@ def test_known_digests_hold_from_the_start(share: Share, tmp_path: Path) -> None
     assert known["robust.pt"] in message and digest(b"other") in message
     check_nothing_final(tmp_path)
     elsewhere = {"elsewhere.pt": "0" * 64}
-    share.fails(tmp_path, whole(BODY), known=elsewhere, error=UserError, match="elsewhere.pt.*not there")
+    share.fails(tmp_path, whole(BODY), known=elsewhere, error=UserError, match="elsewhere.pt.*missing")
     check_files(tmp_path, share.download(tmp_path, whole(BODY), known=known))
-    share.fails(tmp_path, whole(BODY), known={"robust.pt": "0" * 64}, error=UserError, match="expected was 0000")
+    share.fails(tmp_path, whole(BODY), known={"robust.pt": "0" * 64}, error=UserError, match="expected 0000")
 
 
 def test_moved_share_with_the_same_content(share: Share, tmp_path: Path) -> None:
@@ -658,7 +658,7 @@ def test_moved_share_with_the_same_content(share: Share, tmp_path: Path) -> None
     moved = f"{share.link}2"
     check_files(tmp_path, share.download(tmp_path, whole(BODY), link=moved))
     assert list(json.loads((tmp_path / DIGESTS).read_text())) == [moved]
-    with pytest.raises(UserError, match="expected was"):
+    with pytest.raises(UserError, match="expected [0-9a-f]{64}"):
         share.download(tmp_path, whole(zipped(CHANGED)), link=f"{share.link}3")
 
 
@@ -685,7 +685,7 @@ def test_verify(share: Share, tmp_path: Path) -> None:
 
 def test_verify_needs_something_to_verify(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(UserError, match=f"{path}: expected a file, or a folder with a {DIGESTS}"):
+        with pytest.raises(UserError, match=f"{path}: expected a file, or a folder that contains {DIGESTS}"):
             verify(path)
 
 
@@ -704,7 +704,9 @@ def make_room() -> Iterator[Callable[[], None]]:
 def test_full_disk_while_downloading_keeps_the_part(
     share: Share, tmp_path: Path, make_room: Callable[[], None]
 ) -> None:
-    with pytest.raises(UserError, match="net: cannot write to .*File too large.*what has come is kept. Make room"):
+    with pytest.raises(
+        UserError, match="net: cannot write to .*File too large.*the downloaded part is kept. Free space"
+    ):
         share.download(tmp_path, whole(BODY))
     check_nothing_final(tmp_path)
     assert (tmp_path / ".net.part").read_bytes() == BODY[:200_000]
@@ -716,7 +718,7 @@ def test_full_disk_while_downloading_keeps_the_part(
 def test_full_disk_while_unpacking_keeps_the_zip(share: Share, tmp_path: Path, make_room: Callable[[], None]) -> None:
     files = {"robust.pt": b"\0" * 300_000}
     body = zipped(files, method=zipfile.ZIP_DEFLATED)
-    with pytest.raises(UserError, match="Make room"):
+    with pytest.raises(UserError, match="Free space"):
         share.download(tmp_path, whole(body))
     check_nothing_final(tmp_path)
     assert not (tmp_path / ".net.files").exists()
@@ -832,7 +834,10 @@ def test_robustbench_copy(drive: Share, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "match"),
     [
-        (status(200, b"<html>quota exceeded", Content_Type="text/html"), "its quota is used up.*Try another link"),
+        (
+            status(200, b"<html>quota exceeded", Content_Type="text/html"),
+            "download quota is exceeded.*Try another link",
+        ),
         (status(200, b"<html>quota exceeded"), "neither a ZIP nor weights.*<html>"),
         (status(503), "status 503"),
     ],
@@ -849,8 +854,8 @@ def test_robustbench_copy_that_cannot_be_had(drive: Share, tmp_path: Path, answe
     [
         ("Singh2023Revisiting_ConvNeXt-T", ID),
         ("x", "there are .*Wong2020Fast"),
-        ("Standard_R50", "kept elsewhere"),
-        ("Debenedetti2022Light_XCiT-S12", "kept elsewhere"),
+        ("Standard_R50", "stored elsewhere"),
+        ("Debenedetti2022Light_XCiT-S12", "stored elsewhere"),
         ("Bai2024MixedNUTS", "ensemble"),
     ],
 )

@@ -111,7 +111,7 @@ def test_folder_as_timm_writes_it(tmp_path, old):
         safetensors.torch.save_file(network.state_dict(), tmp_path / EXPORTED)
     trained = load_trained(tmp_path, NetworkDescription())
     assert trained.description["arch"] == "timm_resnet18" and trained.description["add_normalization"]
-    assert trained.preprocessing == Preprocessing(64, 0.9, "bilinear", "squash", "config.json beside the weights")
+    assert trained.preprocessing == Preprocessing(64, 0.9, "bilinear", "squash", "config.json next to the weights")
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(trained.model(x), network((x - 0.5) / 0.25), atol=1e-5)
@@ -127,7 +127,7 @@ def test_what_a_configuration_asks_for_in_vain(tmp_path):
     content = {"architecture": "resnet18", "num_classes": 2, "pretrained_cfg": cfg, "label_names": ["crane", "crane"]}
     (tmp_path / CONFIG).write_text(json.dumps(content))
     trained = load_trained(tmp_path, NetworkDescription())
-    assert trained.preprocessing.source.endswith("in place of its 'lanczos' and 'border'")
+    assert trained.preprocessing.source.endswith("instead of its 'lanczos' and 'border'")
     assert torch.allclose(trained.model.normalize.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
     assert trained.class_names == ["crane (0)", "crane (1)"]
 
@@ -141,7 +141,7 @@ def test_names_of_classes_as_timm_writes_them(tmp_path):
         (tmp_path / CONFIG).write_text(json.dumps(content | {key: ["pear", "apple", "fig"]}))
         assert load_trained(tmp_path, NetworkDescription()).class_names == ["pear", "apple", "fig"]
     (tmp_path / CONFIG).write_text(json.dumps(content | {"label_names": ["pear", "apple"]}))
-    with pytest.raises(UserError, match="a name for each of its 3 classes, label_names has 2"):
+    with pytest.raises(UserError, match="a name for each of its 3 classes, but label_names has 2"):
         load_trained(tmp_path, NetworkDescription())
 
 
@@ -225,7 +225,7 @@ def test_submission():
         ({"attacks": None}, "all four attacks"),
         ({"norm": "L2", "eps": 2.0}, "Linf with radius 4/255, not L2 2"),
         ({"eps": 8 / 255}, "Linf with radius 4/255"),
-        ({"check": {"outside_ball": [3]}}, "pass the check"),
+        ({"check": {"outside_ball": [3]}}, "pass the final check"),
         ({"n": 100}, "5,000 images, not 100"),
     ],
 )

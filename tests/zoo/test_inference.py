@@ -90,7 +90,7 @@ def test_same_weights_of_different_networks(tmp_path):
     found = describe_weights(Weights(network, None))
     assert found.candidates == ("resnet50", "resnet50_gelu") and not found.alike
     torch.save(network, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="resnet50 and resnet50_gelu.*expected arch to say which"):
+    with pytest.raises(UserError, match="resnet50 and resnet50_gelu.*functions; give arch"):
         load_trained(tmp_path / "w.pt", NetworkDescription())
     trained = load_trained(tmp_path / "w.pt", NetworkDescription(arch="resnet50_gelu"))
     assert "GELU" in str(trained.model) and trained.description["num_classes"] == 4
@@ -100,7 +100,7 @@ def test_same_weights_of_different_networks(tmp_path):
 def test_nothing_known(network):
     nothing = Description(add_normalization=False)
     assert describe_weights(Weights(network, None)) == nothing and str(nothing) == "no known architecture"
-    with pytest.raises(UserError, match="nothing in it fits a known architecture. Nearest is .* is missing"):
+    with pytest.raises(UserError, match="does not fit a known architecture. The nearest is .* is missing"):
         check_description(Weights(network, None), {}, source="x.pt")
 
 
@@ -112,15 +112,15 @@ def test_the_random_state_stays():
 
 BASE = "convnext_base/not_original=1"
 WRONG = {
-    "architecture": (BASE, {"arch": "convnext_tiny"}, ["arch asks for convnext_tiny"]),
-    "stem": (BASE, {"not_original": False}, ["not_original asks for 0"]),
-    "stem of the right architecture": (BASE, {"arch": "convnext_base", "not_original": False}, ["asks for 0"]),
-    "classes": (BASE, {"num_classes": 10}, ["num_classes asks for 10"]),
-    "width": (BASE, {"updated": True}, ["updated asks for 1"]),
+    "architecture": (BASE, {"arch": "convnext_tiny"}, ["arch=convnext_tiny"]),
+    "stem": (BASE, {"not_original": False}, ["not_original=0"]),
+    "stem of the right architecture": (BASE, {"arch": "convnext_base", "not_original": False}, ["=0"]),
+    "classes": (BASE, {"num_classes": 10}, ["num_classes=10"]),
+    "width": (BASE, {"updated": True}, ["updated=1"]),
     "all": (
         BASE,
         {"arch": "vit_s", "not_original": False, "updated": True, "num_classes": 10},
-        ["arch asks for vit_s, not_original asks for 0, updated asks for 1, num_classes asks for 10"],
+        ["arch=vit_s, not_original=0, updated=1, num_classes=10"],
     ),
 }
 
@@ -137,7 +137,7 @@ def test_asked_for_something_else(case):
 
 def test_normaliser_not_asked_for():
     weights = golden(BASE, normalized=True)
-    with pytest.raises(UserError, match="with ConvStem, a normaliser and 1000 classes; add_normalization asks for 0"):
+    with pytest.raises(UserError, match="with ConvStem, a normaliser and 1000 classes; requested: add_normalization=0"):
         check_description(weights, {"add_normalization": False}, source="x.pt")
     check_description(golden(BASE), {"add_normalization": True}, source="x.pt")  # the network fits both
 
@@ -157,7 +157,7 @@ def test_what_was_asked_for_passes():
 def test_errors_name_the_nearest():
     network = dict(golden(BASE).network)
     del network["head.fc.bias"]
-    expected = "Nearest is convnext_base with ConvStem, but head.fc.bias is missing. "
+    expected = "The nearest is convnext_base with ConvStem, but head.fc.bias is missing. "
     for asked in ({}, {"arch": "convnext_base"}):
         with pytest.raises(UserError, match=expected):
             check_description(Weights(network, None), asked, source="x.pt")
@@ -175,7 +175,7 @@ def test_unknown_architecture():
     [
         ("timm_resnet18", "fits timm_resnet18 and timm_resnetblur18, which have the same weights"),
         ("timm_convnext_atto", None),
-        ("timm_nest_tiny", "have the arch timm_<name>"),
+        ("timm_nest_tiny", "give arch timm_<name>"),
     ],
 )
 def test_other_models_of_timm_are_named(tmp_path, arch, answer, monkeypatch):
@@ -189,7 +189,7 @@ def test_other_models_of_timm_are_named(tmp_path, arch, answer, monkeypatch):
     assert trained.description["add_normalization"]
     with pytest.raises(UserError, match=answer) if answer else contextlib.nullcontext():
         assert load_trained(path, NetworkDescription()).description == trained.description
-    with pytest.raises(UserError, match="it is timm_.* and 4 classes; num_classes asks for 5"):
+    with pytest.raises(UserError, match="it is timm_.* and 4 classes; requested: num_classes=5"):
         load_trained(path, NetworkDescription(arch=arch, num_classes=5))
 
 
@@ -212,7 +212,7 @@ def test_a_head_that_cannot_be_chosen_has_the_classes_of_imagenet():
     arch = "robustbench_Salman2020Do_R18"
     weights = parse_weights(build_model(arch).state_dict(), source="x")
     assert check_description(weights, {"arch": arch, "num_classes": 1000}, source="x").num_classes == 1000
-    with pytest.raises(UserError, match="and 1000 classes; num_classes asks for 10 "):
+    with pytest.raises(UserError, match="and 1000 classes; requested: num_classes=10 "):
         check_description(weights, {"arch": arch, "num_classes": 10}, source="x")
 
 

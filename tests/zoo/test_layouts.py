@@ -248,8 +248,8 @@ def test_mean_sparse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "at, changed, words",
     [
-        ("nowhere.1", {}, "there is no 'nowhere'"),
-        (".1", {}, "there is no ''"),
+        ("nowhere.1", {}, "the layer 'nowhere' does not exist"),
+        (".1", {}, "the layer '' does not exist"),
         ("act1.1", {"threshold": torch.ones(2)}, "act1.1.threshold is unexpected"),
         ("act1.1", {"running_mean": torch.tensor(1.0)}, "act1.1.threshold is unexpected"),
         ("act1.1", {"a.b": torch.tensor(1.0)}, "act1.1.threshold is unexpected"),
@@ -347,7 +347,7 @@ def test_several_architectures_of_timm_are_listed(tmp_path: Path, monkeypatch: p
     trained = load_trained(path, NetworkDescription())
     assert trained.description["arch"] == "timm_vgg11" and trained.description["num_classes"] == 3
     torch.save(network("vit_base_patch32_clip_224", img_size=32, num_classes=3).state_dict(), path)
-    with pytest.raises(UserError, match="vit_base_patch32_clip_.*which have the same weights .*expected arch to say"):
+    with pytest.raises(UserError, match="vit_base_patch32_clip_.*which have the same weights .*give arch"):
         load_trained(path, NetworkDescription())
 
 
@@ -589,10 +589,10 @@ def test_normaliser_that_is_asked_for(tmp_path: Path) -> None:
         assert torch.allclose(trained.model(x), model((x - 0.5) / 0.25), atol=1e-5)
     with pytest.raises(UserError, match="mean, std: expected both"):
         load_trained(path, NetworkDescription(mean=(0.5, 0.5, 0.5)))
-    with pytest.raises(UserError, match="mean and std would have no effect, because add_normalization=0 asks for none"):
+    with pytest.raises(UserError, match="mean and std would have no effect, because add_normalization=0 requests none"):
         load_trained(path, NetworkDescription(mean=(0.5,) * 3, std=(0.5,) * 3, add_normalization=False))
     torch.save(normalize_model(model).state_dict(), path)
-    with pytest.raises(UserError, match="would have no effect, because the file holds a normaliser"):
+    with pytest.raises(UserError, match="would have no effect, because the file contains a normaliser"):
         load_trained(path, NetworkDescription(mean=(0.5,) * 3, std=(0.5,) * 3))
 
 

@@ -416,7 +416,7 @@ WRONG = {
     "list": Wrong(lambda: list(state().values()), ("no state dict", "a list")),
     "tensor": Wrong(lambda: torch.zeros(3), ("no state dict", "a Tensor")),
     "numbers": Wrong(lambda: {"a": 1, "b": [2]}, ("no state dict", "a mapping with a, b")),
-    "empty mapping": Wrong(dict, ("no state dict", "nothing in it")),
+    "empty mapping": Wrong(dict, ("no state dict", "no entries")),
     "empty container": Wrong(lambda: {"state_dict": {}, "epoch": 3}, ("no state dict", "state_dict, epoch")),
     "optimiser only": Wrong(optimizer, ("no state dict", "param_groups")),
     "optimiser in a state": Wrong(
@@ -434,7 +434,7 @@ WRONG = {
     "raw not there": Wrong(lambda: {"ema": state()}, ("expected weights under the key model", "only ema"), key="model"),
     "two models": Wrong(
         lambda: {"model": state(), "state_dict": state()},
-        ("one model, found 2", "model, state_dict; weights_key says which"),
+        ("one model, found 2", "model, state_dict; select one with weights_key"),
     ),
     # weights of something else
     "other architecture": Wrong(
@@ -495,11 +495,11 @@ WRONG = {
     # more than anyone has memory for
     "a head of 10^12 classes": Wrong(
         lambda: changed(head__fc__weight=torch.zeros(1).expand(10**12, 112)),
-        ("at most 1073741824 numbers", "head.fc.weight, [1000000000000, 112]"),
+        ("at most 1073741824 elements", "head.fc.weight, [1000000000000, 112]"),
     ),
     "positions of 10^10 patches": Wrong(
         lambda: changed("vit_micro", pos_embed=torch.zeros(1).expand(1, 10**10 + 1, 128)),
-        ("at most 1073741824 numbers", "pos_embed"),
+        ("at most 1073741824 elements", "pos_embed"),
         arch="vit_micro",
     ),
     # position embeddings
@@ -576,7 +576,7 @@ def test_no_file(tmp_path, kind, words):
     path = tmp_path / "w.pt"
     if kind == "folder":
         path.mkdir()
-    with pytest.raises(UserError, match=f"expected a file of weights, .*{words}"):
+    with pytest.raises(UserError, match=f"expected a weights file, .*{words}"):
         read_weights(path)
 
 
@@ -589,7 +589,7 @@ def test_description_comes_from_the_run(images, tmp_path):
     assert trained.description["arch"] == "convnext_micro" and trained.description["not_original"] is True
     assert trained.description["num_classes"] == 4 and not trained.model.training
     assert torch.equal(trained.model.state_dict()["normalize.mean"], outcome.weights["normalize.mean"])
-    with pytest.raises(UserError, match="not_original asks for 0"):
+    with pytest.raises(UserError, match="not_original=0"):
         load_trained(outcome.folder, NetworkDescription(not_original=False))
     with pytest.raises(UserError, match="weights_<epoch>"):
         load_trained(tmp_path, NetworkDescription())
@@ -600,7 +600,7 @@ def test_run_that_says_something_else(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps({"model": {"arch": "vit_micro", "num_classes": 1000}}))
     with pytest.raises(UserError) as error:
         load_trained(tmp_path, NetworkDescription())
-    for words in ("it is convnext_micro with ConvStem and 4 classes", "arch asks for vit_micro", "params.json"):
+    for words in ("it is convnext_micro with ConvStem and 4 classes", "arch=vit_micro", "params.json"):
         assert words in str(error.value)
     trained = load_trained(tmp_path, NetworkDescription(arch="convnext_micro", num_classes=4))
     assert trained.description["arch"] == "convnext_micro"  # flags come first

@@ -123,7 +123,7 @@ def test_a_share_without_the_model(published, tmp_path, monkeypatch):
     _, model = published
     lacking = dataclasses.replace(model, arch="convnext_tiny", links=model.links[1:])
     monkeypatch.setattr(zoo.names, "find_published", {NAME: lacking}.get)
-    with pytest.raises(UserError, match="^http.*no file of the share is it: .*vit_robust.pt.*Give one by its path"):
+    with pytest.raises(UserError, match="^http.*no file of the share matches: .*vit_robust.pt.*Give the path of one"):
         locate(NAME, folder=tmp_path / "somewhere")
 
 
@@ -131,7 +131,7 @@ def test_a_moved_share_says_what_to_try(published, tmp_path, monkeypatch):
     _, model = published
     gone = dataclasses.replace(model, links=model.links[:1])
     monkeypatch.setattr(zoo.names, "find_published", {NAME: gone}.get)
-    with pytest.raises(UserError, match="does not exist .status 404.*Try .*local file by its path"):
+    with pytest.raises(UserError, match="does not exist .status 404.*Try .*path of a local file"):
         locate(NAME, folder=tmp_path / "somewhere")
 
 
@@ -224,8 +224,8 @@ def test_download_from_the_command_line(published, files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nowhere.pt", "expected a file of weights"),
-        ("runs/nowhere", "expected a file of weights"),
+        ("nowhere.pt", "expected a weights file"),
+        ("runs/nowhere", "expected a weights file"),
         ("é" * 300, "neither a file or run folder"),
         ("convnext_base_cvts", "did you mean convnext_base_cvst?"),
         ("Nobody2099Nothing", "RobustBench has no ImageNet model"),
@@ -244,7 +244,9 @@ def test_kinds():
 
 def test_a_normaliser_outside_is_asked_for_not_guessed(tmp_path):
     (tmp_path / "w.pt").write_bytes(weights_file())
-    with pytest.warns(UserWarning, match="w.pt holds no input normaliser, so the network gets images as they are"):
+    with pytest.warns(
+        UserWarning, match="w.pt contains no input normaliser, so the network gets images without normalisation"
+    ):
         bare = load_robust_model(str(tmp_path / "w.pt"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -296,11 +298,9 @@ def test_choose_one_of_several_models():
     files = paths("vit_s_robust.pt", "vit_b_robust.pt", "vit_s_clean.pt", "vit_b_clean.pt", "robust_log.txt")
     assert choose(files, "robust", lambda path: "vit_b" in path.name) == files[1]
     assert choose(files, "clean", lambda path: "vit_s" in path.name) == files[2]
-    with pytest.raises(
-        UserError, match="robust weights.*several files could be it: vit_s_robust.pt, vit_b_robust.pt[.]"
-    ):
+    with pytest.raises(UserError, match="robust weights.*several files match: vit_s_robust.pt, vit_b_robust.pt[.]"):
         choose(files, "robust")
-    with pytest.raises(UserError, match="no file of the share is it: .*vit_b_robust.pt.*vit_s_clean.pt"):
+    with pytest.raises(UserError, match="no file of the share matches: .*vit_b_robust.pt.*vit_s_clean.pt"):
         choose(files, "robust", lambda path: False)
 
 
