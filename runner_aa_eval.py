@@ -13,9 +13,8 @@ comes from the run's params.json, the published table, or the weights file; flag
 chunks. Each free GPU (or CPU process) takes the next open chunk. To resume after an interruption, start the same command again,
 with any number of GPUs; finished chunks are not computed again.
 
-For each network, image size and norm, `eval.out` receives report.json, verdicts.csv, log.txt and pictures. A table of all
-evaluations is printed. `--help` lists the flags. Exit status: 0 success; 1 a chunk failed three times; 2 wrong input;
-130 interrupted; 143 terminated.
+For each network, image size and norm, report.json, verdicts.csv, log.txt and pictures are written to `eval.out`. A table of all
+is printed. `--help` lists the flags. Exit status: 0; 2 wrong input; 1 a chunk failed three times; 130, 143 interrupted, terminated.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
     warnings.filterwarnings("ignore", ".*torch.jit.*", FutureWarning)  # raised inside timm
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # the same, for the workers
-    before = signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # so that `finally` blocks stop the workers
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `finally` stops workers
     try:
         first, rest = argv[:1], argv[1:]
         if first and not first[0].startswith("-"):  # a network without --eval.model_in

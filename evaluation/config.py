@@ -72,15 +72,11 @@ class EvalDataConfig:
 class EvalAttackConfig:
     """AutoAttack, its threat models, and its devices."""
 
-    model_in: tuple[str, ...] = flag(
-        (), "weights files, run folders, published models or RobustBench ids, separated by commas"
-    )
+    model_in: tuple[str, ...] = flag((), "comma-separated weights files, run folders, published or RobustBench names")
     models: str = flag("", "YAML file: a list of weights files, run folders, or {model_in: …, name: …, arch: …}")
     fullaa: bool = flag(True, "1: APGD-CE, APGD-T, FAB-T, Square; 0: the first two of them")
-    attacks: tuple[str, ...] = flag(
-        (), "some of AutoAttack's attacks, separated by commas; unset: see fullaa", choices=ATTACKS
-    )
-    norms: tuple[str, ...] = flag(("Linf",), "threat models, separated by commas", choices=NORMS)
+    attacks: tuple[str, ...] = flag((), "comma-separated AutoAttack attacks; unset: see fullaa", choices=ATTACKS)
+    norms: tuple[str, ...] = flag(("Linf",), "comma-separated threat models", choices=NORMS)
     eps: tuple[float, ...] | None = flag(None, "radius for each norm, fractions allowed; unset: 4/255, 2, 75", above=0)
     ids: str = flag("auto", "robustbench: its 5,000 images; auto: these if val_dataset is ImageNet", choices=IMAGE_IDS)
     n_ex: int = flag(5000, "use the first n_ex images; 0: all", at_least=0)
@@ -90,9 +86,7 @@ class EvalAttackConfig:
         at_least=0.05,
     )
     batch_size: int = flag(100, "images per chunk, attacked as one batch; results depend on it", at_least=1)
-    img_size: tuple[int, ...] = flag(
-        (), "image sizes in pixels, separated by commas; unset: the network's own", at_least=8
-    )
+    img_size: tuple[int, ...] = flag((), "comma-separated image sizes in px; unset: the network's own", at_least=8)
     crop_pct: float | None = flag(
         None, "centre crop after resizing to img_size/crop_pct; unset: the network's own", above=0, at_most=1
     )

@@ -90,15 +90,8 @@ def free_gpus(visible: list[str], max_load: float, max_memory: float) -> list[in
 
     try:
         listed = GPUtil.getGPUs()
-    except (
-        ValueError,
-        IndexError,
-        ZeroDivisionError,
-    ) as error:  # GPUtil parses every line as a GPU, also error messages
-        print(
-            f"warning: eval.gpus: nvidia-smi does not report which GPUs are free ({error}); all count as free.",
-            file=sys.stderr,
-        )
+    except (ValueError, IndexError, ZeroDivisionError) as error:  # GPUtil parses all lines, even error messages
+        print(f"warning: eval.gpus: nvidia-smi does not report free GPUs ({error}); all are used.", file=sys.stderr)
         listed = []
     # Unknown values are NaN, which is never above a limit.
     busy = {_bare(gpu.uuid) for gpu in listed if gpu.load > max_load or gpu.memoryUtil > max_memory}

@@ -138,10 +138,9 @@ def open_images(
     is shuffled with a fixed seed. Streams keep their order, because only the needed part of them is read. In every case, a
     smaller `n_ex` selects a prefix of a larger one.
 
-    `data.classes`, `data.class_map` or `data.labels` determine the labels if given. Otherwise they are matched by class name, if
-    the run recorded its classes or a network with 1,000 classes gets ImageNet's classes or some of them. In all other cases the
-    data set must have as many classes as the head: class folders are numbered by their sorted names, and a missing folder would
-    shift all numbers after it.
+    `data.classes`, `data.class_map` or `data.labels` determine the labels if given. Otherwise labels are matched by class name if
+    the run recorded its classes, or if a network with 1,000 classes gets (some of) ImageNet's. In all other cases the data set
+    must have as many classes as the head: folders are numbered by sorted names, and a missing one would shift all later numbers.
 
     Args:
         data: location and labels of the images.

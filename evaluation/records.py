@@ -95,10 +95,7 @@ class StateFolder:
             raise UserError(
                 f"eval.out: {file} is damaged ({error}). Give another eval.out, or remove the folder."
             ) from error
-        found, wanted = (
-            _flat(there),
-            _flat(json.loads(json.dumps(identity))),
-        )  # through JSON, which turns tuples into lists
+        found, wanted = _flat(there), _flat(json.loads(json.dumps(identity)))  # JSON turns tuples into lists
         differ = [name for name in {**found, **wanted} if found.get(name, NOTHING) != wanted.get(name, NOTHING)]
         if differ:
             texts = [f"{n}: {found.get(n, NOTHING)} there, {wanted.get(n, NOTHING)} here" for n in differ]

@@ -133,9 +133,7 @@ class _Worker:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, lambda f: np.savez(f, **arrays))
         except OSError as error:
-            print(
-                f"warning: adversarial images are not saved: cannot write {file} ({error.strerror}).", file=sys.stderr
-            )
+            print(f"warning: adversarial images not saved: cannot write {file} ({error.strerror}).", file=sys.stderr)
             return 0
         return count
 

@@ -57,9 +57,7 @@ def parser() -> argparse.ArgumentParser:
     command("show", show, "show all data of one model").add_argument("name")
     download = command("download", download_weights, "download robust weights, or a clean initialisation")
     download.add_argument("name")
-    download.add_argument(
-        "--to", type=Path, help="parent of the new folder <name> (default: checkpoints in the project)"
-    )
+    download.add_argument("--to", type=Path, help="parent of the folder <name> (default: checkpoints in the project)")
     download.add_argument("--clean", action="store_true", help="the clean initialisation instead of the robust weights")
     download.add_argument("--force", action="store_true", help="download again and accept changed content")
     command("verify", verify_path, "show the SHA-256 and the content of a file").add_argument("path", type=Path)

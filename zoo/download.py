@@ -50,8 +50,7 @@ def download(
     Args:
         link: `hub:<owner>/<repository>:<file>`, `drive:<id>`, `robustbench:<id>`, the URL of a weights file, or the URL of a public
             share, for which `<link>/download` returns a ZIP of a folder. A single file becomes `<name>.pt`.
-        name: name of the partial file, also shown in the progress bar and in errors.
-        hint: the model's RobustBench id, if it has one.
+        name: name of the partial file, shown in progress bar and errors; hint: the model's RobustBench id, if it has one.
         known: file name → SHA-256, always enforced.
         force: download again, and accept content that differs from the record (but not from `known`).
 
@@ -198,9 +197,7 @@ def _request(url: str, part: Path, size: int, notes: Mapping[str, Any], name: st
         if status not in (200, 206, 416):
             raise ShareUnavailable(f"{REFUSED.get(status, 'gave no file')} (status {status} of {response.url})")
         if "html" in headers.get("Content-Type", "").lower():
-            raise ShareUnavailable(
-                "sent a web page: the file was moved, requires a login, or its download quota is exceeded"
-            )
+            raise ShareUnavailable("sent a web page: the file was moved, requires a login, or its quota is exceeded")
         if status == 200:
             part.write_bytes(b"")
             size, notes = 0, {"url": url, "validator": validator, "total": int(length) if length.isdecimal() else None}
@@ -230,9 +227,7 @@ def _unpack(part: Path, staging: Path, name: str) -> None:
         with zipfile.ZipFile(part) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
             if sum(info.file_size for info in infos) > max(BOMB_BYTES, BOMB_FACTOR * part.stat().st_size):
-                raise ShareUnavailable(
-                    "sent a ZIP that unpacks to many times its size; weights do not compress like that"
-                )
+                raise ShareUnavailable("sent a ZIP that unpacks to many times its size, as no weights do")
             paths = [PureWindowsPath(info.filename) for info in infos]  # handles both slashes, and drive letters
             names = Counter(path.name for path in paths)
             if "data.pkl" in names:  # a file written by torch.save

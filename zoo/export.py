@@ -33,8 +33,7 @@ def export(
 ) -> None:
     """Write model.safetensors (the bare network), config.json and README.md into `folder`.
 
-    timm's models get normalised images. So a normaliser in the network becomes `mean` and `std` of config.json; without one, they
-    are 0 and 1.
+    timm's models get normalised images. So a normaliser becomes `mean` and `std` of config.json; without one, they are 0 and 1.
 
     Args:
         folder: created if needed; files of these names are replaced.

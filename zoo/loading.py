@@ -28,7 +28,7 @@ AVERAGES = {"ema", "swa", "averaged", "shadow"}
 NO_NETWORKS = {"optim", "optimizer", "optimizers", "opt", "sched", "scheduler", "schedulers", "scaler"}
 SHADOWS = "shadow_params"  # key of torch_ema: EMA weights as a list, in the order of model.parameters()
 _DEEPEST = 20  # largest depth in a training state at which a network is searched
-IGNORED_TYPES = (bool, int, float, str, bytes, type(None))  # allowed beside tensors in a state dict
+IGNORED_TYPES = (bool, int, float, str, bytes, type(None))  # allowed next to tensors in a state dict
 COUNTER = "num_batches_tracked"  # of batch normalisation; does not affect the network's outputs
 STATISTICS = ("running_mean", "running_var")  # of batch normalisation; not parameters
 _FEW = 3  # a mapping with more tensors than this is a network, whatever else it contains
@@ -101,9 +101,7 @@ def load_weights(model: nn.Module, weights: Weights, *, source: str | Path, keep
     """
     normalized = has_normalizer(model)
     if weights.normalizer is not None and not normalized:
-        raise UserError(
-            f"{source} contains an input normaliser, but the model has none; build it with add_normalization."
-        )
+        raise UserError(f"{source} has an input normaliser, but the model has none; build it with add_normalization.")
     network = model.model if normalized else model
     expected = network.state_dict()
     kept = {name: value for name, value in expected.items() if f"{'model.' * normalized}{name}" in keep}
@@ -283,9 +281,7 @@ def _choose(found: list[_Found], content: Any, key: str | None, where: str) -> _
             raise UserError(f"{where}: expected weights under the key {key}, found only {_keys(everywhere)}.")
     chosen = [entry for entry in found if AVERAGES & _words(entry.key)] or found
     if len(chosen) > 1:
-        raise UserError(
-            f"{where}: expected one model, found {len(chosen)}: {_keys(chosen)}; select one with weights_key."
-        )
+        raise UserError(f"{where}: expected one model, found {len(chosen)}: {_keys(chosen)}; select by weights_key.")
     return chosen[0]
 
 

@@ -65,8 +65,6 @@ def add_operators(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     for at, buffers in operators(state).items():
         layer, _, place = at.rpartition(".")
         if not layer or layer not in layers:
-            raise UserError(
-                f"expected {at} to be a MeanSparse operator next to a layer, but the layer {layer!r} does not exist."
-            )
+            raise UserError(f"{at}: expected a MeanSparse operator next to a layer, but there is no layer {layer!r}.")
         pair = [network.get_submodule(layer), MeanSparse(buffers)]
         network.set_submodule(layer, nn.Sequential(*(pair if place == "1" else pair[::-1])))

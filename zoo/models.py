@@ -36,9 +36,7 @@ def build_model(
     """
     if arch.startswith((ROBUSTBENCH_PREFIX, CLIP_PREFIX)):
         if pretrained or not_original or updated or use_blurpool:
-            raise UserError(
-                f"arch: {arch} is built by another package; expected no other options that describe the model."
-            )
+            raise UserError(f"arch: {arch} is built by another package; expected no other options of the model.")
         if arch.startswith(CLIP_PREFIX):
             model = clip_architecture(arch.removeprefix(CLIP_PREFIX), num_classes)
             return normalize_model(model) if add_normalization else model
@@ -80,9 +78,7 @@ def add_blurpool(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.in_channels >= 16
     ]
     if not strided:
-        raise UserError(
-            "use_blurpool: expected strided convolutions with at least 16 input channels, found none; remove it."
-        )
+        raise UserError("use_blurpool: expected strided convolutions with at least 16 input channels; remove it.")
     for conv in strided:
         if not hasattr(conv, "blur_kernel"):
             row = torch.tensor([0.25, 0.5, 0.25], device=conv.weight.device, dtype=conv.weight.dtype)

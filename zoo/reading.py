@@ -117,10 +117,7 @@ def _content(data: bytes, suffix: str) -> Any:
         return safetensors.torch.load(data)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        AttributeError,
-    ) as error:  # AttributeError: some types in files of old versions of torch
+    except (pickle.UnpicklingError, AttributeError) as error:  # AttributeError: some types in old torch files
         try:
             return _read_zip(data) if data.startswith(b"PK") else _read_legacy(data)
         except Exception:

@@ -76,9 +76,7 @@ def load_trained(model_in: str | Path, asked: NetworkDescription) -> TrainedMode
         value = getattr(asked, name)
         description[name] = run.get(section, {}).get(name, description.get(name)) if value is None else value
     if asked.mean is not None and (weights.normalizer is not None or asked.add_normalization is False):
-        why = (
-            "the file contains a normaliser" if weights.normalizer is not None else "add_normalization=0 requests none"
-        )
+        why = "the file has a normaliser" if weights.normalizer is not None else "add_normalization=0 requests none"
         raise UserError(f"{path}: mean and std would have no effect, because {why}; remove one of them.")
     sure = bool(weights.normalizer or (run and asked.add_normalization is None))
     with blame(f"normaliser of {path}"):

@@ -217,7 +217,7 @@ class Nan(nn.Module):
 
 
 def test_the_repositorys_package_serves_too(monkeypatch, short):
-    """`autoattack` has the same attacks; its constructor takes `verbose` and prints unless told not to."""
+    """`autoattack` has the same attacks; its constructor takes `verbose` and prints by default."""
     real = importlib.import_module("pyautoattack").AutoAttack
     quiet = []
 

@@ -149,7 +149,7 @@ def test_without_nvidia_smi_all_are_free(no_nvidia_smi):
 def test_when_nvidia_smi_fails_all_are_free(nvidia_smi, capfd, lines):
     nvidia_smi(lines, status=9)
     assert free_gpus(UUIDS, 0.5, 0.5) == [0, 1, 2, 3]
-    assert "warning: eval.gpus: nvidia-smi does not report" in capfd.readouterr().err
+    assert "warning: eval.gpus: nvidia-smi does not report free GPUs" in capfd.readouterr().err
 
 
 def test_an_nvidia_smi_that_says_nothing(nvidia_smi):
@@ -258,7 +258,7 @@ def test_gives_up_waiting(nvidia_smi, machine, monkeypatch):
 
 
 def test_waits_no_longer_than_asked(nvidia_smi, machine):
-    """The time between two looks may be longer than the time to wait; there is a last look when it is over."""
+    """The polling interval may exceed the waiting time; GPUs are checked once more at the end."""
     nvidia_smi(BUSY, FREE)
     machine(0, 1)
     begin = time.monotonic()

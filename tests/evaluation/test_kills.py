@@ -20,7 +20,7 @@ KILLS, CHUNKS = 20, 40  # of one image each
 
 @dataclass
 class Evaluation:
-    """A command with two workers, and the records that it had written when it was last looked at."""
+    """A command with two workers, and the records written at the last check."""
 
     network: Path
     images: Path
@@ -54,7 +54,7 @@ class Evaluation:
         return len(files) if any(file.stat().st_mtime > program.started for file in files) else -1
 
     def check_records(self) -> None:
-        """All are whole; those of the look before are there, and have not changed."""
+        """All records are complete; those of the last check exist and are unchanged."""
         found = {file.name: file.read_bytes() for file in self.files()}
         assert all(RECORD_KEYS <= json.loads(content).keys() for content in found.values())
         assert self.records.items() <= found.items()

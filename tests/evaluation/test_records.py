@@ -311,7 +311,7 @@ def test_half_written_files_are_removed(opened):
 
 
 def test_a_run_that_is_refused_removes_nothing(opened):
-    """What looks half-written is what the other run is writing."""
+    """A partial file belongs to the other run, which is writing it."""
     state = opened()
     file = state.folder / "chunks/.00002.json.x7.part"
     file.write_bytes(b"{")
@@ -357,5 +357,5 @@ def test_a_write_that_fails_midway_leaves_nothing(opened, small_files):
         state.write(big)
     assert sorted(file.name for file in (state.folder / "chunks").iterdir()) == ["00000.json"]
     assert state.read(CHUNKS) == {0: record(0)}
-    state.write(record(1))  # it goes on when there is room
+    state.write(record(1))  # works again when there is space
     assert state.read(CHUNKS) == {0: record(0), 1: record(1)}

@@ -172,7 +172,7 @@ def test_another_network_or_arithmetic_is_not_compared(changed: dict[str, Any], 
 def test_what_is_published_for_other_images_is_not_compared() -> None:
     network = NETWORK | {"arch": "resnet50", "not_original": False, "add_normalization": True}
     found = compared(evaluation(published=KNOWN["ares_resnet50"]), report(network=network))
-    assert found["differs"] == ["its number is of 1,000 images drawn at random"]
+    assert found["differs"] == ["its accuracy was measured on 1,000 random images"]
 
 
 @pytest.mark.parametrize(

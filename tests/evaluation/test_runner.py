@@ -177,10 +177,11 @@ def test_report(trained, images, finished):
 
 def test_table_and_union(finished):
     out, _ = finished
-    table, told = (part.splitlines() for part in (out / "table.md").read_text().split("\n\n"))
+    table, notes = (part.splitlines() for part in (out / "table.md").read_text().split("\n\n"))
     assert len(table) == 2 + 4 + 2
     assert (
-        "weights_1 gets images of 32 px, crop 1, bicubic (the run's params.json), not normalised, in [0, 1]." in told[0]
+        "weights_1 gets images of 32 px, crop 1, bicubic (the run's params.json), not normalised, in [0, 1]."
+        in notes[0]
     )
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["evaluations"]) == 4 and (out / "accuracy.png").read_bytes().startswith(PNG)
@@ -438,7 +439,7 @@ def test_adversarial_images_are_kept_on_demand(trained, images, tmp_path):
 
 
 def test_odd_names_and_missing_results(trained, images, tmp_path):
-    """A file's name that is not UTF-8, a network's that looks like mathematics, results that were deleted."""
+    """A file name that is not UTF-8, a network name like mathematics, and deleted results."""
     copy = tmp_path / "images"
     shutil.copytree(images, copy)
     os.rename(copy / "val" / "red" / "0.png", os.fsencode(copy / "val" / "red") + b"/im\xff3.png")
@@ -609,7 +610,7 @@ def test_a_process_without_the_gpu_that_the_first_one_has(worker, monkeypatch):
     board = Board(Processes.alone(), "test")
     with pytest.raises(UserError, match="the first process uses cpu, another process cuda; expected GPUs on all"):
         evaluation.evaluate._work(worker.config, board, worker.evaluations, [Task(0, 0)], None)
-    assert "another one" in board.closed()
+    assert "another process" in board.closed()
 
 
 def test_a_finished_evaluation_needs_no_free_gpu(trained, images, finished, monkeypatch, capsys):
@@ -675,7 +676,7 @@ def test_names_cannot_leave_their_folder(name, folder):
 
 
 def test_stops_where_both_norms_are_known_well_enough(trained, images, tmp_path, capsys):
-    """As many images under both norms, whoever finishes first; asked for more, it goes on."""
+    """Both norms use the same number of images, in any order of completion; a larger request resumes."""
     out, flags = tmp_path / "out", ["--eval.norms=Linf,L2", "--eval.eps=0.1,4", "--eval.batch_size=1"]
     assert evaluate(trained, images, out, *flags, "--eval.ci=47") == 0
     reports = [json.loads(file.read_text()) for file in sorted(out.rglob("report.json"))]

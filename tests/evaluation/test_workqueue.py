@@ -88,7 +88,7 @@ def fail_once(folder, task, note):
 
 
 def fail_together(folder, task, note):
-    """Both first tries fail, each in a worker of its own."""
+    """Both first attempts fail, each in a separate worker."""
     if attempt(folder, task) == 1:
         wait_until(lambda: len(list(folder.glob("attempts-*"))) == 2)
         raise ValueError("the first try fails")

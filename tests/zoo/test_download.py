@@ -424,7 +424,7 @@ def test_two_at_a_time_download_once(share: Share, tmp_path: Path) -> None:
         (status(403), "is not public .status 403 "),
         (status(401), "requires a login .status 401 "),
         (status(418), "gave no file .status 418 "),
-        (PAGE, "sent a web page: the file was moved, requires a login, or its download quota is exceeded"),
+        (PAGE, "sent a web page: the file was moved, requires a login, or its quota is exceeded"),
         (status(200, b"\n <html>closed", Content_Type="application/zip"), "neither a ZIP nor weights.*<html>"),
         (status(200, BODY, Content_Type="text/html"), "sent a web page"),
         (status(200, b'{"ocs": 1}', Content_Type="application/json"), r"neither a ZIP nor weights.*\{\"ocs\": "),
@@ -834,10 +834,7 @@ def test_robustbench_copy(drive: Share, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "match"),
     [
-        (
-            status(200, b"<html>quota exceeded", Content_Type="text/html"),
-            "download quota is exceeded.*Try another link",
-        ),
+        (status(200, b"<html>quota exceeded", Content_Type="text/html"), "quota is exceeded.*Try another link"),
         (status(200, b"<html>quota exceeded"), "neither a ZIP nor weights.*<html>"),
         (status(503), "status 503"),
     ],

@@ -1,4 +1,4 @@
-"""Which network weights are of: from names and shapes, held against the golden ones, and errors that say what was found."""
+"""Inference of the network from names and shapes, checked against golden ones, and errors that show what was found."""
 
 from __future__ import annotations
 

@@ -248,8 +248,8 @@ def test_mean_sparse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "at, changed, words",
     [
-        ("nowhere.1", {}, "the layer 'nowhere' does not exist"),
-        (".1", {}, "the layer '' does not exist"),
+        ("nowhere.1", {}, "there is no layer 'nowhere'"),
+        (".1", {}, "there is no layer ''"),
         ("act1.1", {"threshold": torch.ones(2)}, "act1.1.threshold is unexpected"),
         ("act1.1", {"running_mean": torch.tensor(1.0)}, "act1.1.threshold is unexpected"),
         ("act1.1", {"a.b": torch.tensor(1.0)}, "act1.1.threshold is unexpected"),
@@ -592,7 +592,7 @@ def test_normaliser_that_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mean and std would have no effect, because add_normalization=0 requests none"):
         load_trained(path, NetworkDescription(mean=(0.5,) * 3, std=(0.5,) * 3, add_normalization=False))
     torch.save(normalize_model(model).state_dict(), path)
-    with pytest.raises(UserError, match="would have no effect, because the file contains a normaliser"):
+    with pytest.raises(UserError, match="would have no effect, because the file has a normaliser"):
         load_trained(path, NetworkDescription(mean=(0.5,) * 3, std=(0.5,) * 3))
 
 

@@ -107,7 +107,7 @@ def test_logits_stay(tmp_path, arch, not_original):
 
 @functools.cache
 def numbered_state(arch, not_original):
-    """Its state dict, every tensor with a number of its own, held once: the largest takes no memory and no room in a file."""
+    """Return its state dict; each tensor repeats one distinct number, stored once, so large tensors take no memory or disk."""
     shapes = state_without_values(arch, not_original)
     return {
         name: torch.tensor(i, dtype=value.dtype).expand(value.shape)
@@ -434,7 +434,7 @@ WRONG = {
     "raw not there": Wrong(lambda: {"ema": state()}, ("expected weights under the key model", "only ema"), key="model"),
     "two models": Wrong(
         lambda: {"model": state(), "state_dict": state()},
-        ("one model, found 2", "model, state_dict; select one with weights_key"),
+        ("one model, found 2", "model, state_dict; select by weights_key"),
     ),
     # weights of something else
     "other architecture": Wrong(
@@ -624,7 +624,7 @@ def test_bare_file_describes_itself(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- RobustBench
-SINGH = {  # RobustBench's name → ours, size of the image to compare at
+SINGH = {  # RobustBench's name → this project's, size of the image to compare at
     "convnext_t_cvst": ("convnext_tiny", 64),
     "convnext_s_cvst": ("convnext_small", 64),
     "convnext_b_cvst": ("convnext_base", 64),
@@ -636,7 +636,7 @@ SINGH = {  # RobustBench's name → ours, size of the image to compare at
 
 @pytest.fixture
 def convstem_models(monkeypatch):
-    """RobustBench's function of that name; its package looks for AutoAttack under another name than PyPI's."""
+    """RobustBench's function of that name; its package imports AutoAttack under another name than PyPI's."""
     for package in ("robustbench", "pyautoattack"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
@@ -659,7 +659,7 @@ def randomize(model):
 
 
 def largest_difference(modelname, get_convstem_models, size):
-    """Of the logits, in both directions: theirs in ours through our loader, ours in theirs through `load_state_dict`."""
+    """Compare logits in both directions: their weights through `load_weights`, this project's through `load_state_dict`."""
     arch, _ = SINGH[modelname]
     normalized = modelname == "vit_s_cvst"
     with no_values():  # every number is written below, so time for initial ones is saved
