@@ -161,7 +161,7 @@ def test_errors_name_the_nearest():
     for asked in ({}, {"arch": "convnext_base"}):
         with pytest.raises(UserError, match=expected):
             check_description(Weights(network, None), asked, source="x.pt")
-    with pytest.raises(UserError, match="Nearest is vit_s .*more"):
+    with pytest.raises(UserError, match="The nearest is vit_s .*more"):
         check_description(Weights(network, None), {"arch": "vit_s"}, source="x.pt")
 
 
