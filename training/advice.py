@@ -1,4 +1,4 @@
-"""What a run says of its flags at its start: those without effect, and what they are unlikely to be meant for."""
+"""Notes at the start of a run: flags without effect, and flags with values that are probably a mistake."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from training.idle import idle_flags
 from training.schedule import COSINE_END, eps_at
 
 IMAGENET_CLASSES = 1000  # of timm's pretrained heads
-INITIAL_SHARE = 0.1  # of the initial weights in the average at the run's end, from which on it is told
+INITIAL_SHARE = 0.1  # share of the initial weights in the EMA at the end of the run; a larger one is reported
 
 
 def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps: int) -> list[str]:
-    """Sentences for the user.
+    """Return sentences for the user.
 
     Args:
         config: as `TrainConfig.on` returned it.
-        global_batch: images of a step, of all processes.
-        steps: of the whole run.
+        global_batch: images per step, over all processes.
+        steps: steps of the whole run.
     """
     idle, given, precision = idle_flags(config), set(config.given), config.training.precision
     notes = []
@@ -32,9 +32,9 @@ def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps
     notes += [f"{name} has no effect without {idle[name]}" for name in sorted(idle.keys() & given)]
     if "training.precision" not in given:
         if precision != config.on(device_type).training.precision:
-            notes.append(f"training.precision: {precision}, with which this run began")
+            notes.append(f"training.precision: {precision}, as at the start of this run")
         elif device_type == "cpu":
-            notes.append("training.precision: fp32, as fp16, the default for GPUs, is slow on a CPU")
+            notes.append("training.precision: fp32, because fp16, the default for GPUs, is slow on a CPU")
     if config.training.eval_only:
         notes += _on_random(config)
     else:
@@ -46,23 +46,23 @@ def notes_for(config: TrainConfig, device_type: str, *, global_batch: int, steps
         ]
         if config.adv.attack != "none" and not config.validation.adv_n_ex:
             notes.append(
-                "validation.adv_n_ex=0: no best weights are kept, as clean accuracy does not tell which they are"
+                "validation.adv_n_ex=0: no best weights are saved, because clean accuracy does not show which ones are best"
             )
     return notes
 
 
 def forgotten_attack(config: TrainConfig) -> str | None:
-    """A sentence where flags of an attack were given, and none was chosen, nor declined by the one who gave them."""
+    """Return a sentence if attack flags are given but no attack is chosen, unless the user typed adv.attack=none."""
     declined = "adv.attack" in config.typed
-    # A file that declines one may be a recipe for clean training, to which the command line adds.
+    # A file with adv.attack=none may be a recipe for clean training. Then only flags from the command line count.
     given = sorted(
         name for name in (config.typed if "adv.attack" in config.given else config.given) if name[:4] == "adv."
     )
     if not given or config.adv.attack != "none" or declined or config.training.eval_only:
         return None
     return (
-        f"adv.attack is none, so this run trains on clean images although it is given {', '.join(given)}; adversarial "
-        "training takes --adv.attack=apgd, and --adv.attack=none says that none is meant"
+        f"adv.attack is none, so this run trains on clean images although it gets {', '.join(given)}; for adversarial "
+        "training give --adv.attack=apgd, for clean training give --adv.attack=none"
     )
 
 
@@ -72,9 +72,9 @@ def _on_batch(config: TrainConfig, global_batch: int) -> list[str]:
         return []
     accum, rest = divmod(meant, training.batch_size * config.dist.processes)
     remedies = [f"--training.grad_accum={accum}"] if not rest else []
-    remedies.append(f"a learning rate in proportion, --lr.lr={config.lr.lr * global_batch / meant:.3g}")
+    remedies.append(f"a proportional learning rate, --lr.lr={config.lr.lr * global_batch / meant:.3g}")
     return [
-        f"training.global_batch: the learning rate is meant for {meant} images a step, and this run takes {global_batch}; give "
+        f"training.global_batch: the learning rate is meant for {meant} images per step, but this run uses {global_batch}; give "
         + ", or ".join(remedies)
     ]
 
@@ -85,9 +85,9 @@ def _on_average(config: TrainConfig, steps: int) -> list[str]:
         return []
     rest = 1 - INITIAL_SHARE ** (1 / steps)
     unit = 10.0 ** (math.floor(math.log10(rest)) - 1)
-    decay = 1 - math.ceil(rest / unit) * unit  # two digits of what it takes in at a step
+    decay = 1 - math.ceil(rest / unit) * unit  # two digits of 1 - decay
     return [
-        f"model.ema_decay: after the run's {steps} steps {share:.0%} of the average are still the initial weights; give "
+        f"model.ema_decay: after the run's {steps} steps {share:.0%} of the EMA are still the initial weights; give "
         f"--model.ema_warmup=1, or --model.ema_decay={decay:.10g}"
     ]
 
@@ -96,14 +96,14 @@ def _on_schedules(config: TrainConfig) -> list[str]:
     lr, adv, epochs, notes = config.lr, config.adv, config.training.epochs, []
     if lr.lr_schedule_type == "cosine" and lr.lr < COSINE_END:
         notes.append(
-            f"lr.lr: {lr.lr:.3g} is below {COSINE_END:.3g}, at which lr.lr_schedule_type=cosine ends whatever its peak, so the "
-            "learning rate rises to that; --lr.lr_schedule_type=cyclic ends at 0"
+            f"lr.lr: {lr.lr:.3g} is below {COSINE_END:.3g}, the fixed final value of lr.lr_schedule_type=cosine, so the "
+            "learning rate rises to that value; --lr.lr_schedule_type=cyclic ends at 0"
         )
     if adv.attack != "none" and adv.eps_warmup_epochs > epochs:
         end = eps_at(epochs, eps=adv.eps, warmup_epochs=adv.eps_warmup_epochs)
         notes.append(
-            f"adv.eps_warmup_epochs: the radius comes to {end:.3g} in the run's {epochs} epochs, and not to adv.eps={adv.eps:.3g}; "
-            f"give less than {epochs}"
+            f"adv.eps_warmup_epochs: the radius reaches only {end:.3g} in the run's {epochs} epochs, not adv.eps={adv.eps:.3g}; "
+            f"give at most {epochs}"
         )
     return notes
 
@@ -120,16 +120,16 @@ def _on_frozen(config: TrainConfig) -> list[str]:
         return []
     flag = "lr.body_factor=0" if head_only else "model.freeze_some=1"
     return [
-        f"{flag}: weights that are frozen are random, as none were given for them; give model.ckpt_path"
-        + " with their head" * new_head * (not body)
+        f"{flag}: some frozen weights are random, because no trained weights are given for them; give model.ckpt_path"
+        + " with a file that includes the head" * new_head * (not body)
     ]
 
 
 def _on_random(config: TrainConfig) -> list[str]:
-    """Whether a validation alone measures weights that nobody has trained."""
+    """Return a note if a run that only validates measures a network with random weights."""
     m = config.model
     random = m.new_head if m.ckpt_path else not m.pretrained or m.num_classes != IMAGENET_CLASSES or m.not_original
     if not random or config.training.resume not in ("auto", "none"):
         return []
     what = "model.new_head=1" if m.ckpt_path else "no model.ckpt_path"
-    return [f"training.eval_only=1: the network that is measured has random weights ({what})"]
+    return [f"training.eval_only=1: the validated network has random weights ({what})"]

@@ -1,4 +1,4 @@
-"""What a run is built from: images, loader, network, optimiser. Every mistake in flags and files shows here, before training."""
+"""Build the parts of a run: images, loader, network, optimiser. Wrong flags and files are found here, before training."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from zoo.published import find_published
 from zoo.runs import recorded_classes, recorded_input
 
 AnySource = Source | StreamSource
-# Argument of a network → flag that it comes from.
+# Argument of a network → the flag that sets it.
 MODEL_FLAGS = {name: f"{section}.{name}" for name, (section, _) in DESCRIPTION.items()}
 MODEL_FLAGS |= {name: f"model.{name}" for name in ("pretrained", "drop_path")}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is built from."""
+    """The parts of a run."""
 
     train_source: AnySource
     val_source: AnySource
@@ -60,7 +60,7 @@ def build_parts(
     initial: bool = True,
     once: Once = alone,
 ) -> Parts:
-    """Everything a run is built from.
+    """Build all parts of a run.
 
     Args:
         accum: replaces `training.grad_accum`.
@@ -68,7 +68,7 @@ def build_parts(
         once: as in `open_source`, for `data.in_memory`.
 
     Raises:
-        UserError: flags, images or weights do not fit; it has all problems.
+        UserError: flags, images or weights do not fit; the error lists all problems.
     """
     problems = Problems()
     train = val = loader = state = None
@@ -90,7 +90,7 @@ def build_parts(
 
 
 def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = False) -> tuple[AnySource, AnySource]:
-    """Training and validation images, whose classes are the same; `once`: as in `open_source`, for `data.in_memory`."""
+    """Open training and validation images, and check that their classes match; `once` is as in `open_source`."""
     data, problems = config.data, Problems()
     opened = partial(open_source, root=data.root, in_memory=data.in_memory, once=once, progress=progress)
     train = val = None
@@ -110,35 +110,35 @@ def open_sources(config: TrainConfig, *, once: Once = alone, progress: bool = Fa
 
 
 def source_problems(config: TrainConfig, train: AnySource, val: AnySource) -> list[str]:
-    """A sentence for each way in which images and flags do not go together."""
+    """Return a sentence for each conflict between images and flags."""
     m, problems = config.model, []
     if isinstance(val, StreamSource) and config.validation.adv_n_ex:
         problems.append(
-            f"validation.adv_n_ex: the quick adversarial validation picks images by index, and {config.data.val_dataset} can "
-            "only be read in order; give --validation.adv_n_ex=0, or validation images of another kind."
+            "validation.adv_n_ex: the quick adversarial validation picks images by index, but "
+            f"{config.data.val_dataset} can only be read in order; give --validation.adv_n_ex=0 or another kind of data set."
         )
     for flag, source in (("data.train_dataset", train), ("data.val_dataset", val)):
         if source.num_classes not in (None, m.num_classes):
             kept = m.ckpt_path and not (m.new_head or config.training.eval_only)
-            new = ", and --model.new_head=1 where model.ckpt_path has another number" if kept else ""
+            new = ", and --model.new_head=1 if the weights of model.ckpt_path have another number" if kept else ""
             problems.append(
-                f"model.num_classes: the head has {m.num_classes} classes, {flag} has {source.num_classes}; "
+                f"model.num_classes: the head has {m.num_classes} classes, but {flag} has {source.num_classes}; "
                 f"give --model.num_classes={source.num_classes}{new}."
             )
             break
     if train.class_names is None and named_by_numbers(val, m.num_classes):
         problems.append(
-            "data.val_dataset: expected classes numbered as the training set's, which have no names, found numbers in the order "
-            f"of names ({some(val.class_names)}); give --data.classes=index."
+            "data.val_dataset: expected classes numbered like those of the training set, which has no class names, got numbers "
+            f"sorted as names ({some(val.class_names)}); give --data.classes=index."
         )
     return problems
 
 
 def head_notes(config: TrainConfig, train: AnySource) -> list[str]:
-    """A sentence for the user where the head that training starts with has classes of other names than those of `train`.
+    """Return a note if the head at the start of training has other class names than `train`.
 
     Raises:
-        UserError: it has the same ones in another order, or those of `train` are numbers, sorted as names.
+        UserError: the head has the same names in another order, or the names of `train` are numbers sorted as text.
     """
     m, names, by_index = config.model, train.class_names, config.data.classes == "index"
     kept = not m.new_head if m.ckpt_path else m.pretrained and m.num_classes == CLASSES
@@ -160,26 +160,26 @@ def head_notes(config: TrainConfig, train: AnySource) -> list[str]:
         remedies = ["--data.classes=index if folder k is class k"] * numbers + ["--data.classes=name"] * by_index
         remedies += [f"--{new}"] * (not config.training.eval_only)
         raise UserError(
-            f"data.train_dataset: expected its classes in the order of the head that {flag} starts with, found {found}; give "
+            f"data.train_dataset: expected its classes in the order of the head of {flag}, got {found}; give "
             f"{', or '.join(remedies) or 'the classes of these weights'}."
         )
     if known is None or by_index:
         return []
-    other = "accuracy means nothing" if config.training.eval_only else f"give --{new}"
-    return [f"{flag}: its head is kept, and data.train_dataset has {found}; if these are other classes, {other}"]
+    other = "the measured accuracy is meaningless" if config.training.eval_only else f"give --{new}"
+    return [f"{flag}: the head is kept, but data.train_dataset has {found}; if these are other classes, {other}"]
 
 
 def build_train_loader(
     config: TrainConfig, source: AnySource, processes: Processes, *, accum: int | None = None
 ) -> TrainLoader:
-    """Training batches of this process; `accum` replaces `training.grad_accum`."""
+    """Build the loader of training batches for this process; `accum` replaces `training.grad_accum`."""
     flags = {"batch_size": "training.batch_size", "num_workers": "data.num_workers"}
     with blame_arguments(flags):
         return TrainLoader(
             source,
             augmentation=config.data.augmentations,
             pipeline=config.data.pipeline,
-            # Nothing is trained on with eval_only, which may come with any batch size.
+            # eval_only trains on no image, so it accepts any batch size.
             batch_size=1 if config.training.eval_only else config.training.batch_size,
             accum=accum or config.training.grad_accum,
             seed=config.data.seed,
@@ -194,16 +194,16 @@ def build_train_loader(
 
 
 def build_mixup(config: TrainConfig) -> Mixup | None:
-    """What mixes images and makes soft labels; None without `data.augmentations=1`."""
+    """Build the mixup with soft labels; return None without `data.augmentations=1`."""
     if config.data.augmentations != 1:
         return None
     return Mixup(num_classes=config.model.num_classes, label_smoothing=config.label_smoothing)
 
 
 def input_note(path: Path, weights: Weights, name: str, *, normalized: bool) -> list[str]:
-    """A sentence where a network is trained on with images that are normalised otherwise than they were for its weights.
+    """Return a note if the input normalisation of this run differs from that of the weights.
 
-    `name`: what the user called them, perhaps that of a published model.
+    `name`: the weights as the user gave them; it can be the name of a published model.
     """
     recorded = recorded_input(path, weights.arguments)
     if recorded is None and (known := find_published(name)) is not None and "add_normalization" in known.description:
@@ -224,21 +224,21 @@ def input_note(path: Path, weights: Weights, name: str, *, normalized: bool) -> 
     was = f"normalised with {mean_std}" if pair else "not normalised"
     now = "normalised with ImageNet's" if own else "not normalised"
     remedy = "" if own and pair else f"; give --model.add_normalization={int(pair is not None)}"
-    return [f"model.ckpt_path: images were {was} for these weights ({source}), and are {now} here{remedy}"]
+    return [f"model.ckpt_path: images were {was} for these weights ({source}), but are {now} in this run{remedy}"]
 
 
 def build_state(
     config: TrainConfig, processes: Processes, *, initial: bool = True, notes: list[str] | None = None
 ) -> TrainState:
-    """Network (initial weights a function of `data.seed`), its average, optimiser and loss scaler on the device.
+    """Build network (its initial weights depend on `data.seed` only), EMA, optimiser and loss scaler on the device.
 
-    `initial`: load the weights that training starts from; they are not needed where a training state follows. `notes` gets
-    sentences for the user.
+    `initial`: load the start weights; a run that resumes from a training state does not need them. Sentences for the user are
+    added to `notes`.
     """
     torch.manual_seed(derive_seed("init", config.data.seed))
     m, training = config.model, config.training
     if training.precision == "tf32" and not torch.cuda.is_available():  # --check builds on the CPU
-        raise UserError("training.precision: tf32 is arithmetic of NVIDIA GPUs, and there is none; give fp32 or bf16.")
+        raise UserError("training.precision: tf32 needs an NVIDIA GPU, but there is none; give fp32 or bf16.")
     build = partial(
         build_model,
         m.arch,
@@ -249,7 +249,7 @@ def build_state(
         add_normalization=m.add_normalization,
     )
     with blame_arguments(MODEL_FLAGS):
-        # Weights that ckpt_path replaces need no download.
+        # Do not download weights that ckpt_path replaces.
         model = build(num_classes=m.num_classes, pretrained=initial and m.pretrained and not m.ckpt_path)
 
     @cache
@@ -258,7 +258,7 @@ def build_state(
             return head_names(model, build(num_classes=m.num_classes + 1))
         except UserError as error:
             raise UserError(
-                "model.new_head, lr.body_factor: expected an architecture whose number of classes can be chosen, got "
+                "model.new_head, lr.body_factor: expected an architecture with a free number of classes, got "
                 f"{m.arch} ({error})"
             ) from error
 
@@ -266,7 +266,7 @@ def build_state(
     if initial and m.ckpt_path:
         with blame("model.ckpt_path"):
             name, kind = split_kind(m.ckpt_path)
-            # A published model is downloaded by the first process of each machine, while the others wait.
+            # The first process of each machine downloads a published model, while the others wait.
             path = Path(processes.once_here("weights", lambda: str(locate(name, kind=kind).path)))
             weights = read_weights(path)
             if notes is not None:
@@ -277,9 +277,7 @@ def build_state(
             except UserError as error:
                 if m.new_head or not fits_but_for_head(model, weights, head):
                     raise
-                raise UserError(
-                    f"{error} Its head alone is another one: --model.new_head=1 starts with a new one."
-                ) from error
+                raise UserError(f"{error} Only the head differs: --model.new_head=1 starts with a new head.") from error
     factor, frozen = config.lr.body_factor, []
     if m.freeze_some:
         frozen = freeze_parameters(model, early=m.early)
@@ -304,7 +302,7 @@ def build_state(
 
 
 def fits_but_for_head(model: torch.nn.Module, weights: Weights, head: Callable[[], set[str]]) -> bool:
-    """Whether the weights can be loaded where the tensors of `head` stay as they are; loads them."""
+    """Load the weights except the tensors of `head`; return whether the rest fits."""
     try:
         load_weights(model, weights, source="", keep=head())
     except UserError:
@@ -313,7 +311,7 @@ def fits_but_for_head(model: torch.nn.Module, weights: Weights, head: Callable[[
 
 
 def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
-    """One forward of a black image at every size the run will use, so that a size the network refuses shows at the start."""
+    """Check every image size of the run with one forward pass of a black image, so that a wrong size fails at the start."""
     sizes = [("validation.resolution", config.validation.resolution)]
     if not config.training.eval_only:
         epochs = range(config.training.epochs)
@@ -321,7 +319,7 @@ def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
         sizes += [("resolution.min_res, resolution.max_res", size) for size in sorted(trained)]
     parameter = next(model.parameters())
     model.eval()
-    # Interpolated position embeddings, for one, have no deterministic gradient on a GPU.
+    # For example, interpolated position embeddings have no deterministic gradient on a GPU.
     with_gradient = config.training.deterministic and not config.training.eval_only
     for flag, size in sizes:
         try:
@@ -331,6 +329,6 @@ def check_image_sizes(model: torch.nn.Module, config: TrainConfig) -> None:
                 logits.sum().backward()
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{flag}: {config.model.arch} cannot take images of {size} pixels: {reason}") from error
+            raise UserError(f"{flag}: {config.model.arch} does not accept images of {size} pixels: {reason}") from error
         finally:
             model.zero_grad()

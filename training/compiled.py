@@ -1,8 +1,8 @@
-"""The networks as a step calls them: compiled where that is asked for (`training.compile`) and possible, else as they are.
+"""The networks as a step calls them: compiled with `torch.compile` if `training.compile` asks for it, else uncompiled.
 
-`torch.compile` computes weight gradients whenever parameters require them, even if only the input's gradient is asked for, and
-compiles anew when a module goes from training to eval mode. So the attack and the training have a network each, over the same
-memory: neither's mode nor `requires_grad` ever changes, and each is compiled once an image size.
+`torch.compile` computes weight gradients whenever parameters require them, even if only the input's gradient is needed. It also
+recompiles when a module changes between training and eval mode. So the attack and the training each have their own module. Both
+share the same memory. Neither changes its mode or `requires_grad`, and each is compiled once per image size.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from training.shortcuts import asked_for, change_in_training, places_again
 from training.state import TrainState
 from training.step import autocast, on_device
 
-# Random numbers from PyTorch's own generator: drop path leaves out the same blocks as uncompiled.
+# Use PyTorch's own random numbers, so that drop path skips the same blocks as without compilation.
 SETTINGS = {"dynamic": False, "options": {"fallback_random": True}}
-# Of a network: two an image size (the attack with and without gradient; training with all images and with few). Beyond PyTorch's
-# own limit of 8 it would run uncompiled.
+# Graphs of one network: two per image size (attack with and without gradient; training with all images and with few). PyTorch's
+# own limit is 8; beyond it the network runs uncompiled.
 MAX_GRAPHS = 64
 
 
 def frozen_twin(model: nn.Module) -> nn.Module:
-    """The network in eval mode and without gradients, over the memory of the model's parameters and buffers.
+    """Return a copy of the network in eval mode and without gradients that shares the model's parameters and buffers.
 
-    So it has the model's weights at any time, whatever mode the model is in.
+    The copy always has the model's current weights, in whatever mode the model is.
     """
     shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     shared |= {id(buffer): buffer for buffer in model.buffers()}
@@ -41,18 +41,18 @@ def frozen_twin(model: nn.Module) -> nn.Module:
 
 
 def wants_compiled(config: TrainConfig, processes: Processes) -> bool:
-    """Whether `training.compile` asks for it: "auto" does on a GPU."""
+    """Return whether `training.compile` asks for compilation; "auto" does so on a GPU."""
     return {"auto": processes.device.type == "cuda", "1": True, "0": False}[config.training.compile]
 
 
 def prepare_networks(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
-    """Make `state` ready for steps at image size `size`: compile its networks, if asked for, and settle the buckets of gradients.
+    """Prepare `state` for steps at image size `size`: compile its networks if wanted, and fix the order of gradient buckets.
 
-    Compilers fail in many ways: no C++ compiler, no Triton, an operation they do not know. A warning names the cause then, and
-    all processes train uncompiled.
+    Compilers fail in many ways: no C++ compiler, no Triton, an unsupported operation. Then a warning gives the cause, and all
+    processes train uncompiled.
 
-    After its first backward pass DistributedDataParallel orders its buckets anew, and sums over three or more processes are
-    rounded otherwise from then on. So that has to lie before the first step, of every start.
+    DistributedDataParallel reorders its buckets after its first backward pass. This changes the rounding of sums over three or
+    more processes. So the first backward pass runs here, before the first step of every start.
     """
     if config.training.eval_only:
         return
@@ -65,7 +65,7 @@ def prepare_networks(state: TrainState, config: TrainConfig, processes: Processe
 
 
 def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> bool:
-    """Whether `training.reuse_forward` asks for it and the network is the same function in training as under attack."""
+    """Return whether `training.reuse_forward` asks for it and the network computes the same in training as under attack."""
     asked, device, precision = config.training.reuse_forward, processes.device, config.training.precision
     if not ATTACKS[config.adv.attack].evaluates_last or not asked_for(asked, device):
         return False
@@ -76,18 +76,18 @@ def _reuses_forward(state: TrainState, config: TrainConfig, processes: Processes
         change = change_in_training(state.model, x)
     change = next((found for found in processes.gather(change) if found is not None), None)
     if change and asked == "1" and processes.is_first:
-        warn(f"training.reuse_forward: training has a forward pass of its own: the network {change}.")
+        warn(f"training.reuse_forward: training uses a separate forward pass, because the network {change}.")
     return change is None
 
 
 def prepare_size(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
-    """Before the first step at another image size: compile for it, where `prepare_networks` has compiled. Fails as that does."""
+    """Compile for another image size before its first step, if `prepare_networks` compiled; on failure do the same as there."""
     if state.attacked is not state.model:
         _compile_or_stay_uncompiled(state, config, processes, size=size)
 
 
 def _compile_or_stay_uncompiled(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
-    """Compile the networks that are not yet, each by calling it as a step does."""
+    """Compile the networks that are not compiled yet by calling each one as a step does."""
 
     def compile_attacked() -> None:
         if state.attacked is state.model:
@@ -99,7 +99,7 @@ def _compile_or_stay_uncompiled(state: TrainState, config: TrainConfig, processe
             state.parallel = processes.parallel(torch.compile(state.model, **SETTINGS))
         _rehearse_training(state, config, processes, size=size)
 
-    # The attack needs no other process. So one that cannot compile says so before the others wait for its gradients.
+    # The attack needs no other process. So a process that cannot compile reports it before the others wait for its gradients.
     for compile_one in (compile_attacked, compile_trained):
         problem = None
         try:
@@ -120,18 +120,20 @@ def _compile_or_stay_uncompiled(state: TrainState, config: TrainConfig, processe
 def _stay_uncompiled(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
     state.attacked = state.parallel = state.model
     if processes.world_size > 1:
-        gc.collect()  # what averaged the gradients of a network that did not compile must not do so beside the new one
+        gc.collect()  # DistributedDataParallel of the network that did not compile must not average gradients any more
         state.parallel = processes.parallel(state.model)
         _rehearse_training(state, config, processes, size=size)
 
 
 def _rehearse_attack(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
-    """What a step calls of the attacked network, on black images of its shape; where there is no attack, a forward pass."""
+    """Call the attacked network as a step does, on black images of the step's shape; without an attack, run a forward pass."""
     x, y = _black(config, processes, size=size)
     with autocast(processes.device, config.training.precision):
         if config.adv.attack != "none":
             logits = torch.zeros(len(y), config.model.num_classes, device=x.device)
-            last = (lambda images: logits) if state.reuses_forward else None  # it is rehearsed as a pass of training
+            last = (
+                (lambda images: logits) if state.reuses_forward else None
+            )  # the rehearsal of training covers this pass
             build_attack(config.adv)(state.attacked, x, y, eps=config.adv.eps, evaluate_last=last)
         elif processes.world_size > 1:
             with torch.no_grad():
@@ -139,7 +141,7 @@ def _rehearse_attack(state: TrainState, config: TrainConfig, processes: Processe
 
 
 def _rehearse_training(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
-    """What a step calls of the trained network; gradients and running statistics are thrown away."""
+    """Call the trained network as a step does; discard gradients and changes of running statistics."""
     x, y = _black(config, processes, size=size)
     buffers = [buffer.clone() for buffer in state.model.buffers()]
     state.train_mode()
@@ -159,7 +161,7 @@ def _rehearse_training(state: TrainState, config: TrainConfig, processes: Proces
 
 
 def _black(config: TrainConfig, processes: Processes, *, size: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of one micro-batch."""
+    """Return black images and labels of one micro-batch."""
     y = torch.zeros(config.training.batch_size, dtype=torch.int64)
     batch = Batch(x=torch.zeros(len(y), 3, size, size), y=y, index=y, failures=[])
     return on_device(batch, config, processes.device)

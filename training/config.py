@@ -1,4 +1,4 @@
-"""The flags of `train.py`. The 55 of the published system keep their names, defaults and meaning (README, "Flags")."""
+"""The flags of `train.py`. The 55 flags of the published system keep their names, defaults and meaning (README, "Flags")."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp64")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is trained."""
+    """The network that is trained."""
 
     arch: str = flag("convnext_tiny", "architecture: a name of utils_architecture.ARCHITECTURES or timm_<timm name>")
     pretrained: bool = flag(True, "1: start from timm's pretrained weights (downloaded)")
     ckpt_path: str = flag(
-        "", "weights to start from: file, run folder, or a published model's clean ones (NAME; NAME:robust)"
+        "", "start weights: file, run folder or published model (NAME: clean weights, NAME:robust: robust weights)"
     )
-    new_head: bool = flag(False, "1: weights of model.ckpt_path but for the head, which is new: for other classes")
+    new_head: bool = flag(False, "1: load model.ckpt_path except its head; the new head fits other classes")
     add_normalization: bool = flag(True, "1: ImageNet mean/std normalisation inside the model")
     not_original: bool = flag(False, "1: replace the PatchStem by a ConvStem")
     updated: bool = flag(False, "1: convnext_iso with stem and width 432")
-    model_ema: bool = flag(False, "1: keep an exponential moving average of the weights, save and validate it too")
-    freeze_some: bool = flag(False, "1: train only a part of the parameters, chosen by model.early")
+    model_ema: bool = flag(False, "1: keep, save and validate an exponential moving average (EMA) of the weights")
+    freeze_some: bool = flag(False, "1: train only some parameters, chosen by model.early")
     early: bool = flag(True, "with freeze_some: 1 trains only parameters named *stem*, 0 freezes only those")
     num_classes: int = flag(1000, "number of classes of the head", at_least=2)
     drop_path: float | None = flag(None, "stochastic depth rate; unset: timm's default", at_least=0, at_most=0.95)
-    ema_decay: float = flag(0.9999, "decay of the average at every optimiser step", at_least=0, at_most=1)
+    ema_decay: float = flag(0.9999, "decay of the EMA per optimiser step", at_least=0, at_most=1)
     ema_warmup: bool = flag(False, "1: decay min(ema_decay, (1 + step) / (10 + step)), for short runs")
 
 
@@ -49,27 +49,27 @@ class ResolutionConfig:
 
     min_res: int = flag(160, "image size in pixels up to epoch start_ramp", at_least=8)
     max_res: int = flag(160, "image size in pixels from epoch end_ramp", at_least=8)
-    start_ramp: int = flag(0, "epoch up to which min_res holds", at_least=0)
-    end_ramp: int = flag(0, "epoch from which max_res holds; between the two linear, in multiples of 32", at_least=0)
+    start_ramp: int = flag(0, "epoch up to which min_res is used", at_least=0)
+    end_ramp: int = flag(0, "epoch from which max_res is used; linear in between, in multiples of 32", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from and how they are augmented."""
+    """Sources of images, and their augmentation."""
 
-    # A run is not where its images lie: a resumed one checks how many they are, and of which classes.
+    # The path of the images does not identify a run: a resumed run checks their number and classes instead.
     train_dataset: str = flag(
         REQUIRED, "training images: folder, tar, digits, or hfds/… wds/… tfds/… torch/…", harmless=True
     )
-    val_dataset: str = flag(REQUIRED, "validation images, likewise", harmless=True)
+    val_dataset: str = flag(REQUIRED, "validation images, in the same forms", harmless=True)
     num_workers: int | None = flag(
         None,
-        "loader processes of each training process, and as many for validation; unset: its share of the cores, at most 12",
+        "loader workers per training process, and as many for validation; unset: its share of the cores, at most 12",
         at_least=0,
         harmless=True,
     )
     in_memory: bool = flag(False, "1: keep all encoded images in memory, shared by the workers", harmless=True)
-    seed: int = flag(0, "seed of everything random", at_least=0)
+    seed: int = flag(0, "seed of all random numbers", at_least=0)
     augmentations: int = flag(
         0, "0 basic (crop, flip), 1 heavy (RandAugment, erasing, mixup), 2 none", at_least=0, at_most=2
     )
@@ -78,19 +78,17 @@ class DataConfig:
         "fast: workers decode and crop, the device augments; timm: all by timm in the workers; same distribution",
         choices=("timm", "fast"),
     )
-    root: str = flag("", "root folder of hfds/ tfds/ torch/ data sets (their cache)", harmless=True)
+    root: str = flag("", "root folder (cache) of hfds/ tfds/ torch/ data sets", harmless=True)
     train_split: str = flag("", "name of the training split for timm's readers; empty: train")
     val_split: str = flag("", "name of the validation split for timm's readers; empty: validation", harmless=True)
     classes: str = flag(
         "name",
-        "number of a class: its place among the sorted names; index: folder k is class k, or k − 1 without a folder 0",
+        "class numbers; name: position among the sorted names; index: folder k is class k, or k − 1 without a folder 0",
         choices=("name", "index"),
     )
     min_scale: float = flag(0.08, "smallest share of the image's area in RandomResizedCrop", above=0, at_most=1)
     flip: float = flag(0.5, "probability of a horizontal flip (published code, basic: 0)", at_least=0, at_most=1)
-    max_bad_images: int = flag(
-        100, "undecodable images met in one epoch before training stops", at_least=0, harmless=True
-    )
+    max_bad_images: int = flag(100, "undecodable images in one epoch before training stops", at_least=0, harmless=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +98,15 @@ class LRConfig:
     lr: float = flag(1e-3, "highest learning rate; not scaled with the batch size", above=0)
     lr_schedule_type: str = flag(
         "cosine",
-        "cosine: warm-up to the peak, then half a cosine; cyclic: then a line to 0; step: a factor every step_length epochs",
+        "cosine: warm-up, then half a cosine; cyclic: warm-up, then linear to 0; step: factor every step_length epochs",
         choices=tuple(SCHEDULES),
     )
     lr_peak_epoch: int = flag(10, "epoch at which cosine and cyclic reach the peak", at_least=0)
     step_ratio: float = flag(0.1, "step: factor every step_length epochs", above=0)
-    step_length: int = flag(30, "step: epochs between two factors", at_least=1)
+    step_length: int = flag(30, "step: epochs between two reductions", at_least=1)
     body_factor: float = flag(
         1.0,
-        "factor of the learning rate for all but the head; 0: only the head is trained (linear probing)",
+        "learning rate factor for all layers except the head; 0: train only the head (linear probing)",
         at_least=0,
     )
 
@@ -117,40 +115,43 @@ class LRConfig:
 class LoggingConfig:
     """What is written, where and how often."""
 
-    folder: str = flag("runs", "run folders are made in this folder", harmless=True)
+    folder: str = flag("runs", "parent folder of the run folders", harmless=True)
     log_level: int = flag(
         1, "per step: 0 nothing, 1 epoch, step, shape and lr, 2 also the loss", at_least=0, at_most=2, harmless=True
     )
     save_freq: int = flag(
-        2, "epochs between two saved weights; the last epoch is always saved", at_least=1, harmless=True
+        2, "epochs between two saved weights files; the last epoch is always saved", at_least=1, harmless=True
     )
     addendum: str = flag("", "appended to the run's name")
     keep: int = flag(
-        5, "saved epochs that are kept (raw and EMA each), oldest deleted first; 0: all", at_least=0, harmless=True
+        5, "saved epochs to keep (raw and EMA each), the oldest is deleted first; 0: all", at_least=0, harmless=True
     )
     ckpt_minutes: float = flag(
-        15.0, "minutes between two saved training states; 0: none by time", at_least=0, harmless=True
+        15.0, "minutes between two saved training states; 0: not by time", at_least=0, harmless=True
     )
-    ckpt_steps: int = flag(0, "steps between two saved training states; 0: none by steps", at_least=0, harmless=True)
+    ckpt_steps: int = flag(0, "steps between two saved training states; 0: not by steps", at_least=0, harmless=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """Validation during and after training."""
 
-    batch_size: int = flag(64, "images a process", at_least=1, harmless=True)
+    batch_size: int = flag(64, "images per process", at_least=1, harmless=True)
     resolution: int = flag(224, "image size in pixels", at_least=8, harmless=True)
     lr_tta: bool = flag(False, "1: average the logits with those of the mirrored image", harmless=True)
     precision: str = flag("fp16", "autocast of validation", choices=PRECISIONS, harmless=True)
     freq: int = flag(1, "epochs between two validations; the last epoch is always validated", at_least=1, harmless=True)
     adv_n_ex: int = flag(
-        512, "images of the quick adversarial validation, spread over the set; 0: none", at_least=0, harmless=True
+        512,
+        "images of the quick adversarial validation, spread over the set; 0: none",
+        at_least=0,
+        harmless=True,
     )
     adv_n_iter: int = flag(10, "APGD updates of the quick adversarial validation", at_least=1, harmless=True)
     crop_pct: float = flag(0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1)
     stop_on_overfitting: bool = flag(
         False,
-        "1: stop when robustness to the training attack rises while that to a stronger one is lost",
+        "1: stop when robustness to the training attack rises while robustness to a stronger attack is lost",
         harmless=True,
     )
 
@@ -170,23 +171,23 @@ class TrainingConfig:
     use_blurpool: bool = flag(False, "1: blur before strided convolutions of at least 16 channels")
     precision: str = flag(
         "fp16",
-        "arithmetic of attack and training: fp16 (loss scaling) and bf16 by autocast, tf32 on a GPU only",
+        "precision of attack and training: fp16 (with loss scaling) and bf16 use autocast; tf32 needs a GPU",
         choices=PRECISIONS,
     )
     grad_clip: float = flag(0.0, "largest L2 norm of the gradient; 0: no clipping", at_least=0)
     grad_accum: int = flag(1, "forward passes summed into one optimiser step", at_least=1)
     global_batch: int = flag(
         0,
-        "images of a step that lr.lr is meant for; another number is told at the start; 0: any",
+        "images per step that lr.lr is meant for; another number gives a warning at the start; 0: any",
         at_least=0,
         harmless=True,
     )
     resume: str = flag(
         "auto",
-        "auto: go on from the run folder's state, if any; none: start anew; or a run folder, or state file",
+        "auto: resume from the run folder's state, if any; none: start from scratch; or a run folder or state file",
         harmless=True,
     )
-    resume_force: bool = flag(False, "1: go on although flags that alter the numbers have changed", harmless=True)
+    resume_force: bool = flag(False, "1: resume although flags that change the results differ", harmless=True)
     max_bad_steps: int = flag(
         20,
         "steps skipped in a row (loss or gradient not finite) before the run ends with status 3",
@@ -195,7 +196,9 @@ class TrainingConfig:
     )
     deterministic: bool = flag(False, "1: only deterministic algorithms, for exact resume on a GPU")
     grad_checkpointing: bool = flag(
-        False, "1: keep less for the backward pass and compute it again: less memory, more time", harmless=True
+        False,
+        "1: store fewer activations and recompute them in the backward pass: less memory, more time",
+        harmless=True,
     )
     compile: str = flag(
         "auto",
@@ -205,13 +208,13 @@ class TrainingConfig:
     )
     trim_last_block: str = flag(
         "auto",
-        "the last block computes only what the head reads; auto: 1 on a CPU, 0 on a GPU; changes rounding only",
+        "1: the last block computes only what the head reads; auto: 1 on a CPU, 0 on a GPU; changes rounding only",
         choices=("auto", "0", "1"),
         harmless=True,
     )
     reuse_forward: str = flag(
         "auto",
-        "APGD's last forward pass is that of training; auto: 1 on a CPU, 0 on a GPU; changes rounding only",
+        "1: use APGD's last forward pass also for training; auto: 1 on a CPU, 0 on a GPU; changes rounding only",
         choices=("auto", "0", "1"),
         harmless=True,
     )
@@ -219,57 +222,57 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistConfig:
-    """Processes of training.distributed=1; under torchrun its own settings hold."""
+    """Processes with training.distributed=1; torchrun uses its own settings instead."""
 
     world_size: int = flag(1, "number of processes; a resumed run keeps its global batch", at_least=1, harmless=True)
     address: str = flag("localhost", "address of the first process", harmless=True)
     port: int = flag(0, "port of the first process; 0: a free one", at_least=0, at_most=65535, harmless=True)
     timeout_minutes: float = flag(
-        10.0, "longest wait of a process for the others; then the run ends", above=0, harmless=True
+        10.0, "longest time that a process waits for the others before the run ends", above=0, harmless=True
     )
     end_margin_minutes: float = flag(
-        3.0, "minutes before the end of a Slurm job to save and stop", at_least=0, harmless=True
+        3.0, "minutes before the end of a Slurm job at which the run saves and stops", at_least=0, harmless=True
     )
 
     @property
     def processes(self) -> int:
-        """Number of the run's processes; under torchrun as many as it started."""
+        """Number of the run's processes; under torchrun the number that torchrun started."""
         return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else self.world_size
 
     @property
     def processes_here(self) -> int:
-        """Those on this machine."""
+        """Number of the run's processes on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)) if "RANK" in os.environ else self.processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvConfig:
-    """The attack trained against."""
+    """The attack used in training."""
 
     attack: str = flag("none", "none: clean training", choices=tuple(ATTACKS))
     norm: str = flag("Linf", "threat model", choices=NORMS)
-    eps: float | None = flag(None, "radius, fractions allowed; unset: 4/255 (Linf), 2 (L2), 75 (L1)", above=0)
-    n_iter: int = flag(2, "updates of an attack of several steps", at_least=1)
+    eps: float | None = flag(None, "radius; fractions are allowed; unset: 4/255 (Linf), 2 (L2), 75 (L1)", above=0)
+    n_iter: int = flag(2, "updates of a multi-step attack", at_least=1)
     verbose: bool = flag(
         False, "1: log loss and accuracy of every attack step (synchronises with the GPU)", harmless=True
     )
-    noise_level: float = flag(1.0, "FGSM: random start in units of eps", at_least=0)
-    skip_projection: bool = flag(False, "FGSM: 1 leaves the result outside ball and box")
-    alpha: float = flag(1.0, "FGSM: step in units of eps", above=0)
+    noise_level: float = flag(1.0, "FGSM: size of the random start in units of eps", at_least=0)
+    skip_projection: bool = flag(False, "FGSM: 1 does not project the result onto ball and box")
+    alpha: float = flag(1.0, "FGSM: step size in units of eps", above=0)
     eps_warmup_epochs: float = flag(0.0, "epochs over which eps grows linearly from 0", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiscConfig:
-    """The rest."""
+    """Other flags."""
 
-    notes: str = flag("", "free text, kept with the run", harmless=True)
+    notes: str = flag("", "free text, stored with the run", harmless=True)
     use_channel_last: bool = flag(True, "1: channels_last memory format")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """Everything `train.py` needs."""
+    """All flags of `train.py`."""
 
     model: ModelConfig
     resolution: ResolutionConfig
@@ -295,12 +298,12 @@ class TrainConfig(Config):
             check_radius(self.adv.norm, self.adv.eps, size=self.resolution.min_res)
         if self.adv.norm not in (norms := ATTACKS[self.adv.attack].norms):
             problems.found.append(
-                f"adv.norm: adv.attack={self.adv.attack} is defined for {' and '.join(norms)} only, got {self.adv.norm!r}; use "
+                f"adv.norm: adv.attack={self.adv.attack} is defined only for {' and '.join(norms)}, got {self.adv.norm!r}; use "
                 f"adv.attack={attacks_that(lambda entry: self.adv.norm in entry.norms)}."
             )
         if self.data.augmentations == 1 and self.training.batch_size % 2:
             problems.found.append(
-                "training.batch_size: data.augmentations=1 mixes pairs of images and needs an even batch, "
+                "training.batch_size: data.augmentations=1 mixes pairs of images, so expected an even number, "
                 f"got {self.training.batch_size}."
             )
         if self.resolution.end_ramp < self.resolution.start_ramp:
@@ -319,46 +322,46 @@ class TrainConfig(Config):
             and not (self.training.eval_only or self.training.resume_force)
         ):
             problems.found.append(
-                f"lr.lr_peak_epoch: the learning rate would rise to the end of training; expected less than "
+                f"lr.lr_peak_epoch: the learning rate would rise until the end of training; expected less than "
                 f"training.epochs={self.training.epochs}, got {self.lr.lr_peak_epoch}. Give --lr.lr_peak_epoch="
-                f"{self.training.epochs // 5}; a run that began so goes on with --training.resume_force=1."
+                f"{self.training.epochs // 5}; a run that already started this way resumes with --training.resume_force=1."
             )
         if self.model.new_head and not self.model.ckpt_path:
             problems.found.append(
                 "model.new_head: expected weights for the rest of the network in model.ckpt_path, got none; model.pretrained=1 "
-                "alone has a new head wherever model.num_classes is not that of timm's weights."
+                "gets a new head without this flag if model.num_classes differs from timm's weights."
             )
         if self.model.freeze_some and not self.lr.body_factor:
             problems.found.append(
-                "lr.body_factor: 0 freezes all but the head, model.freeze_some=1 another part; expected one of them."
+                "lr.body_factor: 0 freezes all but the head, model.freeze_some=1 freezes another part; give only one of them."
             )
         if self.training.resume == "":
             problems.found.append(
-                "training.resume: expected auto, none or a path, got nothing (an unset shell variable?)."
+                "training.resume: expected auto, none or a path, got an empty value (an unset shell variable?)."
             )
         if self.training.eval_only and self.training.resume not in ("auto", "none"):
             problems.found.append(
-                "training.resume: training.eval_only=1 trains nothing that could be resumed; give the weights to validate as "
-                "model.ckpt_path (a run folder will do)."
+                "training.resume: training.eval_only=1 does not train, so there is nothing to resume; give the weights to validate "
+                "as model.ckpt_path (a run folder is accepted)."
             )
         if self.dist.world_size > 1 and not self.training.distributed:
             problems.found.append(
-                f"dist.world_size: {self.dist.world_size} processes were asked for, but training.distributed is 0; "
+                f"dist.world_size: {self.dist.world_size} processes are requested, but training.distributed is 0; "
                 "give --training.distributed=1."
             )
         return problems.found
 
     @property
     def label_smoothing(self) -> float:
-        """Smoothing inside mixup: the published switch 1 stands for 0.1."""
+        """Label smoothing inside mixup; the published on/off value 1 means 0.1."""
         return 0.1 if self.training.label_smoothing == 1 else self.training.label_smoothing
 
     def on(self, device_type: str, *, begun_with: str | None = None) -> TrainConfig:
-        """The flags as they hold on such a device, where no precision was given: a CPU takes fp32.
+        """Return the flags for a device of this type: without a given precision, a CPU uses fp32.
 
-        float16 is the published default, for GPUs. CPUs are five times slower in it.
+        float16 is the published default, meant for GPUs. On CPUs it is five times slower.
 
-        `begun_with`: precision of the training that goes on; it keeps it.
+        `begun_with`: training precision of the run that resumes; it is kept.
         """
         fitting = "fp32" if device_type == "cpu" else "fp16"
         chosen = {"validation": fitting, "training": begun_with or fitting}
@@ -372,7 +375,7 @@ class TrainConfig(Config):
         )
 
     def uncounted(self) -> set[str]:
-        """Flags that cannot alter what this run computes: the weights, or with eval_only the numbers of validation."""
+        """Return the flags that cannot change the results: the weights, or with eval_only the numbers of validation."""
         idle = idle_flags(self).keys()
         if self.training.eval_only:
             counted = ("model.", "validation.", "adv.", "data.val_", "data.seed", "misc.use_", "training.eval_only")
@@ -383,15 +386,15 @@ class TrainConfig(Config):
 
     @property
     def global_batch(self) -> int:
-        """Images of one optimiser step, of all processes."""
+        """Images per optimiser step, over all processes."""
         return self.training.batch_size * self.training.grad_accum * self.dist.processes
 
     @property
     def run_name(self) -> str:
-        """Name of the run's folder: the flags that matter most, a digest of all that alter the result, and the addendum.
+        """Name of the run's folder: the main flags, a digest of all flags that change the result, and the addendum.
 
-        It holds no time, so that the same command line finds the same folder again. Flags count that alter the result and differ
-        from their defaults, so that a new flag renames no run.
+        The name contains no time, so the same command line finds the same folder again. The digest covers only flags that differ
+        from their defaults, so a flag added in a later version does not rename existing runs.
         """
         stem = "_cvst" if self.model.not_original else ""
         parts = [self.model.arch.replace("/", "-") + stem]
@@ -412,12 +415,13 @@ class TrainConfig(Config):
 
     @property
     def addendum(self) -> str:
-        """`logging.addendum` as it stands in the name."""
+        """`logging.addendum` as it appears in the run's name."""
         return "".join(c if c.isalnum() or c in "-_.=" else "-" for c in self.logging.addendum)
 
     def settings(self) -> dict[str, Any]:
-        """What makes the run the one it is: dotted names and values of the flags that alter its result and differ from their
-        defaults. How a global batch is shared by processes and micro-batches does not count, nor do idle flags.
+        """Return the settings that identify the run: flags (dotted names) that change its result and differ from their defaults.
+
+        Flags without effect do not count, nor how a global batch is split into processes and micro-batches.
         """
         values = {
             f"{section}.{name}": v for section, flags in config_to_dict(self).items() for name, v in flags.items()
@@ -432,12 +436,12 @@ class TrainConfig(Config):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run leaves everything."""
+        """Folder for all files of the run."""
         return Path(self.logging.folder) / self.run_name
 
 
 def default_values(norm: str) -> dict[str, Any]:
-    """Dotted names and defaults of all training flags; the radius has one for each norm."""
+    """Return dotted names and defaults of all training flags; the default radius depends on the norm."""
     return {name: f.default for name, f in _fields()} | {"adv.eps": DEFAULT_EPS[norm]}
 
 

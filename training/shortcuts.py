@@ -1,11 +1,11 @@
-"""Two ways to compute the same with less, equal up to rounding. `auto` uses them on a CPU; no GPU has measured them.
+"""Two shortcuts that compute the same with less work, equal up to rounding. `auto` uses them on a CPU; untested on GPUs.
 
-`training.trim_last_block`: a vision transformer's head reads the class token alone, so the last block needs keys and values of
-all tokens, but query, projection and MLP of that one. A ConvNeXt's head reads the mean over positions, and the mean passes
-through what is linear: the second product of the last MLP is needed once an image instead of once a position.
+`training.trim_last_block`: the head of a vision transformer reads only the class token. So the last block needs keys and values
+of all tokens, but query, projection and MLP of the class token only. The head of a ConvNeXt reads the mean over positions, and
+the mean commutes with linear layers. So the second linear layer of the last MLP runs once per image, not once per position.
 
-`training.reuse_forward`: the attack's evaluation of its last iterate is the forward pass of training, where the network is the
-same function of each image in both modes.
+`training.reuse_forward`: the attack's evaluation of its last iterate is also the forward pass of training, if the network is the
+same function of each image in train and eval mode.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from attacks.registry import Attack
 from training.state import TrainState
 from utils_architecture import IsotropicBlock, IsotropicConvNeXt
 
-# Share of a micro-batch that may go through the network again. With APGD-2, 0 to 2 % of CIFAR-10's images have their highest loss
-# before the last iterate.
+# Largest share of a micro-batch that runs through the network again. With APGD-2, 0 to 2 % of CIFAR-10's images have their highest
+# loss before the last iterate.
 AGAIN = 1 / 16
-# Share of what another image would change. On one device, rows of a batch of two differ by less, in half precision too.
+# Tolerance, relative to the change between two images. Rows of a batch of two differ by less on one device, also in half precision.
 SAME = 0.01
 
 
 def asked_for(value: str, device: torch.device) -> bool:
-    """Whether a flag's `value` (auto, 0, 1) asks for its shortcut on this device."""
+    """Return whether a flag's `value` (auto, 0, 1) asks for its shortcut on this device."""
     return value == "1" or (value == "auto" and device.type != "cuda")
 
 
@@ -43,7 +43,7 @@ def asked_for(value: str, device: torch.device) -> bool:
 
 
 class ClassTokenBlock(Block):
-    """timm's `Block`, of whose tokens (B, N, C) only the class token is computed: (B, 1, C)."""
+    """timm's `Block` that maps tokens (B, N, C) to the class token only: (B, 1, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         attention, (batch, tokens, dim) = self.attn, x.shape
@@ -60,7 +60,7 @@ class ClassTokenBlock(Block):
 
 
 class PooledConvNeXtBlock(ConvNeXtBlock):
-    """timm's `ConvNeXtBlock`, of whose positions (B, C, H, W) only the mean is computed: (B, C, 1, 1)."""
+    """timm's `ConvNeXtBlock` that maps positions (B, C, H, W) to their mean only: (B, C, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv_dw(x).permute(0, 2, 3, 1))
@@ -71,7 +71,7 @@ class PooledConvNeXtBlock(ConvNeXtBlock):
 
 
 class PooledIsotropicBlock(IsotropicBlock):
-    """`IsotropicBlock`, of whose positions (B, C, H, W) only the mean is computed: (B, C, 1, 1)."""
+    """`IsotropicBlock` that maps positions (B, C, H, W) to their mean only: (B, C, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
@@ -80,10 +80,10 @@ class PooledIsotropicBlock(IsotropicBlock):
 
 
 def trim_last_block(model: nn.Module) -> bool:
-    """Let the last block compute only what the head reads, in place; returns whether it does. Names in the state dict stay.
+    """Change the last block in place so that it computes only what the head reads; return whether it was changed.
 
-    A network with another head or block, or with dropout there, stays as it is; so does one whose block computes something else,
-    as it may with another version of timm.
+    Names in the state dict stay. A network with another head or block, or with dropout in the block, is not changed. Nor is one
+    whose block computes something else, which is possible with another version of timm.
     """
     for network in model.modules():
         block, trimmed = _last_block(network)
@@ -96,7 +96,7 @@ def trim_last_block(model: nn.Module) -> bool:
 
 
 def _last_block(network: nn.Module) -> tuple[nn.Module, type[nn.Module] | None]:
-    """The last block and what to make of it; None where the head reads something else, or the block is of another kind."""
+    """Return the last block and its replacement; the latter is None if head or block are of another kind."""
     kind = type(network)
     if (
         kind is VisionTransformer
@@ -118,7 +118,7 @@ def _last_block(network: nn.Module) -> tuple[nn.Module, type[nn.Module] | None]:
 
 @torch.no_grad()
 def _agrees(block: nn.Module, trimmed: type[nn.Module]) -> bool:
-    """Whether both give the same for random input."""
+    """Return whether both give the same output for random input."""
     generator = torch.Generator().manual_seed(0)
     try:
         block = _probe_copy(block).to("cpu", torch.float32).eval()
@@ -139,17 +139,17 @@ def _agrees(block: nn.Module, trimmed: type[nn.Module]) -> bool:
 
 
 def places_again(batch_size: int) -> int:
-    """How many images of a micro-batch may go through the network again: the shape is fixed, so that it is compiled once."""
+    """Return how many images of a micro-batch can run through the network again; the fixed shape is compiled only once."""
     return math.ceil(AGAIN * batch_size)
 
 
 def loss_reusing_forward(
     state: TrainState, x: Tensor, y: Tensor, *, attack: Attack, eps: float, on_attack_step: Callable | None
 ) -> Tensor:
-    """As `training.step.training_loss`, where the attack's evaluation of its last iterate is the forward pass of training.
+    """Return the loss of `training.step.training_loss`, with the attack's last evaluation as the forward pass of training.
 
-    The few images whose best iterate is an earlier one go through the network again. If they are too many for the places kept
-    for that, or a loss is not finite (its gradient is not, even times zero), all do, and the first pass is thrown away.
+    The few images whose best iterate is an earlier one run through the network again. All images run again, and the first pass
+    is discarded, if these are more than `places_again`, or if a loss is not finite (its gradient times zero is not finite either).
     """
     kept = {}
 
@@ -173,12 +173,12 @@ def loss_reusing_forward(
 
 
 def change_in_training(model: nn.Module, x: Tensor) -> str | None:
-    """What the network does otherwise in training than in eval mode; None where it is the same function of each image.
+    """Return what the network does differently in train and eval mode; None if it is the same function of each image in both.
 
-    Found by running a copy in both modes, as no list of layers would be complete.
+    A copy runs in both modes, because no list of layers would be complete.
 
     Args:
-        model: maps images to logits; stays as it is.
+        model: maps images to logits; is not changed.
         x: three different images (3, 3, H, W).
     """
     devices = [x.device] if x.device.type == "cuda" else []
@@ -212,9 +212,9 @@ def _random_states(devices: list[torch.device]) -> list[bytes]:
 
 
 def _probe_copy(module: nn.Module) -> nn.Module:
-    """A copy with random weights, the same for the same names and shapes, which let every part count.
+    """Return a copy with random weights, equal for equal names and shapes, in which every layer affects the output.
 
-    A fresh head or layer scale would hide what lies before it, and a resumed run has to find what the run before it found.
+    A freshly initialised head or layer scale would hide the layers before it. A resumed run must get the same result as before.
     """
     module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
@@ -223,7 +223,7 @@ def _probe_copy(module: nn.Module) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
                 noise /= math.sqrt(math.prod(parameter.shape[1:]) or 1)
-            elif name.endswith("bias"):  # large ones, the same for all images, would swamp them
+            elif name.endswith("bias"):  # large biases, equal for all images, would hide the differences between images
                 noise *= 0.1
             else:
                 noise = 1 + 0.5 * noise
