@@ -1,4 +1,4 @@
-"""What a run says on the console."""
+"""Console output of a run."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from tqdm import tqdm
 
 from training.curves import CURVES
 
-# Numbers of an epoch that the console shows: those that are drawn, and the speed. The log holds all.
+# Numbers of an epoch on the console: the drawn ones and the speed. The log has all numbers.
 SHOWN = [*(name for panel in CURVES.values() for name, _ in panel), "images_per_second"]
 
 
 def say(text: str) -> None:
-    """Print a line, on a terminal above the progress bar."""
+    """Print a line; on a terminal it appears above the progress bar."""
     _write(text, sys.stdout)
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr, on a terminal above the progress bar."""
+    """Print a warning to stderr; on a terminal it appears above the progress bar."""
     _write(f"warning: {text}", sys.stderr)
 
 
 def _write(text: str, file: TextIO) -> None:
     if sys.stderr.isatty():
         tqdm.write(text, file=file)
-    else:  # tqdm would draw its bar anew
+    else:  # tqdm would redraw its bar
         print(text, file=file, flush=True)
 
 
 def epoch_line(record: Mapping[str, Any], *, epochs: int) -> str:
-    """The numbers of a validated epoch."""
+    """Format the numbers of a validated epoch as one line."""
     numbers = "  ".join(f"{name} {record[name]:.4g}" for name in SHOWN if name in record)
     return f"epoch {record['epoch']}/{epochs}  {numbers}"
 
 
 def progress_bar(*, epoch: int, epochs: int, images: int, done: int, shown: bool) -> tqdm:
-    """Of the images of epoch `epoch` (from 1 on), with the rate and the remaining time; in a file one line a minute at most."""
+    """Return the progress bar of epoch `epoch` (from 1 on), with speed and remaining time; in a file at most a line per minute."""
     tqdm.monitor_interval = 0  # no thread that refreshes bars
     terminal = sys.stderr.isatty()
     return tqdm(

@@ -1,4 +1,4 @@
-"""A picture of a run's log."""
+"""Plot of a run's log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from common.files import write_atomically
 from training.status import read_log
 
-# Panel → (key of an epoch's record, label). The console prints these numbers too.
+# Panel → (key of an epoch's record, label). The console also prints these numbers.
 CURVES = {
     "loss": (("train_loss", "training"), ("loss", "validation"), ("ema_loss", "validation, EMA")),
     "accuracy": (
@@ -23,14 +23,14 @@ CURVES = {
 
 def draw_curves(log: Path, picture: Path) -> None:
     """Draw `CURVES` by epoch from the epoch records of `log` into a PNG."""
-    # Here, as their import takes most of a second of every start.
+    # Imported here, because the import takes most of a second at every start.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     records = read_log(log, "epoch")
     figure = Figure(figsize=(12, 3.6))
-    # A layout engine takes as long as the drawing.
+    # No layout engine: it takes as long as the drawing.
     figure.subplots_adjust(left=0.05, right=0.985, bottom=0.14, top=0.91, wspace=0.3)
     FigureCanvasAgg(figure)
     for axes, (title, curves) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):

@@ -9,12 +9,12 @@ from torch import nn
 
 
 class EMA:
-    """θ_ema ← d·θ_ema + (1 − d)·θ over the whole state dict, from the start of training.
+    """EMA of the whole state dict from the start of training: θ_ema ← d·θ_ema + (1 − d)·θ.
 
-    Buffers of floating dtype are averaged too, others are copied.
+    Buffers of floating dtype are averaged too, other buffers are copied.
 
     Args:
-        model: the averaged network; copied.
+        model: network to average; it is copied.
         decay: d.
         warmup: use min(d, (1 + step)/(10 + step)) instead, so that short runs are not mostly initial weights.
     """
@@ -25,7 +25,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimiser step `step`, counted from 1."""
+        """Update the EMA with the weights after optimiser step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         averages, values = [], []
         current = model.state_dict()

@@ -1,4 +1,4 @@
-"""When a run is not worth going on with: steps without a finite loss, images that cannot be decoded, lost robustness."""
+"""Checks that end a run or warn: steps without a finite loss, images that cannot be decoded, lost robustness."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ from training.meter import Synced
 from training.overfitting import OverfittingWatch
 from training.progress import Progress
 
-MASKED = 0.1  # share of images without a gradient from which a warning is due
-CHANCE_EPOCHS, NEAR_CHANCE = (
-    3,
-    0.1,
-)  # after so many epochs a network that learns is beyond three standard errors of guessing
+MASKED = 0.1  # a larger share of images with zero gradient gives a warning
+# After this number of epochs, a network that learns is more than three standard errors above chance.
+CHANCE_EPOCHS, NEAR_CHANCE = 3, 0.1
 
 
 class Diverged(Exception):
-    """Training went wrong for good; the entry exits with status 3."""
+    """Training cannot recover; the entry script exits with status 3."""
 
 
 class Guard:
-    """Counts what goes wrong and ends the run where it is too much."""
+    """Counts failures, and ends the run if there are too many."""
 
     def __init__(self, config: TrainConfig, processes: Processes, progress: Progress) -> None:
         self.config, self.processes, self.progress = config, processes, progress
         self._bad_losses: deque[tuple[int, float]] = deque(maxlen=5)  # steps skipped since the last good one
 
     def check(self, synced: Synced) -> None:
-        """Take in the steps of a sync, and end the run where too much went wrong.
+        """Process the steps of a sync, and end the run if too many failed.
 
         Raises:
             Diverged: too many steps in a row were skipped.
@@ -46,7 +44,7 @@ class Guard:
                 progress.bad_in_a_row = 0
                 self._bad_losses.clear()
                 continue
-            # A float16 gradient that overflows makes the scaler lower its scale: no news.
+            # A float16 gradient that overflows is normal: the scaler lowers its scale. It gives no warning.
             if not math.isfinite(record["loss"]) and not progress.bad_in_a_row and self.processes.is_first:
                 warn(f"the loss is {record['loss']} at step {record['step']}; the step is skipped.")
             progress.skipped += 1
@@ -55,37 +53,37 @@ class Guard:
         if progress.bad_in_a_row >= self.config.training.max_bad_steps:
             numbers = ", ".join(f"{loss:.4g} at step {step}" for step, loss in self._bad_losses)
             raise Diverged(
-                f"{progress.bad_in_a_row} steps in a row were skipped, as loss or gradient were not finite (loss {numbers}); "
-                "lr.lr, adv.eps and training.precision are where to look; states and weights saved before are untouched"
+                f"{progress.bad_in_a_row} steps in a row were skipped, because loss or gradient were not finite (loss {numbers}); "
+                "check lr.lr, adv.eps and training.precision; training states and weights saved before are unchanged"
             )
         if progress.bad_images > (limit := self.config.data.max_bad_images):
             raise UserError(
                 f"data.max_bad_images: {progress.bad_images} images of data.train_dataset could not be decoded in one epoch, "
-                f"{limit} are allowed; they are named above. Repair the data set or raise the limit."
+                f"{limit} are allowed; the warnings above list them. Repair the data set or raise the limit."
             )
 
     def suspicions(self, metrics: dict[str, Any], *, images: int) -> Iterator[str]:
-        """Sentences on an epoch's validation, of `images` images, whose numbers do not mean what they seem to."""
+        """Yield a sentence for each result of an epoch's validation (on `images` images) that is misleading."""
         masked = max(metrics.get(f"{prefix}zero_gradients", 0.0) for prefix in ("", "ema_"))
         if masked > MASKED:
             yield (
-                f"the gradient is zero for {masked:.0%} of the images under attack, as where logits are so large that the softmax "
-                "is exact: attacks by gradient, that of training among them, cannot change those."
+                f"the gradient is zero for {masked:.0%} of the images under attack, as with logits so large that the softmax "
+                "saturates. Gradient-based attacks, including the attack used in training, cannot change these images."
             )
         chance, epochs = 1 / self.config.model.num_classes, metrics["epoch"]
         error = 3 * math.sqrt(chance * (1 - chance) / images)
-        # Few images cannot tell a beginner from a guesser.
+        # Few images cannot distinguish a network that starts to learn from chance.
         if epochs >= CHANCE_EPOCHS and metrics["top1"] < chance + error <= max(2 * chance, NEAR_CHANCE):
             yield (
-                f"clean accuracy is {metrics['top1']:.2%} after {epochs} epochs, no better than guessing ({chance:.2%}): the "
-                "network does not learn. Look at lr.lr for this global batch, its warm-up (lr.lr_peak_epoch, "
-                "adv.eps_warmup_epochs), the labels, and the weights it started from (model.pretrained, model.ckpt_path)."
+                f"clean accuracy is {metrics['top1']:.2%} after {epochs} epochs, no better than chance ({chance:.2%}): the "
+                "network does not learn. Check lr.lr for this global batch, its warm-up (lr.lr_peak_epoch, "
+                "adv.eps_warmup_epochs), the labels, and the start weights (model.pretrained, model.ckpt_path)."
             )
 
     def overfitting(self, metrics: dict[str, Any], *, epoch: int, images: int) -> str | None:
-        """A sentence where the network has lost its robustness to the stronger attack, and learned to mask that of training.
+        """Return a warning if the network lost its robustness to the stronger attack but not to the training attack.
 
-        `metrics` of an epoch's validation, with the accuracies under both attacks on `images` images.
+        `metrics`: validation of an epoch, with the accuracies under both attacks on `images` images.
         """
         watch = OverfittingWatch(chance=1 / self.config.model.num_classes, best=self.progress.watch.get("best"))
         weak, strong = metrics["train_attack_top1"], metrics["adv_top1"]

@@ -1,4 +1,4 @@
-"""Which run a command line means: the folder it works in, and whether a training state belongs to it."""
+"""Find the run that a command line belongs to: its folder, and whether a training state fits it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from common.provenance import PROVENANCE_KEY
 from training.config import TrainConfig, default_values
 from training.status import is_finished, read_status
 
-# Flags that only the very beginning of a run uses, and its name.
+# Flags that only the start of a run uses, and part of its name.
 BEGINNING = {"model.ckpt_path", "model.new_head", "model.pretrained", "logging.addendum"}
-PRECISION = "training.precision"  # the one flag whose default is the device's
+PRECISION = "training.precision"  # the only flag whose default depends on the device
 
 
 def find_folder(config: TrainConfig) -> tuple[Path, str]:
-    """The run's folder, and a sentence for the user where it has another name than `config.run_folder`.
+    """Return the run's folder, and a sentence for the user if its name differs from `config.run_folder`.
 
-    That is a folder of the same flags that an earlier version of the project named, or of a run on another number of processes: an
-    unfinished one, whose global batch these can share, or one that as many processes have taken part in. A run that begins at
-    another's state has a folder of its own, or that in which it has begun so; unless that state is the folder's own.
+    The name differs for a run of the same flags by an earlier version of the project, or on another number of processes. In the
+    latter case these processes can share its global batch, and it is unfinished or once resumed on this number of processes. A run
+    that starts from another run's state gets a new folder, or the folder in which it already started from this state. It keeps
+    the folder of the state if that folder is its own.
     """
-    named, note = config.run_folder, ""
-    if named.exists() or config.training.resume == "none" or config.training.eval_only:
-        return named, ""
+    default, note = config.run_folder, ""
+    if default.exists() or config.training.resume == "none" or config.training.eval_only:
+        return default, ""
     for folder, params in _runs_of_these_flags(config):
         run = params[PROVENANCE_KEY]
         batch = run["global_batch"]
@@ -39,7 +40,7 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
         if batch == config.global_batch:
             return (
                 folder,
-                f"{folder} holds this run, under a name that an earlier version of the project, or you, gave it",
+                f"{folder} contains this run, under a name from an earlier version of the project, or renamed by you",
             )
         shared = batch % (config.training.batch_size * config.dist.processes) == 0
         if is_finished(folder):
@@ -48,20 +49,20 @@ def find_folder(config: TrainConfig) -> tuple[Path, str]:
         elif (read_status(folder) or {}).get("step", 0) > 0:
             if shared:
                 return folder, (
-                    f"{folder} holds this run, begun on another number of processes; it keeps its {batch} images a step, and "
-                    f"--training.resume=none starts one of {config.global_batch}"
+                    f"{folder} contains this run, started on another number of processes; it keeps {batch} images per step; "
+                    f"--training.resume=none starts a run with {config.global_batch}"
                 )
             note = (
-                f"{folder} holds an unfinished run of these flags with {batch} images a step, which {config.dist.processes} "
-                f"processes cannot share; this is another run, of {config.global_batch}"
+                f"{folder} contains an unfinished run of these flags with {batch} images per step, which {config.dist.processes} "
+                f"processes cannot share; this is a separate run with {config.global_batch}"
             )
-    return named, note
+    return default, note
 
 
 def shorter_run(config: TrainConfig) -> tuple[Path, int, int] | None:
-    """A run that differs in `training.epochs` alone, and has fewer: its folder, its epochs, and those done.
+    """Return a run with fewer `training.epochs` and otherwise equal flags: its folder, its epochs, and its finished epochs.
 
-    Of several the one that has come farthest, of those whose global batch these processes can share.
+    Only runs whose global batch these processes can share count. Of several, return the one with the most steps.
     """
     found = []
     for folder, params in _runs_of_these_flags(config, but=frozenset({"training.epochs"})):
@@ -74,22 +75,22 @@ def shorter_run(config: TrainConfig) -> tuple[Path, int, int] | None:
 
 
 def _runs_of_these_flags(config: TrainConfig, *, but: Set[str] = frozenset()) -> list[tuple[Path, Mapping[str, Any]]]:
-    """Folders in `logging.folder` whose runs differ in the global batch, and the flags `but`, at most, with their params.json.
+    """Return run folders in `logging.folder` with their params.json; they may differ only in the global batch and flags `but`.
 
-    First those that have the name with which their run began, or begin as the run's own would; then the newest first.
+    Folders that kept their original name come first, then those whose name starts like this run's name, then the newest.
     """
     found = []
     for path in Path(config.logging.folder).glob("*/params.json"):
-        # A copy, or one that was set aside: more follows on the name's digest, and addendum.
+        # Skip a copy, or a folder that was set aside: its name continues after the digest and addendum.
         if re.search(r"_[0-9a-f]{6}[^0-9A-Za-z].*$|\.\d+$", path.parent.name.removesuffix(f"_{config.addendum}")):
             continue
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or no run's
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or not of a run
             params, written = json.loads(path.read_text()), path.stat().st_mtime
             run = params[PROVENANCE_KEY]
-            # What was not given is the device's, not the run's; but who asks for the same means the same.
+            # If neither start gave a precision, the device decides it, and it does not identify the run.
             if PRECISION not in run.get("given", [PRECISION]) and PRECISION not in config.given:
                 params["training"]["precision"] = default_values(config.adv.norm)[PRECISION]
-            # Earlier versions named a run by the place of its images, and did not note how many they were.
+            # Earlier versions used the path of the images in the name, and did not record their number.
             moved = os.path.normpath(params["data"]["train_dataset"]) != os.path.normpath(config.data.train_dataset)
             if moved and "images" not in run:
                 continue
@@ -107,20 +108,20 @@ def changed_flags(
     beginning: bool = False,
     but: Set[str] = frozenset(),
 ) -> list[str]:
-    """ "flag: old → new" for each flag that alters the numbers.
+    """Return "flag: old → new" for each changed flag that affects the results.
 
     Args:
-        saved: flags of a run, by section; one that it does not know had its default.
+        saved: flags of a run, by section; a missing flag had its default.
         config: flags of this start.
-        global_batch: of the run; micro-batches that make the same one are no change.
-        beginning: flags that only the beginning of a run uses count too.
+        global_batch: of the run; other micro-batches with the same global batch are no change.
+        beginning: also count flags that only the start of a run uses.
         but: flags that do not count.
     """
     ignored = config.uncounted() | but | (set() if beginning else BEGINNING)
     if global_batch == config.global_batch:
         ignored |= {"training.grad_accum"}
     if PRECISION not in config.given and not beginning:
-        ignored |= {PRECISION}  # it goes on with that of the run
+        ignored |= {PRECISION}  # it keeps the precision of the run
     defaults, changed = default_values(config.adv.norm), []
     for section, flags in config_to_dict(config).items():
         for name, value in flags.items():
@@ -134,20 +135,20 @@ def changed_flags(
 
 
 def other_images(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences between the training images of a run and those of this start.
+    """Return the differences between the training images of a run and those of this start.
 
-    Both are of `data.source.facts_of`; None, or no such key, where something is not known.
+    Both arguments come from `data.source.facts_of`; an unknown value is None or missing.
     """
     differences = []
     before, images = run.get("images"), now["images"]
     if before is not None and before != images:
-        differences.append(f"data.train_dataset had {before} images and has {images}")
+        differences.append(f"data.train_dataset had {before} images and now has {images}")
     old, new = run.get("classes"), now["classes"]
     if old is not None and new is not None and list(old) != list(new):
         other = next((pair for pair in zip(old, new) if pair[0] != pair[1]), None)
-        what = f"{other[0]!r} is now {other[1]!r}" if other else f"they were {len(old)} and are {len(new)}"
+        what = f"{other[0]!r} is now {other[1]!r}" if other else f"there were {len(old)}, now there are {len(new)}"
         differences.append(f"data.train_dataset has other classes: {what}")
     before, sample = run.get("sample"), now.get("sample")
     if not differences and None not in (before, sample) and before != sample:
-        differences.append("data.train_dataset has other images (as a sample of their files shows)")
+        differences.append("data.train_dataset has other images (according to a sample of its files)")
     return differences

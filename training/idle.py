@@ -10,9 +10,9 @@ from training.schedule import SCHEDULES
 
 
 def idle_flags(config: Any) -> dict[str, str]:
-    """Flags of a `training.config.TrainConfig` that have no effect in its run → what gives them one.
+    """Return the flags of a `training.config.TrainConfig` that have no effect in its run → the setting that they need.
 
-    One that was given is told. None of them counts for the run's name or when it resumes, so a flag belongs here only if the
+    A given flag of these is reported. They do not count for the run's name or for resuming, so a flag belongs here only if the
     weights cannot depend on it.
     """
     m, lr, adv, training, validation = config.model, config.lr, config.adv, config.training, config.validation
@@ -48,12 +48,15 @@ def idle_flags(config: Any) -> dict[str, str]:
 
 
 def attacks_that(fit: Callable[[AttackEntry], bool]) -> str:
-    """Values of `adv.attack` that fit, for a message."""
+    """Return the values of `adv.attack` that fit, for a message."""
     return " or ".join(name for name, entry in ATTACKS.items() if name != "none" and fit(entry))
 
 
 def _own_flags(flag: str, value: str, table: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
-    """Flags that only some values of `flag` read, whether `value` does, and which do; `table`: values → what has their `flags`."""
+    """Return rows for flags that only some values of `flag` read: (flag, whether `value` reads it, values that do).
+
+    `table`: value of `flag` → entry whose `flags` the value reads.
+    """
     rows = []
     for own in sorted({name for entry in table.values() for name in entry.flags}):
         readers = [name for name, entry in table.items() if own in entry.flags]

@@ -1,4 +1,4 @@
-"""What the steps of an epoch say: losses, times, images that cannot be decoded, added up over all processes."""
+"""Measurements of the steps of an epoch (losses, times, images that cannot be decoded), summed over all processes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from data.prefetch import prefetch
 from training.console import warn
 from training.progress import Progress
 
-# Between two syncs processes only meet in gradients and running statistics: reading losses makes the host wait for the device.
+# Between two syncs, processes exchange only gradients and running statistics: to read a loss, the host must wait for the device.
 SYNC_SECONDS = 1.0
 MAX_PENDING = 50
-# Compilation, cuDNN's choice of algorithms and the loader's start lie in the first syncs.
+# The first syncs include compilation, cuDNN's choice of algorithms and the loader's start.
 WARMUP_SYNCS = 3
 MEASURED_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Synced:
-    """What all processes together know of the steps since the last sync.
+    """Measurements of all processes since the last sync.
 
     Attributes:
-        steps: a record of each: epoch, step, shape, lr, mean loss, and where they hold `skipped`, `attack`.
+        steps: a record of each step: epoch, step, shape, lr, mean loss, and if present `skipped`, `attack`.
         loss: mean over the steps and processes.
         stop: whether a process was asked to stop.
     """
@@ -43,42 +43,44 @@ class Synced:
 
 
 class Meter:
-    """Measures the steps of this process, and adds up over all processes about once a second: `progress` gets the sums."""
+    """Measures the steps of this process, and sums over all processes about once per second; `progress` gets the sums."""
 
     def __init__(self, processes: Processes, progress: Progress) -> None:
         self.processes, self.progress = processes, progress
         self._syncs, self._steady_steps, self._steady_seconds = 0, 0, 0.0
         self._speed_taken = False
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
-        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # in which the GPU waited for a batch
+        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = (
+            deque()
+        )  # times in which the GPU waited for a batch
         self._bad: set[str] = set()  # images of this epoch that cannot be decoded
         self._waited, self._since, self._due, self._bad_synced = 0.0, 0.0, 1, 0
 
     def start_epoch(self) -> None:
-        """Forget what is left of the epoch before."""
+        """Discard what remains of the previous epoch."""
         for of_epoch in (self._pending, self._gaps, self._bad):
             of_epoch.clear()
         self._waited, self._since, self._due, self._bad_synced = 0.0, time.perf_counter(), 1, 0
 
     def watch(self, batches: Iterator[Batch], *, accum: int) -> AbstractContextManager[Iterator[list[Batch]]]:
-        """Lists of `accum` batches on the device.
+        """Return lists of `accum` batches on the device.
 
-        The batches' generators are closed afterwards in any case: an error would keep them, and with them the loader's workers.
+        The batches' generators are always closed afterwards; after an error they would keep the loader's workers alive.
         """
         there = prefetch(self._timed(batches), self.processes.device, lambda *gap: self._gaps.append(gap))
         return closing(self._groups(there, accum))
 
     def add(self, result: Tensor, **record: Any) -> None:
-        """`result`: what `train_step` returned for the step of which `record` is known."""
+        """Add `result`, the return value of `train_step`, for the step described by `record`."""
         self._pending.append((record, result))
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for a sync; the same on all processes."""
+        """Whether a sync is due; the same on all processes."""
         return len(self._pending) >= self._due
 
     def sync(self, *, stop: bool) -> Synced:
-        """Add everything up over all processes, which come here together. `stop`: this process was asked to."""
+        """Sum everything over all processes; all of them call this together. `stop`: this process was asked to stop."""
         progress, pending, self._pending = self.progress, self._pending, []
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
@@ -106,14 +108,14 @@ class Meter:
         return Synced(steps=steps, loss=sum(losses) / len(losses), stop=bool(stops))
 
     def take_speed(self) -> float | None:
-        """Steps a second after the warm-up; None before it is known, and after it was taken."""
+        """Return the steps per second after the warm-up, once; None before it is known, and after it was returned."""
         if self._speed_taken or self._steady_seconds < MEASURED_SECONDS:
             return None
         self._speed_taken = True
         return self._steady_steps / self._steady_seconds
 
     def summary(self, *, images: int) -> dict[str, Any]:
-        """The epoch's numbers, once its last step is synced; `images`: of all its steps."""
+        """Return the epoch's numbers, once its last step is synced; `images`: images of all its steps."""
         progress = self.progress
         seconds = max(progress.seconds, 1e-9)
         return {
@@ -130,7 +132,7 @@ class Meter:
         while True:
             begin = time.perf_counter()
             batch = next(batches, None)
-            # A GPU has work queued while the host waits: there the gaps count.
+            # A GPU has queued work while the host waits, so there the gaps are counted instead.
             if on_cpu:
                 self._waited += time.perf_counter() - begin
             if batch is None:
@@ -146,7 +148,7 @@ class Meter:
             yield group
 
     def _take_waited(self) -> float:
-        """Seconds waited for batches since the last call, as far as the GPU has come."""
+        """Return the seconds spent waiting for batches since the last call, as far as the GPU has finished."""
         while self._gaps and self._gaps[0][1].query():
             before, after = self._gaps.popleft()
             self._waited += before.elapsed_time(after) / 1000
@@ -155,9 +157,9 @@ class Meter:
 
 
 class AttackLog:
-    """Mean best loss and share of images still correct after each evaluation of the attack (`adv.verbose`).
+    """Mean best loss and share of correctly classified images after each evaluation of the attack (`adv.verbose`).
 
-    Of the images of this process; of its micro-batches one after the other.
+    It covers the images of this process, one micro-batch after the other.
     """
 
     def __init__(self) -> None:

@@ -13,10 +13,10 @@ ADAMW_BETAS = (0.9, 0.95)
 
 
 def is_decayed(name: str, parameter: nn.Parameter, *, arch: str) -> bool:
-    """Whether weight decay applies to a parameter, by the published rule.
+    """Return whether weight decay applies to a parameter, by the published rule.
 
-    For architectures named *convnext* or *resnet*, all but parameters whose name contains `bn` or `.bias` (LayerNorm weights
-    and layer scale are decayed); for the others, all but one-dimensional parameters and those that end in `.bias`.
+    For architectures named *convnext* or *resnet*, it applies to all parameters except those whose name contains `bn` or `.bias`
+    (so LayerNorm weights and layer scale are decayed). For others: to all except one-dimensional parameters and `*.bias`.
     """
     if "convnext" in arch or "resnet" in arch:
         return "bn" not in name and ".bias" not in name
@@ -26,9 +26,9 @@ def is_decayed(name: str, parameter: nn.Parameter, *, arch: str) -> bool:
 def parameter_groups(
     model: nn.Module, *, arch: str, weight_decay: float, head: Set[str] = frozenset(), body_factor: float = 1.0
 ) -> list[dict]:
-    """Two optimiser groups of the trainable parameters: decayed, and not.
+    """Return two optimiser groups of the trainable parameters: with and without weight decay.
 
-    With a `body_factor` other than 1 two of the parameters named in `head`, and two of the others with that `lr_factor`.
+    If `body_factor` is not 1, return two groups for the parameters named in `head` and two for the others with that `lr_factor`.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = []
@@ -46,21 +46,21 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, *, arch: str, training: TrainingConfig, head: Set[str] = frozenset(), body_factor: float = 1.0
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over the groups of `model`, see `parameter_groups`; the learning rate is set at every step.
+    """Build AdamW or SGD for the groups of `parameter_groups`; the learning rate is set at every step.
 
-    Fused: one kernel for all weights, and a step can be skipped on the device.
+    The optimiser is fused: one kernel for all weights, and the device can skip a step.
 
     Raises:
-        ValueError: no optimiser has the name `training.optimizer`.
+        ValueError: `training.optimizer` is unknown.
     """
     groups = parameter_groups(model, arch=arch, weight_decay=training.weight_decay, head=head, body_factor=body_factor)
     if training.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, fused=True)
         if training.momentum:
-            # torch leaves the momentum uninitialised if the very first step is skipped; zeros give the same first step.
+            # torch does not initialise the momentum if the very first step is skipped; zeros give the same first step.
             for parameter in (p for group in groups for p in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=ADAMW_BETAS, fused=True)
-    raise ValueError(f"training.optimizer: {training.optimizer!r} builds no optimiser")
+    raise ValueError(f"training.optimizer: {training.optimizer!r} is unknown; expected adamw or sgd")

@@ -5,30 +5,30 @@ from __future__ import annotations
 import math
 from typing import Any
 
-REMAINDER = 0.5  # share of the best robust accuracy below which it counts as lost
-Z = 5.0  # standard errors by which it must have fallen
-SHARED_FALL = 0.25  # largest part of that fall in which the accuracy under the training attack may take part
+REMAINDER = 0.5  # robust accuracy below this share of the best one counts as lost
+Z = 5.0  # it must have fallen by more than this number of standard errors
+SHARED_FALL = 0.25  # largest fall of the accuracy under the training attack, as a share of that fall
 
 
 class OverfittingWatch:
-    """Tells catastrophic overfitting from everything else that robust accuracy does, by two accuracies an epoch.
+    """Detects catastrophic overfitting from two accuracies per epoch, and separates it from other changes of robust accuracy.
 
     In catastrophic overfitting of single-step attacks, accuracy under a multi-step attack falls to nearly 0 within an epoch or two,
     while accuracy under the training attack rises towards 1 (Wong, Rice & Kolter 2020; Andriushchenko & Flammarion 2020). Both
-    halves must hold, against the epoch with the best accuracy under the stronger attack:
+    conditions must hold, compared with the epoch with the best accuracy under the stronger attack:
 
     - That accuracy is less than `REMAINDER` of the best, and lower by `Z` standard errors of the difference of two independent
-      shares of `n` images; five, since the best is the luckiest of hundreds of epochs. Ordinary robust overfitting takes about
-      five points of fifty on CIFAR-10, over many epochs (Rice, Wong & Kolter 2020).
-    - Accuracy under the training attack fell by at most `SHARED_FALL` of that fall. In ordinary robust overfitting, and where
-      training breaks down altogether, it falls with the other one.
+      shares of `n` images. `Z` is five because the best is the maximum of hundreds of epochs. Ordinary robust overfitting loses
+      about five points of fifty on CIFAR-10, over many epochs (Rice, Wong & Kolter 2020).
+    - Accuracy under the training attack fell by at most `SHARED_FALL` of that fall. In ordinary robust overfitting, and when
+      training breaks down altogether, both accuracies fall.
 
-    An accuracy within `Z` standard errors of guessing is no best: a constant network is "robust" at that level, and loses it by
-    learning. So a run that never was robust gives no verdict.
+    An accuracy within `Z` standard errors of chance does not count as best: a constant network is "robust" at that level, and
+    loses this by learning. So a run that was never robust gives no verdict.
 
     Args:
         chance: accuracy of guessing, 1 / classes.
-        best: the attribute of the watch that this one goes on for.
+        best: attribute `best` of an earlier watch that this one continues.
 
     Attributes:
         best: epoch, strong and weak of the best epoch so far, plain values; None before the first.
@@ -38,14 +38,14 @@ class OverfittingWatch:
         self.chance, self.best = chance, best
 
     def update(self, *, epoch: int, strong: float, weak: float, n: int) -> str | None:
-        """Take in one validated epoch.
+        """Process one validated epoch.
 
         Args:
             strong: share in [0, 1] of `n` images classified correctly under an attack stronger than the training attack.
             weak: the same under the training attack itself, at the same radius.
 
         Returns:
-            None, or one sentence with the numbers at every epoch at which the network is overfitted.
+            One sentence with the numbers for every epoch at which the network is overfitted, else None.
         """
         above_chance = strong - self.chance > Z * _standard_error(self.chance, n=n)
         if above_chance and (self.best is None or strong > self.best["strong"]):
@@ -60,8 +60,8 @@ class OverfittingWatch:
             return None
         return (
             f"Catastrophic overfitting at epoch {epoch}: accuracy under the stronger attack fell from "
-            f"{best['strong']:.1%} (epoch {best['epoch']}) to {strong:.1%}, while that under the training attack went from "
-            f"{best['weak']:.1%} to {weak:.1%}."
+            f"{best['strong']:.1%} (epoch {best['epoch']}) to {strong:.1%}, while accuracy under the training attack changed "
+            f"from {best['weak']:.1%} to {weak:.1%}."
         )
 
 

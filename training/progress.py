@@ -1,4 +1,4 @@
-"""Where a run is, apart from its weights."""
+"""Position of a run, apart from its weights."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Where a run is, apart from its weights: what a training state keeps beside them.
+    """Position of a run, apart from its weights; a training state stores both.
 
     Attributes:
-        epochs_done: epochs trained, and saved, validated and logged where that was due.
-        loss_sum, loss_count: of the present epoch's steps, without skipped ones.
-        seconds, waiting, bad_images, skipped: of the present epoch: training time, time of it waiting for images, undecodable
-            images met, steps skipped.
+        epochs_done: epochs that are trained, and saved, validated and logged if due.
+        loss_sum, loss_count: over the steps of the current epoch, without skipped ones.
+        seconds, waiting, bad_images, skipped: in the current epoch: training time, part of it waiting for images, undecodable
+            images, skipped steps.
         bad_in_a_row: steps skipped since the last good one.
-        best: network → {"epoch", "value"}: its best robust (clean training: clean) accuracy so far.
-        watch: {"best": that of the `OverfittingWatch`}, once there was one.
+        best: network → {"epoch", "value"}: its best robust accuracy so far (clean accuracy in clean training).
+        watch: {"best": `best` of the `OverfittingWatch`}, empty before the first.
     """
 
     epochs_done: int = 0
@@ -32,7 +32,7 @@ class Progress:
     watch: dict[str, Any] = field(default_factory=dict)
 
     def finish_epoch(self) -> None:
-        """Count the present epoch as done."""
+        """Count the current epoch as done."""
         self.epochs_done += 1
         self.loss_sum, self.loss_count, self.bad_images, self.skipped = 0.0, 0, 0, 0
         self.seconds = self.waiting = 0.0
