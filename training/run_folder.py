@@ -1,7 +1,7 @@
 """The run folder: params.json, log, weights, status.json, TensorBoard events, curves. Only the first process writes.
 
-Once a run has started, no failure to write ends it: a full disk, a quota or a folder that became read-only is a warning. What the
-log or the events could not take is lost; weights and training states are whole or not there.
+After the start, a failed write never ends a run: a full disk, a quota or a read-only folder gives a warning. Lines of the log and
+events that cannot be written are lost; files of weights and training states are either complete or not there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from training.console import warn
 from training.curves import draw_curves
 from training.status import STATUS, read_log, write_status
 
-WEIGHTS_NAMES = {"raw": "weights", "ema": "weights_ema"}  # kind of network → beginning of its files' names
+WEIGHTS_NAMES = {"raw": "weights", "ema": "weights_ema"}  # kind of network → prefix of its file names
 
 
 class NoRunFolder:
-    """Of the processes that write nothing."""
+    """Run folder of the processes that write nothing."""
 
     path = set_aside = None
 
@@ -48,19 +48,19 @@ class NoRunFolder:
 
 
 class RunFolder(NoRunFolder):
-    """Everything a run leaves behind.
+    """All files of a run.
 
-    `log` holds one JSON object a line. Its `kind` is "start" (of the run, or of a process that resumes it), "step" (by
-    `logging.log_level`) or "epoch" (of a validation). Non-finite numbers are strings, as JSON has none.
+    `log` contains one JSON object per line. Its `kind` is "start" (of the run, or of a process that resumes it), "step" (depends
+    on `logging.log_level`) or "epoch" (of a validation). Non-finite numbers are strings, because JSON does not have them.
 
     Args:
-        provenance: of this start; with `resume` it holds the `step` too.
-        resume: None starts from scratch: a folder of an earlier run of the same name is renamed, never overwritten. Else what
-            `position()` returned when the training state was saved, with the state's `step`: the run resumes in its folder,
-            whose log is cut to that position.
+        provenance: of this start; with `resume` it also contains `step`.
+        resume: None starts from scratch: the folder of an earlier run of the same name is renamed, never overwritten. Otherwise
+            the return value of `position()` when the training state was saved, with the state's `step`: the run resumes in its
+            folder, and its log is truncated to that position.
 
     Attributes:
-        set_aside: the new name of the earlier run's folder, None where there was none.
+        set_aside: the new name of the earlier run's folder, None if there was none.
 
     Raises:
         UserError: the folder or a file in it cannot be created or opened.
@@ -71,13 +71,13 @@ class RunFolder(NoRunFolder):
     ) -> None:
         self.path = path
         self._keep, self._level = config.logging.keep, config.logging.log_level
-        self._told: set[str] = set()  # files whose failure was told
+        self._reported: set[str] = set()  # files whose failure was reported
         self._saved: dict[str, list[int]] = {name: [] for name in WEIGHTS_NAMES.values()}
         with writable("logging.folder", self.path):
             self.set_aside = set_aside(self.path) if resume is None else None
             self.path.mkdir(parents=True, exist_ok=True)
             if resume is not None:
-                for unfinished in self.path.glob(".*.part"):  # of a process that was killed while it wrote
+                for unfinished in self.path.glob(".*.part"):  # of a process that was killed during a write
                     unfinished.unlink()
                 self._cut_log(resume["log_bytes"], resume.get("log_lines", []))
                 for name, epochs in resume["saved"].items():
@@ -89,11 +89,11 @@ class RunFolder(NoRunFolder):
         self._write_events(lambda: self._open_events(config, resume))
 
     def log_start(self, record: Mapping[str, Any]) -> None:
-        """Of the run, or of a process that resumes it."""
+        """Log the start of the run, or of a process that resumes it."""
         self._append({"kind": "start", **record})
 
     def log_steps(self, records: list[dict[str, Any]]) -> None:
-        """As much of the steps' records as `logging.log_level` asks for; skipped steps always."""
+        """Log the part of the steps' records that `logging.log_level` selects; skipped steps are always logged."""
         for record in records:
             skipped = "skipped" in record
             if not (self._level or skipped or "attack" in record):
@@ -103,11 +103,11 @@ class RunFolder(NoRunFolder):
             self._write({"kind": "step"} | {key: value for key, value in record.items() if key in shown})
 
     def log_epoch(self, record: Mapping[str, Any]) -> None:
-        """The numbers of an epoch and its validation."""
+        """Log the numbers of an epoch and its validation."""
         self._write({"kind": "epoch", **record})
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands, for the training state: bytes of the log, which are on the disk, and epochs of the weights."""
+        """Return the position of the run for the training state: bytes of the log on the disk, and epochs of the weights."""
         with suppress(OSError):
             os.fsync(self._log.fileno())
         self._write_events(lambda: self._events.flush())
@@ -119,7 +119,7 @@ class RunFolder(NoRunFolder):
     def save_weights(self, networks: Mapping[str, nn.Module], epoch: int) -> bool:
         """Write weights_<epoch>.pt and weights_ema_<epoch>.pt; delete the oldest beyond `logging.keep`.
 
-        Where the new file cannot be written, none is deleted. Returns whether all were written.
+        If the new file cannot be written, none is deleted. Return whether all files were written.
         """
         complete = True
         for kind, network in networks.items():
@@ -132,12 +132,12 @@ class RunFolder(NoRunFolder):
         return complete
 
     def save_best(self, networks: Mapping[str, nn.Module]) -> None:
-        """Write weights_best.pt and weights_ema_best.pt over those before."""
+        """Write weights_best.pt and weights_ema_best.pt, replacing the earlier ones."""
         for kind, network in networks.items():
             self._save(network, self.path / f"{WEIGHTS_NAMES[kind]}_best.pt")
 
     def set_status(self, status: str, *, step: int, epoch: int, reason: str = "") -> None:
-        """Write status.json: how the run stands, with optimiser steps and finished epochs of the newest state on the disk."""
+        """Write status.json: the run's status, with optimiser steps and finished epochs of the newest state on the disk."""
         try:
             write_status(self.path, {"status": status, "step": step, "epoch": epoch, "reason": reason})
         except OSError as error:
@@ -149,7 +149,7 @@ class RunFolder(NoRunFolder):
         self._write_events(lambda: self._events.close())
         try:
             draw_curves(self.path / "log", self.path / "curves.png")
-        except Exception as error:  # whatever the drawing library meets: a picture is not worth the end of a run
+        except Exception as error:  # any error of the plotting library: a missing plot must not end a run
             self._warn_unwritten(self.path / "curves.png", error, "there are no new curves")
 
     def _open_events(self, config: TrainConfig, resume: Mapping[str, Any] | None) -> None:
@@ -158,7 +158,7 @@ class RunFolder(NoRunFolder):
             if config.misc.notes:
                 self._events.add_text("notes", config.misc.notes, 0)
             return
-        # Events of the state's own step, which may have been validated after the state was saved, are hidden with the later ones.
+        # purge_step also hides the events of the state's own step. Add them again from the log.
         for kind in ("step", "epoch"):
             for record in read_log(self.path / "log", kind):
                 if record["step"] >= resume["step"]:
@@ -174,7 +174,7 @@ class RunFolder(NoRunFolder):
                 self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
 
     def _append(self, record: dict[str, Any]) -> None:
-        # JSON has no non-finite numbers: they become strings.
+        # JSON has no non-finite numbers, so they become strings.
         plain = json.loads(json.dumps(record), parse_constant=lambda name: str(float(name)))
         line = (json.dumps(plain) + "\n").encode()
         size = os.fstat(self._log.fileno()).st_size
@@ -183,14 +183,14 @@ class RunFolder(NoRunFolder):
                 raise OSError(None, "the disk is full")
         except OSError as error:
             with suppress(OSError):
-                os.ftruncate(self._log.fileno(), size)  # no half lines
+                os.ftruncate(self._log.fileno(), size)  # leave no partial line
             self._warn_once(self.path / "log", error)
 
     def _write_events(self, write: Callable[[], None]) -> None:
-        if "events" not in self._told:
+        if "events" not in self._reported:
             try:
                 write()
-            except Exception as error:  # of any kind: they come from the writer's thread, which has ended
+            except Exception as error:  # of any type: it comes from the writer's thread, which has ended
                 self._warn_once(self.path / "events", error)
 
     def _write_params(self, config: TrainConfig, provenance: Mapping[str, Any]) -> None:
@@ -200,38 +200,38 @@ class RunFolder(NoRunFolder):
         except OSError as error:
             if not (self.path / "params.json").exists():
                 raise
-            self._warn_unwritten(self.path / "params.json", error, "it does not name this start")
+            self._warn_unwritten(self.path / "params.json", error, "it does not record this start")
 
     def _with_earlier_starts(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
-        """Provenance of the first start, with this one added to its `resumed`."""
+        """Return the provenance of the first start, with this start added to its `resumed`."""
         path = self.path / "params.json"
         try:
             first = json.loads(path.read_text())[PROVENANCE_KEY]
             return first | {"resumed": [*first.get("resumed", []), dict(provenance)]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warn(f"{path}: cannot be read ({cause_of(error)}); where the run was started first is not known any more.")
+            warn(f"{path}: cannot be read ({cause_of(error)}); the record of the run's first start is lost.")
             return dict(provenance) | {"resumed": [dict(provenance)]}
 
     def _cut_log(self, size: int, lines: list[str]) -> None:
-        """Keep the whole lines of the log's first `size` bytes, and add those that earlier versions kept in the training state."""
+        """Keep the complete lines in the log's first `size` bytes; add `lines`, kept in the state by earlier versions."""
         path = self.path / "log"
         content = path.read_bytes()[:size] if path.exists() else b""
         kept = content[: content.rfind(b"\n") + 1]
         if len(kept) < size:
             warn(
-                f"{path}: {len(kept)} of the {size} bytes that it had when the state was saved are there; the rest is lost."
+                f"{path}: only {len(kept)} of the {size} bytes at the time of the saved state are there; the rest is lost."
             )
         with open(path, "ab") as file:
             file.truncate(len(kept))
             file.write("".join(line.rstrip("\n") + "\n" for line in lines).encode())
 
     def _save(self, network: nn.Module, path: Path) -> bool:
-        """Write the weights; False, with a warning, where that fails."""
+        """Write the weights; on failure warn and return False."""
         state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
         try:
             write_atomically(path, lambda file: torch.save(state, file))
-        except (OSError, RuntimeError) as error:  # torch.save hides some failures of the file in a RuntimeError
-            self._warn_unwritten(path, error, "the weights saved before are untouched")
+        except (OSError, RuntimeError) as error:  # torch.save reports some file errors as RuntimeError
+            self._warn_unwritten(path, error, "the weights saved before are unchanged")
             return False
         return True
 
@@ -247,9 +247,9 @@ class RunFolder(NoRunFolder):
             saved.pop(0)
 
     def _warn_once(self, path: Path, error: Exception) -> None:
-        if path.name not in self._told:
-            self._told.add(path.name)
-            self._warn_unwritten(path, error, "training goes on, and its records are lost")
+        if path.name not in self._reported:
+            self._reported.add(path.name)
+            self._warn_unwritten(path, error, "training continues, but its records are lost")
 
     def _warn_unwritten(self, path: Path, error: Exception, consequence: str) -> None:
         warn(f"{path}: cannot be written ({cause_of(error)}); {consequence}.")

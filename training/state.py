@@ -1,4 +1,4 @@
-"""All that training changes, in one object."""
+"""Everything that training changes, in one object."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from training.ema import EMA
 
 @dataclass
 class TrainState:
-    """Model, average, optimiser, loss scaler and step.
+    """Model, EMA, optimiser, loss scaler and step.
 
     Attributes:
         model: the bare network (with its normaliser); attacks, EMA, validation and files use it.
         parallel: the same network as training calls it; `model` itself until `training.compiled.prepare_networks` compiles it, or
             wraps it for several processes.
         attacked: the same network as the attack calls it; `model` itself unless it is compiled.
-        optimizer, scaler: of torch; the scaler is disabled unless training runs in float16.
+        optimizer, scaler: torch objects; the scaler is disabled unless training runs in float16.
         ema: None without `model.model_ema`.
-        frozen: modules that stay in eval mode while the network trains: those of which nothing is trained.
-        first_weights: file, key in it and SHA-256 of the weights that training starts from (`model.ckpt_path`); None without.
-        step: optimiser steps done, skipped ones included.
+        frozen: modules without trained parameters; they stay in eval mode while the network trains.
+        first_weights: file, key in it and SHA-256 of the start weights (`model.ckpt_path`); None without.
+        step: optimiser steps done, including skipped ones.
         reuses_forward: whether the last evaluation of the attack is the forward pass of training (`training.step.training_loss`).
         statistics: running means and variances of batch normalisation, which a forward pass changes.
     """
@@ -51,17 +51,17 @@ class TrainState:
         self.statistics = [buffer for buffer in both if buffer is not None]
 
     def train_mode(self) -> None:
-        """Put the network into training mode, but for what is frozen."""
+        """Put the network into training mode, except the frozen modules."""
         self.model.train()
         for module in self.frozen:
             module.eval()
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks to validate and save: "raw", and "ema" where there is one."""
+        """Return the networks to validate and save: "raw", and "ema" if there is one."""
         return {"raw": self.model} | ({"ema": self.ema.model} if self.ema is not None else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything by name: tensors and plain values. Randomness is a function of the step, so there is none to keep."""
+        """Return the state as tensors and plain values by name. No RNG state: random numbers depend only on the step."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict() if self.ema is not None else None,
@@ -71,13 +71,13 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave, strictly.
+        """Load the output of `state_dict`, strictly.
 
         Raises:
-            RuntimeError, ValueError, KeyError: it belongs to another network, optimiser or setting of the average.
+            RuntimeError, ValueError, KeyError: it belongs to another network, optimiser or EMA setting.
         """
         if (state["ema"] is None) != (self.ema is None):
-            raise ValueError("one of them has an average of the weights, the other has none")
+            raise ValueError("only one of them has an EMA of the weights")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.model.load_state_dict(state["ema"])
@@ -85,14 +85,14 @@ class TrainState:
         if [group.keys() - {"params"} for group in state["optimizer"]["param_groups"]] != [
             group.keys() for group in own
         ]:
-            raise ValueError("the optimiser is another one")
+            raise ValueError("the optimiser differs")
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, own):
-            group.update(settings)  # this run's own: weight decay and the like may have been changed by force
+            group.update(settings)  # keep this run's settings: resume_force may have changed, for example, weight decay
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    # A fused optimiser reads all of them in the order of memory, channels_last or not.
+                    # A fused optimiser reads all of them in memory order, channels_last or not.
                     moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

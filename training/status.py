@@ -1,4 +1,4 @@
-"""status.json of a run folder: how the run stands, for launchers, grids and the next start."""
+"""status.json of a run folder: the run's status, for launchers, grids and the next start."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ STATUS = "status.json"
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """What status.json of a run folder says; None where there is none, or it cannot be read."""
+    """Return the content of status.json of a run folder; None if it is missing or not readable."""
     with suppress(UserError):
         return read_json(folder / STATUS)
     return None
 
 
 def mark_status(folder: Path, status: str, reason: str = "") -> None:
-    """Change the status of a run that has one, before or without opening its folder; its step and epoch stay.
+    """Change the status of a run that already has one, without opening its folder; its step and epoch stay.
 
-    Best effort: a disk that takes nothing has its say when the folder is opened.
+    An error of the disk is ignored here; it is reported when the folder is opened.
     """
     before = read_status(folder)
     if before is not None:
@@ -34,13 +34,13 @@ def mark_status(folder: Path, status: str, reason: str = "") -> None:
 
 
 def write_status(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write status.json, with the time."""
+    """Write status.json, and add the time."""
     content = {**content, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     write_atomically(folder / STATUS, lambda file: file.write(json.dumps(content, indent=2).encode()))
 
 
 def read_log(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind (start, step, epoch) of a run's log; lines that are damaged are left out.
+    """Return the records of one kind (start, step, epoch) of a run's log; damaged lines are skipped.
 
     Earlier versions wrote no kind.
     """
@@ -54,5 +54,5 @@ def read_log(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run has come to its end."""
+    """Return whether the run is finished."""
     return (read_status(folder) or {}).get("status") == "finished"

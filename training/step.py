@@ -24,17 +24,17 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """Context in which a network runs in `precision`; the others need none (tf32 is a switch of the process)."""
+    """Return the context for a network in `precision`; only autocast needs one (tf32 is a setting of the process)."""
     return torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
 def image_dtype(precision: str) -> torch.dtype:
-    """Of a network's weights and of the images that it is given; autocast lowers it inside."""
+    """Return the dtype of a network's weights and input images; autocast lowers it inside the network."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
 def on_device(batch: Batch, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images, as a network of the run is given them, and labels."""
+    """Return images, in the form for a network of the run, and labels."""
     dtype, channels_last = image_dtype(config.training.precision), config.misc.use_channel_last
     x = finish_augmentation(batch, device=device, dtype=dtype, channels_last=channels_last)
     return x, batch.y.to(device, non_blocking=True)
@@ -52,25 +52,25 @@ def train_step(
     eps: float,
     on_attack_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """One optimiser step over the micro-batches of this process; advances `state`.
+    """Run one optimiser step over the micro-batches of this process; this advances `state`.
 
-    The attack calls `state.attacked`, so that DistributedDataParallel sees only the passes of training, one or two forward and one
-    backward of each micro-batch, and averages gradients once, at the last one. Where the attack's last forward pass is that of
-    training (`training_loss`), it calls `state.parallel` there, and one number a micro-batch is read back from the device; else
-    nothing is.
+    The attack calls `state.attacked`. So DistributedDataParallel sees only the passes of training: one or two forward passes and
+    one backward pass per micro-batch. It averages gradients once, at the last micro-batch. If the attack's last forward pass is
+    also that of training (`training_loss`), it calls `state.parallel`, and one number per micro-batch is read back from the
+    device; otherwise nothing is.
 
-    Micro-batches of all processes are numbered as blocks in the order of their samples, and everything random is a function of
-    (seed, step, block): as many blocks on another number of processes see the same.
+    Micro-batches of all processes are numbered as blocks in the order of their samples. All random numbers depend only on (seed,
+    step, block). So the same number of blocks gives the same numbers on any number of processes.
 
-    A step whose loss or averaged gradient is not finite on any process is skipped on all: weights, optimiser and running
-    statistics of batch normalisation stay, while the step counts for the schedule and the average.
+    If the loss or averaged gradient is not finite on any process, all processes skip the step: weights, optimiser and running
+    statistics of batch normalisation stay, but the step counts for the schedule and the EMA.
 
     Args:
-        batches: micro-batches of equal size, as many as make this process's share of a step (`Trainer.accum`).
+        batches: micro-batches of equal size; their number is this process's share of a step (`Trainer.accum`).
         mixup: mixes images and makes soft labels; None for hard labels.
 
     Returns:
-        On the device, float64 (2,): mean loss of this process, which may be non-finite, and 1 where the step was skipped, else 0.
+        On the device, float64 (2,): mean loss of this process, which may be non-finite, and 1 if the step was skipped, else 0.
     """
     precision, device = config.training.precision, processes.device
     statistics = [(buffer, buffer.clone()) for buffer in state.statistics]
@@ -80,7 +80,7 @@ def train_step(
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         block = i * processes.world_size + processes.rank
-        # Drop path and random starts draw from here: a function of the step, not of what ran before.
+        # Drop path and random starts use this generator: they depend on the step, not on what ran before.
         torch.manual_seed(derive_seed("step", config.data.seed, state.step, block))
         x, y = on_device(batch, config, device)
         if mixup is not None:
@@ -90,8 +90,8 @@ def train_step(
             with autocast(device, precision):
                 loss = training_loss(state, x, y, attack=attack, eps=eps, on_attack_step=on_attack_step)
             loss = loss / len(batches)
-            # backward() starts from 1, or from NaN where the loss is not finite. That makes every gradient NaN, and averaging
-            # spreads it: all processes skip the step, without a message of their own.
+            # backward() starts from 1, or from NaN if the loss is not finite. Then every gradient is NaN, and averaging spreads
+            # this to all processes. So all of them skip the step without extra communication.
             seed_gradient = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
             state.scaler.scale(loss).backward(seed_gradient)
         total += loss.detach()
@@ -114,9 +114,9 @@ def training_loss(
     eps: float,
     on_attack_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Mean cross-entropy on the attacked images, a scalar with its graph.
+    """Return the mean cross-entropy on the attacked images, a scalar with its graph.
 
-    Nothing is read back from the device unless `state.reuses_forward`: then one number is, for which the host waits.
+    Nothing is read back from the device, except one number if `state.reuses_forward`; the host waits for it.
     """
     if state.reuses_forward and attack.evaluates_last:
         return loss_reusing_forward(state, x, y, attack=attack, eps=eps, on_attack_step=on_attack_step)
@@ -125,15 +125,15 @@ def training_loss(
 
 
 def optimizer_step(state: TrainState, *, grad_clip: float) -> Tensor:
-    """Clip, let optimiser and scaler do their step, count it; returns whether the step was skipped, a bool on the device."""
+    """Clip, step optimiser and scaler, and count the step; return whether it was skipped, a bool on the device."""
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # Sums of absolute values are finite if and only if all are; a sum that overflows belongs to a step to skip as well.
+    # A sum of absolute values is finite only if all values are; a step whose sum overflows is to be skipped as well.
     skipped = ~torch.stack(torch._foreach_norm(gradients, 1)).max().isfinite()
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), grad_clip)
     if not state.scaler.is_enabled():
-        # What the scaler tells a fused optimiser in float16: leave everything as it is where this is 1.
+        # In float16 the scaler sets this for a fused optimiser: with 1 the optimiser changes nothing.
         state.optimizer.found_inf = skipped.float()
     state.scaler.step(state.optimizer)
     state.scaler.update()
@@ -143,7 +143,7 @@ def optimizer_step(state: TrainState, *, grad_clip: float) -> Tensor:
 
 
 def _average(statistics: list[Tensor], processes: Processes) -> None:
-    """Give all processes the same: their own means, so that each attacks, averages and validates the same network."""
+    """Set the statistics of all processes to their mean, so that each attacks, averages and validates the same network."""
     if processes.world_size > 1:
         means = processes.sum(torch.cat([buffer.flatten() for buffer in statistics])) / processes.world_size
         for buffer, mean in zip(statistics, means.split([buffer.numel() for buffer in statistics])):

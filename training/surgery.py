@@ -1,4 +1,4 @@
-"""What training changes of a network beside its weights: what is frozen, what is kept for the backward pass."""
+"""Changes that training makes to a network besides its weights: frozen parameters, and less memory for the backward pass."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from common.errors import UserError
 
 
 def freeze_parameters(model: nn.Module, *, early: bool) -> list[nn.Module]:
-    """Freeze all parameters but the stem's (`early`), or only the stem's (not `early`).
+    """Freeze all parameters except the stem's (`early`), or only the stem's (not `early`).
 
-    The stem's parameters are those whose name contains `stem`. `requires_grad` is set on every parameter.
+    The stem's parameters are those with `stem` in their name. `requires_grad` is set on every parameter.
 
     Returns:
-        The outermost modules that have parameters, all of them frozen. They belong into eval mode: in training mode batch
-        normalisation (of a RegNet; a ConvStem has none) would move its statistics, and blocks be left out (`model.drop_path`).
+        The outermost modules with parameters that are all frozen. They must stay in eval mode: in training mode, batch
+        normalisation (of a RegNet; a ConvStem has none) would change its statistics, and `model.drop_path` would skip blocks.
 
     Raises:
-        UserError: no name contains `stem` (a ViT with PatchStem, a ResNet), or nothing would be left to train.
+        UserError: no name contains `stem` (a ViT with PatchStem, a ResNet), or no parameter would be trained.
     """
     in_stem = {name: "stem" in name for name, _ in model.named_parameters()}
     if not any(in_stem.values()):
@@ -32,20 +32,20 @@ def freeze_parameters(model: nn.Module, *, early: bool) -> list[nn.Module]:
         )
     if not early and all(in_stem.values()):
         raise UserError(
-            "model.freeze_some: with --model.early=0 every parameter is frozen and nothing would be trained."
+            "model.freeze_some: with --model.early=0 every parameter is frozen, so nothing would be trained."
         )
     frozen = _freeze_all_but(model, {name for name, belongs in in_stem.items() if belongs == early})
     return [module for module in frozen if next(module.parameters(), None) is not None]
 
 
 def head_names(model: nn.Module, other: nn.Module) -> set[str]:
-    """Names of the head's tensors: those of another shape in `other`, the same network for another number of classes."""
+    """Return the names of the head's tensors: those whose shape differs in `other`, the same network with another number of classes."""
     shapes = {name: value.shape for name, value in other.state_dict().items()}
     return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
 
 
 def freeze_body(model: nn.Module, head: Set[str]) -> list[nn.Module]:
-    """Freeze all parameters but those named in `head`; returns the outermost modules that hold none of these."""
+    """Freeze all parameters except those in `head`; return the outermost modules that contain none of these."""
     return _freeze_all_but(model, head)
 
 
@@ -59,9 +59,9 @@ def _freeze_all_but(model: nn.Module, trained: Set[str]) -> list[nn.Module]:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Let every block keep only its input for the backward pass and compute the rest again there, in place.
+    """Change every block in place to keep only its input for the backward pass, and to recompute the rest there.
 
-    Blocks are the outermost modules whose class is named `…Block`: those of ConvNeXt and ViT, and of most of timm's others.
+    Blocks are the outermost modules whose class is named `…Block`: those of ConvNeXt, ViT, and most other timm models.
     Names in the state dict stay. timm's own switch does not work with `torch.autograd.grad`, which attacks use.
 
     Raises:
@@ -70,7 +70,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise UserError(
             "training.grad_checkpointing: expected a model without batch normalisation, whose running statistics would be "
-            "updated twice a step; leave the flag out."
+            "updated twice per step; give --training.grad_checkpointing=0."
         )
     found: list[str] = []
     for name, module in model.named_modules():
@@ -78,4 +78,6 @@ def checkpoint_blocks(model: nn.Module) -> None:
             found.append(name)
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     if not found:
-        raise UserError("training.grad_checkpointing: the model has no modules named …Block; leave the flag out.")
+        raise UserError(
+            "training.grad_checkpointing: the model has no modules named …Block; give --training.grad_checkpointing=0."
+        )
