@@ -39,7 +39,7 @@ def freeze_parameters(model: nn.Module, *, early: bool) -> list[nn.Module]:
 
 
 def head_names(model: nn.Module, other: nn.Module) -> set[str]:
-    """Return the names of the head's tensors: those whose shape differs in `other`, the same network with another number of classes."""
+    """Return the names of the head's tensors: their shapes differ in `other`, the same network with another number of classes."""
     shapes = {name: value.shape for name, value in other.state_dict().items()}
     return {name for name, value in model.state_dict().items() if value.shape != shapes[name]}
 

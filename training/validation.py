@@ -23,21 +23,21 @@ from training.console import warn
 from training.step import autocast, on_device
 from training.stop import StopRequest
 
-PREFIX = {"raw": "", "ema": "ema_"}  # kind of network → beginning of its numbers' names
+PREFIX = {"raw": "", "ema": "ema_"}  # kind of network → prefix of its numbers' names
 
 
 class Validator:
-    """Measures networks on the images of `source`; its loader workers live as long as it.
+    """Measures networks on the images of `source`; its loader workers live as long as the object.
 
     Args:
-        attack: of training.
-        stop: ends a validation that is running.
+        attack: the attack used in training.
+        stop: ends a running validation.
 
     Attributes:
         n_images: number of images.
-        n_attacked: number of those under attack; 0: none.
-        measures_training_attack: whether images are attacked and training attacks too: then accuracy under its attack is measured
-            beside that under APGD, and the best weights go by the latter.
+        n_attacked: number of images under attack; 0: none.
+        measures_training_attack: whether validation and training both attack images. Then accuracy under the training attack is
+            measured besides accuracy under APGD, and the latter selects the best weights.
     """
 
     def __init__(
@@ -67,26 +67,26 @@ class Validator:
         self.n_attacked = len(self._subset)
         self.measures_training_attack = self.n_attacked > 0 and config.adv.attack != "none"
         self._attack = attack
-        self._told: set[str] = set()  # images whose damage was told
+        self._reported: set[str] = set()  # damaged images that were reported
 
     def is_due(self, epoch: int) -> bool:
-        """Whether epoch `epoch` (from 1 on) is validated."""
+        """Return whether epoch `epoch` (from 1 on) is validated."""
         return epoch == self.config.training.epochs or epoch % self.config.validation.freq == 0
 
     def close(self) -> None:
-        """End the loader's workers."""
+        """Stop the loader's workers."""
         self.loader.close()
 
     def run(self, networks: Mapping[str, nn.Module]) -> dict[str, float] | None:
-        """A pass over all images, clean, and one over the subset under attack, if any. Every network sees each decoded batch.
+        """Validate on all clean images, and on the attacked subset, if any. Every network gets each decoded batch.
 
         Args:
-            networks: "raw", and "ema" where there is one; left in eval mode.
+            networks: "raw", and "ema" if there is one; they are left in eval mode.
 
         Returns:
-            Means over the images by name: top1, top5 (shares in [0, 1]) and loss (nats) of each network, adv_top1 and
-            zero_gradients of each where images are attacked, with the prefix `ema_` for those of the EMA; train_attack_top1 of the
-            raw network. None where a process was asked to stop meanwhile.
+            Means over the images by name: top1, top5 (shares in [0, 1]) and loss (nats) of each network; if images are attacked,
+            adv_top1 and zero_gradients of each network, and train_attack_top1 of the raw network. Names for the EMA have the
+            prefix `ema_`. None if a process was asked to stop meanwhile.
 
         Raises:
             UserError: no image can be decoded.
@@ -102,7 +102,7 @@ class Validator:
         return None if attacked is None else clean | attacked
 
     def _clean(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Sums over the batch: right predictions, labels among the best five, cross-entropy; of each network."""
+        """Return sums over the batch for each network: correct predictions, labels among the top 5, cross-entropy."""
         sums = {}
         for kind, network in networks.items():
             with torch.no_grad():
@@ -117,11 +117,13 @@ class Validator:
         return sums
 
     def _under_attack(self, networks: Mapping[str, nn.Module], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Images that each network classifies correctly on every iterate of a quick APGD on the cross-entropy and on a loss free of
-        the logits' scale, the clean image included; those for which the gradient of the cross-entropy is zero; and those that the
-        raw network classifies correctly after the attack of training.
+        """Return the number of images that are robust, that have a zero gradient, and that are robust to the training attack.
 
-        A few steps give an upper bound of robust accuracy to watch training by, not a number to report.
+        The first number, per network, counts images that are correctly classified on every iterate, including the clean image, of
+        a quick APGD on two losses: cross-entropy and a loss that does not depend on the logits' scale. The second one, also per
+        network, refers to the gradient of the cross-entropy. The third one is for the raw network only.
+
+        A few steps give an upper bound of robust accuracy to monitor training, not a number to report.
         """
         adv, sums = self.config.adv, {}
         attack = partial(apgd, norm=adv.norm, eps=adv.eps, n_iter=self.config.validation.adv_n_iter)
@@ -142,18 +144,18 @@ class Validator:
     def _means(
         self, measure: Callable[[Tensor, Tensor], dict[str, Tensor]], *, images: list[int] | None
     ) -> dict[str, float] | None:
-        """What `measure` sums up, divided by the number of all images of all processes; None after a request to stop."""
+        """Return the sums of `measure` divided by the number of images of all processes; None after a request to stop."""
         precision, device = self.config.validation.precision, self.processes.device
         sums: dict[str, Tensor] = {}
         count, stopped = 0, False
         for batch in self.loader.batches(images):
             for name, reason in batch.failures:
-                if name in self._told:
+                if name in self._reported:
                     continue
-                self._told.add(name)
-                warn(f"{name} cannot be decoded ({reason}); it is left out of the validation.")
+                self._reported.add(name)
+                warn(f"{name} cannot be decoded ({reason}); it is skipped in the validation.")
             if len(batch.y):
-                # A network trained in float64 is validated in it, whatever the precision asked for.
+                # A network trained in float64 is validated in float64, for any given precision.
                 x, y = on_device(batch, self.config, device)
                 with float32_matmul(tf32=precision == "tf32"), autocast(device, precision):
                     for name, value in measure(x, y).items():
@@ -161,13 +163,13 @@ class Validator:
                 count += len(y)
             if stopped := self.stop.anywhere() is not None:
                 break
-        # By name, as a process without images knows none.
+        # Collect by name, because a process without images has no names.
         shares = self.processes.gather(({name: value.cpu() for name, value in sums.items()}, count, stopped))
         if any(stopped for _, _, stopped in shares):
             return None
         if not (total := sum(count for _, count, _ in shares)):
             which = "its images" if images is None else f"the {len(images)} images under attack (validation.adv_n_ex)"
-            raise UserError(f"data.val_dataset: none of {which} can be decoded; there is nothing to validate on.")
+            raise UserError(f"data.val_dataset: none of {which} can be decoded, so there is nothing to validate on.")
         names = dict.fromkeys(name for share, _, _ in shares for name in share)
         sums = {name: sum(share[name] for share, _, _ in shares if name in share) for name in names}
         return {name: (value / total).item() for name, value in sums.items()}
