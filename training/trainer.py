@@ -1,4 +1,4 @@
-"""The run: train epoch by epoch, validate, save, and stop or resume wherever it is interrupted."""
+"""The training run: train epoch by epoch, validate, save, and stop or resume at any point."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from training.validation import PREFIX, Validator
 
 
 class Stopped(Exception):
-    """Ended on request, with everything saved; the entry exits with `training.stop.STOPPED`."""
+    """Stopped on request, with everything saved; the entry script exits with `training.stop.STOPPED`."""
 
 
 class Trainer:
-    """One process of a training run; `start`, where it begins, is the same on all of them.
+    """One process of a training run; `start` says where the run starts, and is the same on all processes.
 
     Raises:
         UserError: data, weights, model or training state do not fit the flags.
@@ -48,7 +48,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, processes: Processes, start: Start) -> None:
         self.config, self.processes, self.start = config, processes, start
-        # By default PyTorch rounds the inputs of "fp32" convolutions.
+        # By default PyTorch uses TF32 for "fp32" convolutions.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
         saved = start.hand_over()
         self.resumes = saved is not None
@@ -95,12 +95,12 @@ class Trainer:
 
     @property
     def images_per_step(self) -> int:
-        """Global batch: images of all processes in one optimiser step."""
+        """Global batch: images of all processes per optimiser step."""
         return self.config.training.batch_size * self.accum * self.processes.world_size
 
     @property
     def keeps_best(self) -> bool:
-        """Whether there are best weights: clean accuracy does not tell which ones of an adversarial run are."""
+        """Whether best weights are saved: clean accuracy does not show which weights of an adversarial run are best."""
         return self.validator.measures_training_attack or self.config.adv.attack == "none"
 
     # --- the run ------------------------------------------------------------------------------------------------------
@@ -108,13 +108,13 @@ class Trainer:
     def run(self) -> None:
         """Train to the last epoch (or only validate, with `training.eval_only`).
 
-        A stop and the end save the state; a failure leaves the one saved last.
+        The state is saved on a stop and at the end; after a failure the state saved last remains.
 
         Raises:
             Stopped: on request; the state is saved.
             Diverged: too many non-finite losses in a row, or overfitting with `validation.stop_on_overfitting`.
             LostProcess: another process died or hangs.
-            UserError: too many images that cannot be decoded.
+            UserError: too many images cannot be decoded.
         """
         if self.processes.is_first:
             say(self._headline())
@@ -136,20 +136,21 @@ class Trainer:
             if self.validator.is_due(epoch):
                 self.validate(epoch, metrics)
             self.progress.finish_epoch()
-        if complete:  # else the next start goes on from the state before, and writes the weights again
+        if complete:  # else the next start resumes from the previous state, and writes the weights again
             self.save_state(wait=True)
         if self.processes.is_first and self.checkpointer.stored_step != self.state.step:
             raise UserError(
-                f"logging.folder: the run has come to its end, but {self.run_folder.path} did not take its last weights or state "
-                f"(see above). Make room there; the same command goes on from step {self.checkpointer.stored_step}."
+                f"logging.folder: the run is at its end, but its last weights or state could not be written to "
+                f"{self.run_folder.path} (see above). Free space there; the same command resumes from step "
+                f"{self.checkpointer.stored_step}."
             )
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train on what is left of epoch `epoch` (from 0 on), a pass over the images; returns the epoch's numbers."""
+        """Train on the rest of epoch `epoch` (from 0 on), a pass over the images; return the epoch's numbers."""
         steps, size = self.loader.steps_per_epoch, self._image_size(epoch)
         images = steps * self.images_per_step
-        first = self.state.step - epoch * steps  # not 0 where a run goes on within an epoch
-        lr, eps = self.lr_and_eps(epoch, max(first - 1, 0))  # of the last step, where none is left
+        first = self.state.step - epoch * steps  # not 0 if a run resumes within an epoch
+        lr, eps = self.lr_and_eps(epoch, max(first - 1, 0))  # values of the last step, if no step remains
         self.meter.start_epoch()
         loaded = self.loader.epoch(epoch, size, first)
         bar = progress_bar(
@@ -170,7 +171,7 @@ class Trainer:
         return self.meter.summary(images=images) | {"lr": lr, "eps": eps, "resolution": size}
 
     def _image_size(self, epoch: int) -> int:
-        """Image size of an epoch, for which the networks are ready then."""
+        """Return the image size of an epoch, and prepare the networks for it."""
         size = resolution_at_epoch(epoch, resolution=self.config.resolution)
         if size not in self.prepared:
             prepare_size(self.state, self.config, self.processes, size=size)
@@ -178,7 +179,7 @@ class Trainer:
         return size
 
     def _step(self, batches: list[Batch], *, epoch: int, size: int, lr: float, eps: float) -> None:
-        """One optimiser step, given to the meter."""
+        """Run one optimiser step and pass its result to the meter."""
         attack_log = AttackLog() if self.config.adv.verbose and self.attack.reports_steps else None
         result = train_step(
             self.state,
@@ -191,19 +192,19 @@ class Trainer:
             eps=eps,
             on_attack_step=attack_log,
         )
-        told = {"attack": attack_log.lines()} if attack_log else {}
+        extra = {"attack": attack_log.lines()} if attack_log else {}
         shape = [self.config.training.batch_size, 3, size, size]
-        self.meter.add(result, epoch=epoch + 1, step=self.state.step, shape=shape, lr=lr, **told)
+        self.meter.add(result, epoch=epoch + 1, step=self.state.step, shape=shape, lr=lr, **extra)
 
     def lr_and_eps(self, epoch: int, step: int) -> tuple[float, float]:
-        """Learning rate and radius of step `step` of epoch `epoch`, both from 0 on."""
+        """Return learning rate and radius of step `step` of epoch `epoch`, both from 0 on."""
         config, steps = self.config, self.loader.steps_per_epoch
         lr = lr_at(epoch + step / steps, lr=config.lr, epochs=config.training.epochs)
-        # eps grows to the step's end, so that the very first step has a ball to search.
+        # eps is taken at the step's end, so that it is not 0 in the very first step.
         return lr, eps_at(epoch + (step + 1) / steps, eps=config.adv.eps, warmup_epochs=config.adv.eps_warmup_epochs)
 
     def sync(self) -> Synced:
-        """All that the processes agree on about once a second: the losses, and whether to go on, stop or save."""
+        """Exchange losses between processes about once per second, and decide together whether to continue, stop or save."""
         synced = self.meter.sync(stop=self.stop_request.here() is not None)
         self.run_folder.log_steps(synced.steps)
         if self.checkpointer.has_stored():
@@ -218,10 +219,10 @@ class Trainer:
         return synced
 
     def validate(self, epoch: int, metrics: dict[str, Any]) -> None:
-        """Measure the networks, log it with the epoch's `metrics`, and keep the best weights.
+        """Measure the networks, log the numbers with the epoch's `metrics`, and save the best weights.
 
         Raises:
-            Stopped: on request, meanwhile.
+            Stopped: on request during validation.
             Diverged: overfitting, with `validation.stop_on_overfitting`.
         """
         trains, begin = not self.config.training.eval_only, time.perf_counter()
@@ -236,7 +237,7 @@ class Trainer:
         if lost:
             record["overfitting"] = lost
             if self.processes.is_first:
-                warn(f"{lost} The weights before are weights_best.pt.")
+                warn(f"{lost} The best weights before this are in weights_best.pt.")
         if self.processes.is_first:
             for text in self.guard.suspicions(record, images=self.validator.n_images):
                 warn(text)
@@ -248,7 +249,7 @@ class Trainer:
             raise Diverged(lost)
 
     def _save_best(self, record: dict[str, Any]) -> None:
-        """Keep the weights of each network that are better than all before: by robust accuracy, in clean training by clean."""
+        """Save the weights of each network with a new best robust accuracy (in clean training: clean accuracy)."""
         key, best = "adv_top1" if self.validator.measures_training_attack else "top1", self.progress.best
         improved = {}
         for kind, network in self.state.networks().items():
@@ -259,7 +260,7 @@ class Trainer:
         self.run_folder.save_best(improved)
 
     def _must_sync(self) -> bool:
-        """Whether something is known to be up after this step; the same on all processes."""
+        """Return whether a save or stop is known to be due after this step; the same on all processes."""
         every = self.config.logging.ckpt_steps
         alone = self.processes.world_size == 1
         return bool(every and self.state.step % every == 0) or (alone and self.stop_request.here() is not None)
@@ -267,7 +268,7 @@ class Trainer:
     # --- saving and leaving -------------------------------------------------------------------------------------------
 
     def save_state(self, *, wait: bool = False) -> None:
-        """Save all that the next start needs, beside training; `wait`: until it is on disk."""
+        """Save everything that a resumed run needs, in the background; `wait`: until it is on disk."""
         self.checkpointer.save(
             self.state.step,
             lambda: {
@@ -284,7 +285,7 @@ class Trainer:
             self._set_status("running")
 
     def leave(self) -> NoReturn:
-        """Save everything and end."""
+        """Save everything and stop."""
         reason = self.stop_request.here() or "another process was asked to stop"
         if self.config.training.eval_only:
             raise Stopped(f"{reason}: nothing was validated")
@@ -293,20 +294,20 @@ class Trainer:
             limit = f"; torchrun kills its processes {patience_of_torchrun():g} s after SIGTERM ({PATIENCE_VARIABLE})"
         self.say(f"{reason}: saving the state of step {self.state.step}{limit}")
         self.save_state(wait=True)
-        # torchrun ends all when one has ended; so none ends before everything is saved.
+        # torchrun ends all processes when one has ended. So all wait until everything is saved.
         self.processes.wait()
         steps, stored = self.config.training.epochs * self.loader.steps_per_epoch, self.checkpointer.stored_step
         if self.processes.is_first and stored != self.state.step:
             raise Stopped(
-                f"{reason}: the state of step {self.state.step} of {steps} could not be saved; the same command goes on from "
+                f"{reason}: the state of step {self.state.step} of {steps} could not be saved; the same command resumes from "
                 f"step {stored}"
             )
         again = "--training.resume=auto" if self.config.training.resume == "none" else "the same command"
-        raise Stopped(f"{reason}: saved at step {self.state.step} of {steps}; {again} goes on from there")
+        raise Stopped(f"{reason}: saved at step {self.state.step} of {steps}; {again} resumes from there")
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """status.json tells how the run stands, however it ends."""
+        """Keep status.json up to date, however the run ends."""
         try:
             self._set_status("running")
             yield
@@ -324,11 +325,11 @@ class Trainer:
             self._end("failed", str(error))
             raise
         except Exception as error:
-            # DataLoader's handler would raise again here for the same dead worker.
+            # DataLoader's SIGCHLD handler would raise again here for the same dead worker.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             lost = self.processes.lost(error)
             reason = str(lost) if lost else dead_worker(error) or f"{type(error).__name__}: {error}"
-            # What died, or cannot be reached, may be there again at the next start; a defect is met again.
+            # A process or machine that was lost may be back at the next start, but a defect would occur again.
             defect = "DataLoader worker" not in reason and (lost is None or lost.failed)
             self._end("failed" if defect else "running", reason)
             if lost is not None:
@@ -349,10 +350,10 @@ class Trainer:
             status, step=self.checkpointer.stored_step, epoch=self.progress.epochs_done, reason=reason
         )
 
-    # --- the folder and words -----------------------------------------------------------------------------------------
+    # --- folder and console ------------------------------------------------------------------------------------------
 
     def _open_folder(self, saved: dict[str, Any] | None, notes: list[str]) -> RunFolder:
-        """The run's folder, locked; `saved`: the training state to resume from."""
+        """Return the run's folder, locked; `saved`: the training state to resume from."""
         facts = self._provenance()
         if saved is not None:
             facts |= {"step": saved["step"], "from": str(self.start.source)}
@@ -372,11 +373,11 @@ class Trainer:
         return folder
 
     def _run_facts(self) -> dict[str, Any]:
-        """What a later start is checked against, beside the flags."""
+        """Return the facts, besides the flags, that a later start is checked against."""
         return {
             **self.data_facts,
             "epochs_done": self.progress.epochs_done,
-            # What began at another's state resumes from its own when the same command is given again.
+            # A run that started from another run's state resumes from its own state when the same command is given again.
             "origin": self.start.origin,
             "steps_per_epoch": self.loader.steps_per_epoch,
             "global_batch": self.images_per_step,
@@ -402,19 +403,19 @@ class Trainer:
         }
 
     def say(self, text: str) -> None:
-        """Print a line, on the first process alone."""
+        """Print a line, only on the first process."""
         if self.processes.is_first:
             say(text)
 
     def _headline(self) -> str:
-        """What the run is, and where it begins."""
+        """Describe the run, and where it starts, in one line."""
         adv, model, device = self.config.adv, self.config.model, self.processes.device
         attack = "clean" if adv.attack == "none" else f"{adv.attack} {adv.norm} eps {adv.eps:.4g}"
         aside = ""
         if self.resumes:
-            aside = f"; goes on after step {self.state.step} from {self.start.source}"
+            aside = f"; resumes after step {self.state.step} from {self.start.source}"
             if self.start.own and self.start.origin:
-                aside += f"; began at {self.start.origin}"
+                aside += f"; started from {self.start.origin}"
         if self.run_folder.set_aside:
             aside += f"; the earlier run of this name is now {self.run_folder.set_aside}"
         if first := self.state.first_weights:
@@ -423,12 +424,12 @@ class Trainer:
             )
         return (
             f"{self.run_folder.path.name}: {model.arch}{' with ConvStem' if model.not_original else ''}, {attack}, "
-            f"{self.loader.steps_per_epoch} steps an epoch of {self.images_per_step} images on "
+            f"{self.loader.steps_per_epoch} steps per epoch with {self.images_per_step} images each on "
             f"{self.processes.world_size} × {device.type}{aside}"
         )
 
     def _forecast(self, speed: float) -> str:
-        """What is left of the run, at `speed` steps a second; a step takes time by its images' pixels."""
+        """Return the remaining time at `speed` steps per second; the time of a step is proportional to its images' pixels."""
         steps, done = self.loader.steps_per_epoch, self.progress.epochs_done
         epochs = range(done, self.config.training.epochs)
         pixels = [resolution_at_epoch(epoch, resolution=self.config.resolution) ** 2 for epoch in epochs]
