@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""The demo: adversarial training against AutoAttack's APGD attacks on real handwritten digits, in minutes on a CPU, no download.
+"""Demo of adversarial training against AutoAttack's APGD attacks on handwritten digits, in minutes on a CPU, without download.
 
     bash run_train.sh
 
 1. Train a small ConvNeXt with ConvStem on scikit-learn's digits, without attack.
-2. Train it further against APGD with 2 steps at Linf eps 0.1 (`model.ckpt_path`, eps growing over the first epochs).
-3. Attack both with APGD-CE and APGD-T on the held-out digits, and compare.
+2. Continue training it against APGD with 2 steps at Linf eps 0.1 (`model.ckpt_path`, eps grows over the first epochs).
+3. Attack both networks with APGD-CE and APGD-T on the held-out digits, and compare them.
 
-Leaves in runs/demo: the two run folders, networks.yaml that names them, eval/ with the reports of the attacks, summary.json,
+Results in runs/demo: the two run folders, networks.yaml that lists them, eval/ with the reports of the attacks, summary.json,
 test_images.npz (x float32 [N, 3, 32, 32] in [0, 1], y), and adversarial.png. An earlier runs/demo is renamed, not
-overwritten. The commands it stands for:
+overwritten. The demo corresponds to these commands:
 
     python train.py --config-file configs/demo_clean.yaml
     python train.py --config-file configs/demo_robust.yaml --model.ckpt_path=<weights of the first>
@@ -50,7 +50,7 @@ CLASSES = 10
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo; takes no arguments. Returns the exit status."""
+    """Run the demo without arguments; return the exit status."""
     begin = time.perf_counter()
     try:
         if argv:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train_model(name: str, *flags: str) -> Path:
-    """Train configs/<name>.yaml; returns the weights."""
+    """Train configs/<name>.yaml; return the path of the weights."""
     flags = ("--config-file", str(PROJECT / "configs" / f"{name}.yaml"), f"--logging.folder={FOLDER}", *flags)
     status = train.main(flags)
     if status != 0:
@@ -82,11 +82,11 @@ def train_model(name: str, *flags: str) -> Path:
 
 
 def compare(weights: Mapping[str, Path]) -> dict[str, Any]:
-    """Attack the networks on the same held-out images; writes networks.yaml, test_images.npz and adversarial.png."""
+    """Attack the networks on the same held-out images; write networks.yaml, test_images.npz and adversarial.png."""
     networks = [{"name": NAMES[name], "model_in": str(path)} for name, path in weights.items()]
     write_text(FOLDER / "networks.yaml", yaml.safe_dump(networks, sort_keys=False))
     flags = ("--config-file", str(PROJECT / "configs" / "demo_eval.yaml"), f"--eval.models={FOLDER / 'networks.yaml'}")
-    # The training that has just ended still shows in what nvidia-smi says of a GPU.
+    # nvidia-smi may still report the training that has just ended.
     config = load_config(EvalConfig, [*flags, f"--eval.out={FOLDER / 'eval'}", "--eval.gpu_wait=1"])
     outcome = run_evaluations(config, Processes.alone())
     save_images(config)
@@ -104,7 +104,7 @@ def compare(weights: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def save_images(config: EvalConfig) -> None:
-    """test_images.npz: what both networks were attacked on."""
+    """Write the images that both networks were attacked on to test_images.npz."""
     (size,) = config.eval.img_size
     images = image_lists(config)(CLASSES, None)
     chunk = images.read(list(range(len(images))), Preprocessing(size, config.eval.crop_pct))
@@ -114,7 +114,7 @@ def save_images(config: EvalConfig) -> None:
 
 
 def draw(folders: Mapping[str, Path]) -> None:
-    """adversarial.png: the first images, and what the attacks made of them against each network."""
+    """Draw the first images, and their adversarial versions for each network, into adversarial.png."""
     attacked = {}
     for name, folder in folders.items():
         with np.load(folder / "chunks" / "00000.npz") as arrays:
@@ -123,7 +123,7 @@ def draw(folders: Mapping[str, Path]) -> None:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Clean and robust accuracy of both networks, in Markdown."""
+    """Return a Markdown table with clean and robust accuracy of both networks."""
     robust = f"APGD-CE + APGD-T, {summary['norm']} eps {summary['eps']:g}"
     return markdown_table(
         [

@@ -1,25 +1,25 @@
 #!/usr/bin/env python3
 """Adversarial training of image classifiers.
 
-Every flag is `--section.name=value` (`--section.name value` works too); `--help` lists them, `--config-file FILE` reads them
-from YAML, and flags override the file.
+Every flag is `--section.name=value` (or `--section.name value`); `--help` lists them, `--config-file FILE` reads them from YAML,
+and flags override the file.
 
     python train.py --config-file configs/convnext_tiny_cvst.yaml --data.train_dataset=/data/imagenet …
     python train.py … --training.distributed=1 --dist.world_size=8      eight processes on this machine
     torchrun --nproc_per_node=8 train.py …                              the same, started by torchrun (several machines too)
-    bash run_train.sh …                                                 sets up, and takes all visible GPUs
+    bash run_train.sh …                                                 sets up the environment, uses all visible GPUs
     python train.py --check …                                           checks flags, files and folders, starts nothing
     python train.py --where …                                           prints the run's folder
 
 A run: images in [0, 1] → mixup → attack on the network in eval mode → forward, loss, backward → optimiser → EMA; every
 `validation.freq` epochs validation on clean and attacked images; weights, log and training state in <logging.folder>/<run name>.
 
-SIGTERM, SIGINT, SIGUSR1, a file `stop` in the run's folder, or the end of a Slurm job: the step is finished, the state saved. The
-same command resumes from there, and after any crash from the state saved last (`training.resume`).
+SIGTERM, SIGINT, SIGUSR1, a file `stop` in the run's folder, or the end of a Slurm job stop a run: it finishes the step and saves
+the state. The same command resumes from there. After a crash it resumes from the state saved last (`training.resume`).
 
 Exit status: 0 the run is finished; 2 wrong input; 3 training diverged; 75 stopped on request, the same command resumes; 130 stopped
-at once by a second Ctrl-C; 1 anything else. `status.json` in the run's folder tells the same, also where torchrun loses the status
-(with --max-restarts it would start a run again that exits with 75, so there a stop is 0).
+at once by a second Ctrl-C; 1 anything else. `status.json` in the run's folder contains the same, also if torchrun loses the status.
+(With --max-restarts, torchrun would restart a run that exits with 75, so there a stop exits with 0.)
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ from training.config import TrainConfig
 from training.identity import find_folder
 from training.stop import STOPPED, leave_on_signals
 
-# PyTorch is imported where it is used: `--help` and `--where` do without, and several processes import it at the same time.
+# PyTorch is imported only where it is used: `--help` and `--where` do not need it, and several processes import it in parallel.
 if TYPE_CHECKING:
     from common.processes import Processes
     from training.resume import Start
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line (without the program's name); returns the exit status."""
-    asked, flags = switches().parse_known_args(argv)
+    """Run one command line (without the program's name); return the exit status."""
+    switches = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    switches.add_argument("--check", action="store_true", help="check flags, files and folders, and start nothing")
+    switches.add_argument("--where", action="store_true", help="print the run's folder, and start nothing")
+    asked, flags = switches.parse_known_args(argv)
     try:
         problems = Problems()
         config = load_config(TrainConfig, flags, switches=switches(), problems=problems)
@@ -87,7 +90,7 @@ def switches() -> argparse.ArgumentParser:
 
 
 def run_process(config: TrainConfig, processes: Processes) -> None:
-    """One process of the run."""
+    """Run one process of the run."""
     from training.resume import begin
 
     start = begin(config, processes)
@@ -103,18 +106,18 @@ def run_process(config: TrainConfig, processes: Processes) -> None:
 
 
 def tell_finished(start: Start, config: TrainConfig) -> None:
-    """Say that the run has come to its end, and what that may hide from the user."""
+    """Print that the run is finished, and warn if the flags suggest that another run was meant."""
     from training.advice import forgotten_attack
     from training.console import warn
 
-    began = start.origin and f", which began at {start.origin},"
+    began = start.origin and f", which started from {start.origin},"
     print(f"{start.folder}{began} is finished; --training.resume=none trains it from scratch.")
     if note := forgotten_attack(config):
         warn(note)
 
 
 def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
-    """Build the run and let it go; leaves by SystemExit where it does not come to its end."""
+    """Build and start the run; raise SystemExit if it stops or diverges."""
     from common.precision import deterministic
     from common.processes import restarted_after_failure
     from training.guard import Diverged
@@ -141,8 +144,9 @@ def train_from(start: Start, config: TrainConfig, processes: Processes) -> None:
 
 
 def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
-    """Raise a UserError with the problems that are `known` and with those that starting this run would meet: data folders,
-    classes, architecture, weights, the state it goes on from, processes. Where there are none, print the notes of its start.
+    """Check everything that the start of this run needs: data, classes, architecture, weights, training state, processes.
+
+    Raise a UserError with all problems, including those that are `known`. If there are none, print the notes of the start.
     """
     import torch
 
@@ -172,7 +176,7 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         initial = start.state is None and not start.finished
         if start.state is not None and not start.finished:
             accum = accumulation(start.hand_over(), config, world_size)
-    # Nothing is loaded into memory and nothing downloaded for a check.
+    # A check neither loads the data set into memory nor downloads anything.
     weights = config.model.ckpt_path
     published = not Path(weights).exists() and find_published(split_kind(weights)[0]) is not None
     quick = dataclasses.replace(
@@ -184,11 +188,10 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         processes = Processes(rank=0, world_size=world_size, device=torch.device("cpu"))
         parts = build_parts(quick, processes, accum=accum, initial=initial)
         if initial:
-            notes = list(
-                dict.fromkeys([*head_notes(config, parts.train_source), *parts.notes])
-            )  # `quick` starts with less
-    told = {problem.split(":")[0] for problem in known}
-    problems.found = [*known, *(problem for problem in problems.found if problem.split(":")[0] not in told)]
+            # `config`, not `quick`, because `quick` may omit the start weights.
+            notes = list(dict.fromkeys([*head_notes(config, parts.train_source), *parts.notes]))
+    flags = {problem.split(":")[0] for problem in known}
+    problems.found = [*known, *(problem for problem in problems.found if problem.split(":")[0] not in flags)]
     problems.report()
     with writable("logging.folder", folder := Path(config.logging.folder)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +199,7 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
         return tell_finished(start, config)
     batch = config.training.batch_size * accum * world_size
     steps = config.training.epochs * parts.loader.steps_per_epoch
-    # What becomes of the precision depends on the device, which may be another one than here.
+    # The precision depends on the device, which may be another one than here.
     for note in [*start.notes, *notes, *notes_for(config, "cuda", global_batch=batch, steps=steps)]:
         warn(note)
 

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or at a training state that fits its flags."""
+"""Start of a run: from scratch, or from a training state that fits its flags."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from training.schedule import lr_at
 from training.state import TrainState
 from training.status import is_finished, mark_status
 
-STATE_FORMAT = 1  # of a training state; changes when an older one cannot be read any more
-# What a training state holds; see `Trainer`.
+STATE_FORMAT = 1  # of a training state; changes when an older state cannot be read any more
+# Keys of a training state; see `Trainer`.
 STATE_KEYS = {"format", "step", "train", "config", "run", "progress", "log"}
-EPOCHS = "training.epochs: "  # how `changed_flags` begins where that flag has changed
+EPOCHS = "training.epochs: "  # prefix in `changed_flags` if that flag has changed
 STOP_FILE = "stop"  # file in the run folder that asks for a stop
-PATIENCE = 15.0  # seconds that a run which is ending has to leave its folder
+PATIENCE = 15.0  # seconds to wait for a run that is ending to leave its folder
 
 
 @dataclass
 class Start:
-    """Where a run begins.
+    """Where and how a run starts.
 
     Attributes:
-        state: the training state to go on from; None: anew.
-        source: the file it comes from.
-        own: it is this run's own, whose folder goes on.
-        finished: the run has come to its end already; there is nothing to do.
-        origin: what the run began at, where that is another run's state (`training.resume` then); empty where it began anew.
+        state: the training state to resume from; None: from scratch.
+        source: the file of this state.
+        own: the state belongs to this run, which continues in its folder.
+        finished: the run is already finished; there is nothing to do.
+        origin: `training.resume` of a run that started from another run's state; empty if it started from scratch.
         notes: sentences for the user.
-        lock: keeps other runs out of the run folder, where there is one; on the first process.
-        folder: the run's folder; on the first process, as are `origin` and `notes`.
+        lock: keeps other runs out of the run folder, if the folder exists; on the first process only.
+        folder: the run's folder; on the first process only, like `origin` and `notes`.
     """
 
     state: dict[str, Any] | None = None
@@ -57,31 +57,31 @@ class Start:
     folder: Path | None = None
 
     def hand_over(self) -> dict[str, Any] | None:
-        """The training state, once: it is as large as model, EMA and optimiser together, and nothing shall keep it here."""
+        """Return the training state once and drop it here: it is as large as model, EMA and optimiser together."""
         state, self.state = self.state, None
         return state
 
     def hold(self) -> None:
-        """Keep other runs out of the run folder, which is made where there is none; without effect where that is so already."""
+        """Create the run folder if needed and lock it against other runs; no effect if it is locked already."""
         if self.lock is None:
             with writable("logging.folder", self.folder), blame("logging.folder"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = take_folder(self.folder)
 
     def release(self) -> None:
-        """Let other runs into the folder."""
+        """Unlock the folder for other runs."""
         if self.lock is not None:
             self.lock.close()
             self.lock = None
 
 
 def begin(config: TrainConfig, processes: Processes) -> Start:
-    """Where the run begins, the same on all processes; keeps other runs out of its folder.
+    """Return where the run starts, the same on all processes, and lock its folder against other runs.
 
-    Only the first process reads, so the others need not see its disk.
+    Only the first process reads files, so the others do not need its disk.
 
     Raises:
-        UserError: as `find_start`, or another run is working in the folder.
+        UserError: as `find_start`, or another run uses the folder.
     """
     start = processes.on_first(lambda: _take(config)) or Start()
     shared = processes.broadcast((start.state, start.source, start.own, start.finished))
@@ -94,7 +94,7 @@ def _take(config: TrainConfig) -> Start:
     if folder.is_dir():
         with writable("logging.folder", folder), blame("logging.folder"):
             lock = take_folder(folder, patience=PATIENCE)
-            (folder / STOP_FILE).unlink(missing_ok=True)  # meant for a run before this one
+            (folder / STOP_FILE).unlink(missing_ok=True)  # meant for an earlier run
     try:
         start = find_start(config, folder, note)
     except UserError as error:
@@ -110,10 +110,10 @@ def _take(config: TrainConfig) -> Start:
 
 
 def find_start(config: TrainConfig, folder: Path, note: str) -> Start:
-    """What `training.resume` means for the run whose folder `find_folder` found, with a sentence on it; only reads.
+    """Return what `training.resume` means for the run of `folder`; only reads. `folder`, `note`: of `find_folder`.
 
     Raises:
-        UserError: no state where one was asked for, none that is whole, or flags that alter the numbers have changed.
+        UserError: the requested state is missing, no state is complete, or flags that change the results differ.
     """
     start = _find_start(config, folder)
     start.folder = folder
@@ -140,13 +140,13 @@ def _find_start(config: TrainConfig, folder: Path) -> Start:
     state, source, notes = found
     changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
     epochs = state["config"]["training"]["epochs"]
-    longer = config.training.epochs > epochs  # which is what this flag was given for
+    longer = config.training.epochs > epochs  # then a changed training.epochs is intended
     if [flag for flag in changed if not (longer and flag.startswith(EPOCHS))] and not config.training.resume_force:
         raise UserError(
-            f"training.resume: flags that alter the numbers are not those of {source}: {'; '.join(changed)}. Give them as they "
-            "were, or --training.resume_force=1 to go on with the new ones."
+            f"training.resume: flags that change the results differ from those of {source}: {'; '.join(changed)}. Give the "
+            "old values, or --training.resume_force=1 to resume with the new ones."
         )
-    notes += [f"going on with changed flags: {'; '.join(changed)}"] if changed else []
+    notes += [f"resuming with changed flags: {'; '.join(changed)}"] if changed else []
     if longer:
         notes.append(_learning_rates(config, state["step"] / state["run"]["steps_per_epoch"], epochs))
     own = folder.exists() and source.parent.resolve() == folder.resolve()
@@ -156,22 +156,22 @@ def _find_start(config: TrainConfig, folder: Path) -> Start:
 
 
 def _how_to_extend(config: TrainConfig) -> list[str]:
-    """A sentence where a run of these flags has been trained for fewer epochs."""
+    """Return a note if a run with the same flags but fewer epochs exists."""
     if (found := shorter_run(config)) is None:
         return []
     folder, epochs, done = found
     return [
-        f"{folder} holds this run with training.epochs={epochs}, {done} of them done, and this one begins at epoch 0; to go on "
-        f"from there give --training.resume={folder}: {_learning_rates(config, done, epochs)}"
+        f"{folder} contains this run with training.epochs={epochs}, {done} of them done, but this run starts at epoch 0; to "
+        f"resume from there give --training.resume={folder}: {_learning_rates(config, done, epochs)}"
     ]
 
 
 def _learning_rates(config: TrainConfig, progress: float, epochs: int) -> str:
-    """What going on for more epochs does to the learning rate; `progress` in epochs, of a run of `epochs`."""
+    """Say how the learning rate changes if a run of `epochs` resumes with more epochs; `progress` in epochs."""
     before, now = (lr_at(min(progress, e), lr=config.lr, epochs=e) for e in (epochs, config.training.epochs))
     return (
-        f"the learning rate goes on at {now:.3g}, where the schedule of {config.training.epochs} epochs has it; that of {epochs} "
-        f"had come to {before:.3g}"
+        f"the learning rate resumes at {now:.3g}, the value in the schedule of {config.training.epochs} epochs; in the schedule "
+        f"of {epochs} epochs it was {before:.3g}"
     )
 
 
@@ -179,7 +179,7 @@ def _check_epochs(state: Mapping[str, Any], source: Path, config: TrainConfig, *
     epochs, done = config.training.epochs, state["run"]["epochs_done"]
     if epochs < done or (epochs == done and not own):
         raise UserError(
-            f"training.epochs: {source} has {done} epochs behind it, expected more than that, got {epochs}."
+            f"training.epochs: {source} has already done {done} epochs, expected more than that, got {epochs}."
         )
 
 
@@ -192,16 +192,18 @@ def _own_start(config: TrainConfig, folder: Path) -> Start:
     state, source, notes = found
     changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
     if changed and not config.training.resume_force:
-        return Start(notes=[*notes, f"{source} is of other flags ({'; '.join(changed)}), so this run starts anew"])
+        return Start(
+            notes=[*notes, f"{source} has other flags ({'; '.join(changed)}), so this run starts from scratch"]
+        )
     _check_epochs(state, source, config, own=True)
     return Start(state, source, True, False, state["run"]["origin"], notes)
 
 
 def _finished_start(config: TrainConfig, folder: Path) -> Start:
-    """Where the run of the folder is finished: nothing to do, unless that was with other flags that alter the numbers.
+    """Return the start for a finished run: there is nothing to do, unless flags that change the results differ.
 
     Raises:
-        UserError: it was finished on other images than those of `data.train_dataset`, which are opened if that has changed.
+        UserError: it was trained on other images than those of `data.train_dataset`, which are opened if that flag has changed.
     """
     finished = Start(own=True, finished=True)
     try:
@@ -212,15 +214,17 @@ def _finished_start(config: TrainConfig, folder: Path) -> Start:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return finished  # damaged
     if changed:
-        return Start(notes=[f"{folder} is finished with other flags ({'; '.join(changed)}), so this run starts anew"])
+        return Start(
+            notes=[f"{folder} is finished with other flags ({'; '.join(changed)}), so this run starts from scratch"]
+        )
     if os.path.normpath(before) == os.path.normpath(config.data.train_dataset):
         return finished
     source, _ = open_sources(dataclasses.replace(config, data=dataclasses.replace(config.data, in_memory=False)))
     differences = other_images(provenance, facts_of(source))
     if differences:
         raise UserError(
-            f"logging.folder: {folder} holds this run, finished, and {'; '.join(differences)}. Give --logging.addendum=… for a "
-            "second run, or --training.resume=none to train this one from scratch."
+            f"logging.folder: {folder} contains this run, finished, but {'; '.join(differences)}. Give --logging.addendum=… for "
+            "a second run, or --training.resume=none to train this run from scratch."
         )
     return finished
 
@@ -249,33 +253,33 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_keys(state: Mapping[str, Any], source: Path) -> None:
     if missing := STATE_KEYS - state.keys():
         raise UserError(
-            f"training.resume: {source} is no training state (it lacks {', '.join(sorted(missing))}); expected {LAST} or "
-            f"{PREVIOUS} of a run folder. Weights alone go to --model.ckpt_path."
+            f"training.resume: {source} is not a training state (it lacks {', '.join(sorted(missing))}); expected {LAST} or "
+            f"{PREVIOUS} of a run folder. Give a file of weights as --model.ckpt_path."
         )
     if state["format"] != STATE_FORMAT:
         raise UserError(
             f"training.resume: {source} has format {state['format']}, expected {STATE_FORMAT}: another version wrote it. "
-            "Go on with that version, or from the run's weights (--model.ckpt_path) with --training.resume=none."
+            "Use that version, or start from the run's weights (--model.ckpt_path) with --training.resume=none."
         )
 
 
 def accumulation(state: Mapping[str, Any], config: TrainConfig, world_size: int) -> int:
-    """`training.grad_accum` that keeps the global batch of a training state on `world_size` processes.
+    """Return the `training.grad_accum` that keeps the global batch of a training state on `world_size` processes.
 
     Raises:
-        UserError: it does not divide.
+        UserError: the global batch is not divisible.
     """
     training, run, flags = config.training, state["run"], state["config"]["training"]
     changed = any(getattr(training, name) != flags[name] for name in ("batch_size", "grad_accum"))
     if changed or training.batch_size * training.grad_accum * world_size == run["global_batch"]:
-        return training.grad_accum  # changed by force, or another share of the same
+        return training.grad_accum  # changed with resume_force, or another split of the same global batch
     together = training.batch_size * world_size
     accum, rest = divmod(run["global_batch"], together)
     if rest:
         raise UserError(
             f"training.resume: a step of this run takes {run['global_batch']} images ({training.batch_size} × "
             f"{run['grad_accum']} micro-batches × {run['world_size']} processes), which {world_size} processes cannot share: "
-            f"they take {together} at once. Expected a number of processes that divides "
+            f"together they process {together} images at once. Expected a number of processes that divides "
             f"{run['global_batch'] // training.batch_size}."
         )
     return accum
@@ -289,11 +293,11 @@ def check_run(
     any_workers: bool,
     on_cpu: bool,
 ) -> list[str]:
-    """Check the data and processes of a training state, its `run`, against this start's, `now`.
+    """Check the data and processes of a training state (`run`) against those of this start (`now`).
 
     Args:
         any_workers: whether the loader's order is the same for any number of readers.
-        on_cpu: whether the number of threads counts.
+        on_cpu: whether the number of threads matters.
 
     Returns:
         Sentences for the user.
@@ -305,27 +309,27 @@ def check_run(
     if not any_workers and run["readers"] != now["readers"]:
         (processes, workers), (before, workers_before) = now["readers"], run["readers"]
         differences.append(
-            f"a stream is read by {processes} processes with {workers} loader workers each, it was by {before} with "
-            f"{workers_before}, which makes another order"
+            f"a stream is read by {processes} processes with {workers} loader workers each, but was read by {before} with "
+            f"{workers_before} before, so the order of images differs"
         )
     if differences and not config.training.resume_force:
         raise UserError(
-            f"training.resume: {'; '.join(differences)}. Put back what was there, give --training.resume_force=1 to go on "
-            "all the same, or --training.resume=none to start anew."
+            f"training.resume: {'; '.join(differences)}. Restore what was there, or give --training.resume_force=1 to resume "
+            "anyway, or --training.resume=none to start from scratch."
         )
     if run["threads"] != now["threads"] and on_cpu:
         notes.append(
-            f"a process has {now['threads']} threads, it had {run['threads']}: the last digits may differ from an undisturbed "
-            "run's (OMP_NUM_THREADS)"
+            f"a process has {now['threads']} threads, but had {run['threads']} before: the last digits may differ from those of "
+            "an uninterrupted run (OMP_NUM_THREADS)"
         )
     return notes + differences
 
 
 def restore(saved: Mapping[str, Any], state: TrainState, *, steps_per_epoch: int, source: Path) -> Progress:
-    """Take a training state over into `state`; returns where the run is.
+    """Load a training state into `state`, and return the progress of the run.
 
     Raises:
-        UserError: it does not fit the network or optimiser.
+        UserError: the state does not fit the network or optimiser.
     """
     try:
         state.load_state_dict(saved["train"])
@@ -333,6 +337,6 @@ def restore(saved: Mapping[str, Any], state: TrainState, *, steps_per_epoch: int
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"training.resume: {source} does not fit the model: {error}") from error
     before = saved["run"]["steps_per_epoch"]
-    if before != steps_per_epoch:  # by force: resumes at the same share of the run
+    if before != steps_per_epoch:  # with resume_force: resume at the same share of the run
         state.step = round(state.step / before * steps_per_epoch)
     return progress
