@@ -33,7 +33,7 @@ def test_an_attack_that_a_file_declines(tmp_path):
     recipe = ("--config-file", str(tmp_path / "clean.yaml"))
     assert notes(*recipe) == notes(*recipe, "--adv.eps=0.1", "--adv.attack=none") == []
     (note,) = notes(*recipe, "--adv.eps=0.1")
-    assert note.startswith("adv.attack is none, so this run trains on clean images although it is given adv.eps;")
+    assert note.startswith("adv.attack is none, so this run trains on clean images although it gets adv.eps;")
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_random_weights_that_stay_so(flags, random):
 def test_an_attack_that_was_forgotten():
     (note,) = notes("--adv.eps=0.1", "--adv.n_iter=5")
     assert note == (
-        "adv.attack is none, so this run trains on clean images although it is given adv.eps, adv.n_iter; adversarial "
-        "training takes --adv.attack=apgd, and --adv.attack=none says that none is meant"
+        "adv.attack is none, so this run trains on clean images although it gets adv.eps, adv.n_iter; for adversarial "
+        "training give --adv.attack=apgd, for clean training give --adv.attack=none"
     )
     assert notes("--adv.eps=0.1", "--adv.attack=none") == notes("--adv.eps=0.1", "--training.eval_only=1") == []
     assert "adv.n_iter has no effect" in notes("--adv.n_iter=5", "--adv.attack=none")[0]
@@ -69,11 +69,11 @@ def test_an_attack_that_was_forgotten():
     [
         (
             ["--training.batch_size=80"],
-            "takes 80; give --training.grad_accum=8, or a learning rate in proportion, --lr.lr=0.000125",
+            "uses 80; give --training.grad_accum=8, or a proportional learning rate, --lr.lr=0.000125",
         ),
-        (["--training.batch_size=80", "--training.grad_accum=2"], "takes 160; give --training.grad_accum=8, or"),
-        (["--training.batch_size=96"], "takes 96; give a learning rate in proportion, --lr.lr=0.00015"),
-        (["--training.batch_size=1280"], "takes 1280; give a learning rate in proportion, --lr.lr=0.002"),
+        (["--training.batch_size=80", "--training.grad_accum=2"], "uses 160; give --training.grad_accum=8, or"),
+        (["--training.batch_size=96"], "uses 96; give a proportional learning rate, --lr.lr=0.00015"),
+        (["--training.batch_size=1280"], "uses 1280; give a proportional learning rate, --lr.lr=0.002"),
         (
             ["--training.distributed=1", "--dist.world_size=2", "--training.batch_size=80"],
             "give --training.grad_accum=4, or",
@@ -83,7 +83,7 @@ def test_an_attack_that_was_forgotten():
 def test_another_global_batch_than_the_learning_rate_is_meant_for(flags, remedies):
     (note,) = notes("--training.global_batch=640", *flags)
     assert note.startswith(
-        "training.global_batch: the learning rate is meant for 640 images a step, and this run takes "
+        "training.global_batch: the learning rate is meant for 640 images per step, but this run uses "
     )
     assert remedies in note
 
@@ -99,7 +99,7 @@ def test_the_same_global_batch_is_no_news_and_the_flag_no_other_run():
 def test_an_average_that_is_the_initial_network(steps, share, decay):
     (note,) = notes("--model.model_ema=1", steps=steps)
     assert note == (
-        f"model.ema_decay: after the run's {steps} steps {share} of the average are still the initial weights; give "
+        f"model.ema_decay: after the run's {steps} steps {share} of the EMA are still the initial weights; give "
         f"--model.ema_warmup=1, or --model.ema_decay={decay:g}"
     )
     assert decay**steps <= 0.1 and notes("--model.model_ema=1", f"--model.ema_decay={decay}", steps=steps) == []
@@ -119,7 +119,7 @@ def test_a_learning_rate_below_the_end_of_its_schedule():
 def test_a_radius_that_is_not_reached():
     flags = ("--adv.attack=apgd", "--adv.eps=0.1", "--training.epochs=20")
     (note,) = notes(*flags, "--adv.eps_warmup_epochs=40")
-    assert "comes to 0.05 in the run's 20 epochs, and not to adv.eps=0.1; give less than 20" in note
+    assert "reaches only 0.05 in the run's 20 epochs, not adv.eps=0.1; give at most 20" in note
     assert notes(*flags, "--adv.eps_warmup_epochs=20") == []
 
 
@@ -148,7 +148,7 @@ def test_a_run_and_its_check_say_it_once(images, tmp_path, capsys):
         start(flags)
         errors = capsys.readouterr().err
         for words in (
-            "warning: adv.attack is none, so this run trains on clean images although it is given adv.eps",
+            "warning: adv.attack is none, so this run trains on clean images although it gets adv.eps",
             "--training.grad_accum=8",
             "after the run's 3 steps 100%",
         ):
@@ -162,7 +162,7 @@ def test_the_check_counts_the_processes_of_the_job(images, tmp_path, capsys, mon
     monkeypatch.setenv("WORLD_SIZE", "3")
     check(base_flags(images, tmp_path) | {"training.global_batch": 48, "model.model_ema": 1})
     errors = capsys.readouterr().err
-    assert "this run takes 24; give --training.grad_accum=2" in errors and "after the run's 1 steps 100%" in errors
+    assert "this run uses 24; give --training.grad_accum=2" in errors and "after the run's 1 steps 100%" in errors
 
 
 def test_a_forgotten_attack_where_the_clean_run_is_finished(images, tmp_path, capsys):

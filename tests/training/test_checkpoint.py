@@ -225,7 +225,10 @@ def test_a_state_with_a_non_finite_tensor_is_not_written(tmp_path, value, dtype)
         weight = torch.zeros(3, 1, 13_335, dtype=dtype)
         weight.view(-1)[place] = value
         (outcome,) = write(tmp_path, {"step": 2, "model": {"weight": weight}})
-        assert outcome.error == "state['model']['weight'] holds NaN or infinity, which is no state to go back to"
+        assert (
+            outcome.error
+            == "state['model']['weight'] contains NaN or infinity, so training cannot resume from this state"
+        )
     assert {path.name for path in tmp_path.iterdir()} == {LAST}
     assert same(read_state(tmp_path / LAST), small(1))
 
@@ -436,7 +439,7 @@ def test_other_kinds_of_files_are_told(tmp_path):
         read_state(tmp_path / "absent.pt")
     for content in ({"weight": torch.zeros(2)}, [1, 2], {"step": torch.tensor(1)}):
         torch.save(content, tmp_path / "weights.pt")
-        with pytest.raises(UserError, match="is no training state: expected a dict with the int .step.") as error:
+        with pytest.raises(UserError, match="is not a training state:  expected a dict with the int .step.") as error:
             read_state(tmp_path / "weights.pt")
         assert not isinstance(error.value, DamagedState)
 
@@ -447,7 +450,7 @@ def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path):
     state, path, warnings = newest_state(tmp_path)
     assert same(state, small(1)) and path == tmp_path / PREVIOUS
     assert warnings == [
-        f"{tmp_path / LAST} is damaged (its end is missing, or it is another kind of file); the state before it, "
+        f"{tmp_path / LAST} is damaged (its end is missing, or it is another kind of file); the previous state, "
         "last.previous.pt of step 1, is used."
     ]
 
@@ -490,14 +493,16 @@ def test_a_crafted_file_executes_nothing(tmp_path):
     torch.save(content, in_zip)
     torch.save(content, legacy, _use_new_zipfile_serialization=False)
     bare.write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match=r"is refused: it holds Python objects or code \((posix|os)\.system\)") as error:
+    with pytest.raises(
+        UserError, match=r"is rejected: it contains Python objects or code \((posix|os)\.system\)"
+    ) as error:
         read_state(in_zip)
     assert not isinstance(error.value, DamagedState)
     for path in (legacy, bare):
         with pytest.raises(UserError):
             read_state(path)
     in_zip.rename(tmp_path / LAST)
-    with pytest.raises(UserError, match="is refused"):
+    with pytest.raises(UserError, match="is rejected"):
         newest_state(tmp_path)
     assert not mark.exists()
 

@@ -209,7 +209,7 @@ def test_a_warning_is_among_the_runs_notes(images, tmp_path, capsys):
     params["provenance"]["classes"][3] = "rosso"
     (begun.folder / "params.json").write_text(json.dumps(params))
     tuned = run(flags | {"model.ckpt_path": begun.folder})
-    assert "warning: model.ckpt_path: its head is kept, and data.train_dataset has 'red' in" in capsys.readouterr().err
+    assert "warning: model.ckpt_path: the head is kept, but data.train_dataset has 'red' in" in capsys.readouterr().err
     assert any("'red' in the place of 'rosso'" in note for note in tuned.params["provenance"]["notes"])
 
 
@@ -228,7 +228,10 @@ def test_imagenets_classes_are_those_of_a_head_for_as_many(numbered):
 def test_a_part_of_the_classes_takes_a_new_head(numbered, weights):
     flags = {"model.num_classes": 20, "model.ckpt_path": weights}
     (problem,) = source_problems(config(numbered, **flags), named(ANIMALS), named(ANIMALS))
-    assert "give --model.num_classes=12, and --model.new_head=1 where model.ckpt_path has another number" in problem
+    assert (
+        "give --model.num_classes=12, and --model.new_head=1 if the weights of model.ckpt_path have another number"
+        in problem
+    )
     (problem,) = source_problems(config(numbered, **{"model.num_classes": 20}), named(ANIMALS), named(ANIMALS))
     assert problem.endswith("give --model.num_classes=12.")
 

@@ -51,7 +51,7 @@ def test_a_new_head_on_the_old_body(images, tmp_path, source, arch, normalized, 
     flags |= {"model.arch": arch, "model.add_normalization": int(normalized)}
     fresh = run(flags | {"lr.lr": 1e-30}).weights
     assert run(flags | {"model.ckpt_path": path}).status == 2
-    assert "--model.new_head=1 starts with a new one." in capsys.readouterr().err
+    assert "--model.new_head=1 starts with a new head." in capsys.readouterr().err
     flags |= {"model.ckpt_path": path, "model.new_head": 1}
     untrained, outcome = run(flags | {"lr.lr": 1e-30}).weights, run(flags)
     for name, value in outcome.weights.items():  # statistics of batch normalisation too

@@ -124,8 +124,8 @@ def test_unfinished_run_of_another_number_of_processes_is_found(tmp_path, left, 
     asked = config(tmp_path, *flags)
     folder, note = find_folder(asked)
     assert folder == (old if found else asked.run_folder)
-    assert ("keeps its 2048 images a step" in note) == (found and left.get("status") != "finished")
-    assert ("another run" in note) == ("batch" in left)
+    assert ("keeps 2048 images per step" in note) == (found and left.get("status") != "finished")
+    assert ("separate run" in note) == ("batch" in left)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_micro_batches_of_the_same_global_batch_are_no_change(tmp_path):
 def test_other_images():
     run = {"sample": "1f", "images": 8, "classes": ["a", "b"]}
     assert other_images(run, run) == other_images({}, run) == other_images(run, run | {"classes": None}) == []
-    assert other_images(run, {"images": 9, "classes": ["a", "b"]}) == ["data.train_dataset had 8 images and has 9"]
+    assert other_images(run, {"images": 9, "classes": ["a", "b"]}) == ["data.train_dataset had 8 images and now has 9"]
     assert "other images" in other_images(run, run | {"sample": "2e"})[0]
     assert "'b' is now 'c'" in other_images(run, {"images": 8, "classes": ["a", "c"]})[0]
-    assert "they were 2 and are 3" in other_images(run, {"images": 8, "classes": ["a", "b", "c"]})[0]
+    assert "there were 2, now there are 3" in other_images(run, {"images": 8, "classes": ["a", "b", "c"]})[0]

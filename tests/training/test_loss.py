@@ -199,7 +199,7 @@ def test_a_network_that_changes_in_training_has_a_pass_of_its_own(monkeypatch, c
     state, _ = state_for(monkeypatch, network, **{"training.reuse_forward": "1", "adv.eps": "8/255"})
     assert state.reuses_forward == (words is None)
     warning = capsys.readouterr().err
-    expected = f"warning: training.reuse_forward: training has a forward pass of its own: the network {found}.\n"
+    expected = f"warning: training.reuse_forward: training uses a separate forward pass, because the network {found}.\n"
     assert warning == ("" if words is None else expected)
     state_for(monkeypatch, network)
     assert not capsys.readouterr().err  # not asked for by name: nothing to say

@@ -122,7 +122,7 @@ def test_the_sentence_has_the_numbers():
     sentence = watch.update(epoch=4, strong=0.01, weak=0.975, n=512)
     assert sentence == (
         "Catastrophic overfitting at epoch 4: accuracy under the stronger attack fell from 50.0% (epoch 3) to 1.0%, while "
-        "that under the training attack went from 60.0% to 97.5%."
+        "accuracy under the training attack changed from 60.0% to 97.5%."
     )
 
 

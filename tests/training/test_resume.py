@@ -229,7 +229,7 @@ def test_from_another_run(many, undisturbed, tmp_path, at_step, capsys, what):
     assert largest_difference(outcome.weights, undisturbed.weights) == 0
     assert [record["step"] for record in outcome.steps] == [8, 9, 10]
     assert outcome.params["provenance"]["from"] == str(folder / LAST) and not outcome.epochs[1:]
-    assert f"goes on after step 7 from {folder / LAST}" in capsys.readouterr().out
+    assert f"resumes after step 7 from {folder / LAST}" in capsys.readouterr().out
 
 
 def test_changed_flags_are_named_and_refused_unless_forced(many, tmp_path, at_step, capsys):
@@ -258,7 +258,7 @@ def test_other_images_are_refused(many, tmp_path, at_step, capsys):
     assert "data.train_dataset has other images" in capsys.readouterr().err
     (images / "train" / "red" / "0.png").unlink()
     assert run(flags).status == 2
-    assert "data.train_dataset had 40 images and has 39" in capsys.readouterr().err
+    assert "data.train_dataset had 40 images and now has 39" in capsys.readouterr().err
 
 
 def test_forced_flags_hold(many, tmp_path, at_step, capsys):
@@ -271,14 +271,14 @@ def test_forced_flags_hold(many, tmp_path, at_step, capsys):
     groups = read_state(outcome.folder / LAST)["train"]["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0]
     for change, message in (
-        ({"training.optimizer": "sgd"}, "the optimiser is another one"),
+        ({"training.optimizer": "sgd"}, "the optimiser differs"),
         ({"model.arch": "vit_micro"}, "does not fit the model"),
-        ({"model.model_ema": 0}, "has an average"),
+        ({"model.model_ema": 0}, "has an EMA"),
     ):
         assert run(flags | change).status == 2
         assert message in capsys.readouterr().err
     assert run(flags | {"training.resume": outcome.folder, "training.epochs": 1}).status == 2
-    assert "has 2 epochs behind it" in capsys.readouterr().err
+    assert "has already done 2 epochs" in capsys.readouterr().err
 
 
 def test_a_run_from_another_state_goes_on_from_its_own(many, undisturbed, tmp_path, at_step, capsys):
@@ -288,12 +288,12 @@ def test_a_run_from_another_state_goes_on_from_its_own(many, undisturbed, tmp_pa
     first = stopped(flags)
     flags |= {"training.resume": first, "logging.folder": tmp_path / "b"}
     folder = stopped(flags)
-    assert read_status(folder)["step"] == 6 and "began at" not in capsys.readouterr().out
+    assert read_status(folder)["step"] == 6 and "started from" not in capsys.readouterr().out
     outcome = run(flags | {"training.resume": "auto"})
-    assert f"goes on after step 6 from {folder / LAST}; began at {first}\n" in capsys.readouterr().out
+    assert f"resumes after step 6 from {folder / LAST}; started from {first}\n" in capsys.readouterr().out
     for asked in ("auto", first, folder):
         run(flags | {"training.resume": asked})
-        assert f"{folder}, which began at {first}, is finished; --training.resume=none" in capsys.readouterr().out
+        assert f"{folder}, which started from {first}, is finished; --training.resume=none" in capsys.readouterr().out
     assert largest_difference(outcome.weights, undisturbed.weights) == 0
     assert [record["step"] for record in outcome.steps] == [4, 5, 6, 7, 8, 9, 10]
 
@@ -327,14 +327,14 @@ def test_more_epochs_name_the_run_that_they_extend(many, tmp_path, at_step, caps
     errors = capsys.readouterr().err
     rates = [lr_at(done, lr=LRConfig(lr=1e-3, lr_peak_epoch=0), epochs=epochs) for epochs in (8, 4)]
     assert (
-        f"{folder} holds this run with training.epochs=4, {done} of them done, and this one begins at epoch 0; to go on from there "
-        f"give --training.resume={folder}: the learning rate goes on at {rates[0]:.3g}, where the schedule of 8 epochs has it; "
-        f"that of 4 had come to {rates[1]:.3g}"
+        f"{folder} contains this run with training.epochs=4, {done} of them done, but this run starts at epoch 0; to resume from there "
+        f"give --training.resume={folder}: the learning rate resumes at {rates[0]:.3g}, the value in the schedule of 8 epochs; "
+        f"in the schedule of 4 epochs it was {rates[1]:.3g}"
     ) in errors
     assert anew.steps[0]["step"] == 1
     extended = run(more | {"training.resume": folder, "logging.addendum": "longer"})
     errors = capsys.readouterr().err
-    assert "training.epochs: 4 → 8" in errors and "begins at epoch 0" not in errors
+    assert "training.epochs: 4 → 8" in errors and "starts at epoch 0" not in errors
     assert run(more | {"training.resume": folder}).status == 0
     assert f"; the earlier run of this name is now {anew.folder}.1" in capsys.readouterr().out
     first = extended.steps[0]
@@ -362,7 +362,7 @@ def test_more_epochs_by_force_go_on_at_the_same_epoch(many, tmp_path, at_step):
 
 @pytest.mark.parametrize(
     "content,message",
-    [(None, "expected auto, none, a run folder"), (b"no state", "damaged"), ({"model": {}}, "no training state")],
+    [(None, "expected auto, none, a run folder"), (b"no state", "damaged"), ({"model": {}}, "not a training state")],
 )
 def test_what_is_no_state(many, tmp_path, capsys, content, message):
     path = tmp_path / "last.pt"
@@ -412,7 +412,10 @@ def test_without_any_whole_state_nothing_is_started(many, tmp_path, at_step, cap
     folder = stopped(flags)
     (folder / LAST).write_bytes(b"")
     assert run(flags).status == 2
-    assert "--training.resume=none starts anew" in capsys.readouterr().err and read_status(folder)["status"] == "failed"
+    assert (
+        "--training.resume=none starts from scratch" in capsys.readouterr().err
+        and read_status(folder)["status"] == "failed"
+    )
 
 
 # --- asked to stop --------------------------------------------------------------------------------------------------------
@@ -463,7 +466,7 @@ def test_finished_run_on_other_images(many, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
     next(moved.glob("train/red/*.png")).unlink()
     assert run(flags | {"data.train_dataset": moved}).status == 2
-    assert "finished, and data.train_dataset had" in (told := capsys.readouterr()).err and "is finished" not in told.out
+    assert "finished, but data.train_dataset had" in (told := capsys.readouterr()).err and "is finished" not in told.out
     assert read_status(folder)["status"] == "finished"
 
 
@@ -497,7 +500,7 @@ def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_ste
         signal.signal(signal.SIGTERM, before)
     step = read_status(folder)["step"]
     assert train.main(["--check", *(f"--{n}={v}" for n, v in (flags | {"training.global_batch": 4}).items())]) == 0
-    assert "keeps its 8 images a step" in (told := capfd.readouterr().err) and "this run takes 8; give" in told
+    assert "keeps 8 images per step" in (told := capfd.readouterr().err) and "this run uses 8; give" in told
     assert 0 < step < 10 and read_state(folder / LAST)["run"]["world_size"] == 2
     at_step({2: signalled})
     stopped(flags)  # one process, two micro-batches
@@ -516,7 +519,7 @@ def test_a_number_of_processes_that_does_not_divide(many, tmp_path, at_step, cap
     flags = base_flags(many, tmp_path) | RANDOM | {"training.batch_size": 8}
     folder = stopped(flags)
     other = run(two(flags)).folder
-    assert other != folder and "8 images a step, which 2 processes cannot share" in (other / "log").read_text()
+    assert other != folder and "8 images per step, which 2 processes cannot share" in (other / "log").read_text()
     assert read_status(folder)["step"] == 2 and read_status(other)["status"] == "finished"
     assert run(two(flags) | {"training.resume": folder, "logging.folder": tmp_path / "b"}).status == 2
     assert "a step of this run takes 8 images" in (errors := capfd.readouterr().err) and errors.count("error: ") == 1
@@ -631,7 +634,7 @@ def test_a_full_disk_loses_no_state_and_ends_nothing(many, undisturbed, tmp_path
     folder = stopped(flags)
     errors = capsys.readouterr().err
     assert "training state of step 4 cannot be written (No space left on device)" in errors
-    assert "training state of step 6 cannot be written" in errors and "the state of step 2 stays" in errors
+    assert "training state of step 6 cannot be written" in errors and "the state of step 2 is kept" in errors
     assert read_state(folder / PREVIOUS)["step"] == 2 and read_state(folder / LAST)["step"] == 8
     assert_same(run(flags), undisturbed)
 
@@ -647,7 +650,7 @@ def test_a_run_whose_end_cannot_be_saved_is_not_finished(many, undisturbed, tmp_
     monkeypatch.setattr(torch, "save", save)
     flags = base_flags(many, tmp_path) | RANDOM
     assert run(flags).status == 2
-    assert "did not take its last weights or state" in capsys.readouterr().err
+    assert "its last weights or state could not be written" in capsys.readouterr().err
     assert read_status(folder_of(flags))["status"] == "failed"
     full.clear()
     assert_same(run(flags), undisturbed)
