@@ -174,7 +174,7 @@ class Checkpointer:
         ):  # a stop may have to wait for another write first
             warn(
                 f"a training state takes {seconds:.2g} s to save, but torchrun kills {self._patience:g} s after SIGTERM: start "
-                f"it with {PATIENCE_VARIABLE}={math.ceil(4 * seconds)} (newer than PyTorch 2.6), or stop the run with its "
+                f"it with {PATIENCE_VARIABLE}={math.ceil(4 * seconds)} (needs a PyTorch after 2.6), or stop the run with its "
                 "file `stop`."
             )
             self._patience = None

@@ -167,7 +167,7 @@ def _how_to_extend(config: TrainConfig) -> list[str]:
 
 
 def _learning_rates(config: TrainConfig, progress: float, epochs: int) -> str:
-    """Say how the learning rate changes if a run of `epochs` resumes with more epochs; `progress` in epochs."""
+    """Describe how the learning rate changes if a run of `epochs` resumes with more epochs; `progress` in epochs."""
     before, now = (lr_at(min(progress, e), lr=config.lr, epochs=e) for e in (epochs, config.training.epochs))
     return (
         f"the learning rate resumes at {now:.3g}, the value in the schedule of {config.training.epochs} epochs; in the schedule "

@@ -178,4 +178,4 @@ def test_a_forgotten_attack_where_the_clean_run_is_finished(images, tmp_path, ca
 
 
 def test_an_adversarial_run_without_best_weights():
-    assert "no best weights are kept" in notes("--adv.attack=apgd", "--validation.adv_n_ex=0")[0]
+    assert "no best weights are saved" in notes("--adv.attack=apgd", "--validation.adv_n_ex=0")[0]

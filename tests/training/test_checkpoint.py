@@ -559,7 +559,7 @@ def test_a_save_for_which_torchrun_would_not_wait_is_told_once(tmp_path, monkeyp
     for step in (1, 2):
         writer.save(step, lambda step=step: {"step": step})
         assert writer.has_stored(wait=True) and writer.stored_step == step
-    assert capsys.readouterr().err.count("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=2, which") == told
+    assert capsys.readouterr().err.count("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=2 (needs") == told
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_names_that_the_weights_were_trained_with(numbered, weights, recorded, n
     assert len(notes) == (said is not None)
     if said is not None:
         assert re.search(said, notes[0])
-        assert "means nothing" in head_notes(config(numbered, **flags, **{"training.eval_only": 1}), named(names))[0]
+        assert "is meaningless" in head_notes(config(numbered, **flags, **{"training.eval_only": 1}), named(names))[0]
         for more in ({"data.classes": "index"}, {"model.new_head": 1}):
             assert head_notes(config(numbered, **flags, **more), named(names)) == []
 

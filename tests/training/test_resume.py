@@ -327,9 +327,9 @@ def test_more_epochs_name_the_run_that_they_extend(many, tmp_path, at_step, caps
     errors = capsys.readouterr().err
     rates = [lr_at(done, lr=LRConfig(lr=1e-3, lr_peak_epoch=0), epochs=epochs) for epochs in (8, 4)]
     assert (
-        f"{folder} contains this run with training.epochs=4, {done} of them done, but this run starts at epoch 0; to resume from there "
-        f"give --training.resume={folder}: the learning rate resumes at {rates[0]:.3g}, the value in the schedule of 8 epochs; "
-        f"in the schedule of 4 epochs it was {rates[1]:.3g}"
+        f"{folder} contains this run with training.epochs=4, {done} of them done, but this run starts at epoch 0; to resume from "
+        f"there give --training.resume={folder}: the learning rate resumes at {rates[0]:.3g}, the value in the schedule of 8 "
+        f"epochs; in the schedule of 4 epochs it was {rates[1]:.3g}"
     ) in errors
     assert anew.steps[0]["step"] == 1
     extended = run(more | {"training.resume": folder, "logging.addendum": "longer"})

@@ -67,7 +67,7 @@ def suspicions(images: int = 50_000, classes: int = 1000, **metrics: float) -> l
 
 def test_network_that_does_not_learn_is_told() -> None:
     (text,) = suspicions(top1=0.0011)
-    assert "0.11% after 3 epochs, no better than guessing (0.10%)" in text and "lr.lr" in text
+    assert "0.11% after 3 epochs, no better than chance (0.10%)" in text and "lr.lr" in text
     assert suspicions(top1=0.0011, epoch=2) == suspicions(top1=0.005) == []
     assert suspicions(top1=0.25, classes=4, images=8) == []  # too few images to tell
 
