@@ -54,7 +54,7 @@ class Outcome:
 
 
 def base_flags(images: Path, folder: Path) -> dict[str, Any]:
-    """A run of three steps at 32 pixels, which starts anew each time."""
+    """A run of three steps at 32 pixels, which always starts from scratch."""
     return {
         "model.arch": "convnext_micro",
         "model.pretrained": 0,

@@ -124,7 +124,7 @@ def test_a_radius_that_is_not_reached():
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "flag"),
     [
         (["--lr.body_factor=0", "--model.pretrained=0"], "lr.body_factor=0"),
         (["--lr.body_factor=0"], None),
@@ -137,9 +137,9 @@ def test_a_radius_that_is_not_reached():
         (["--model.pretrained=0"], None),
     ],
 )
-def test_frozen_weights_that_are_random(flags, told):
+def test_frozen_weights_that_are_random(flags, flag):
     found = notes(*flags)
-    assert [note.split(":")[0] for note in found] == ([told] if told else [])
+    assert [note.split(":")[0] for note in found] == ([flag] if flag else [])
 
 
 def test_a_run_and_its_check_say_it_once(images, tmp_path, capsys):
@@ -170,9 +170,9 @@ def test_a_forgotten_attack_where_the_clean_run_is_finished(images, tmp_path, ca
     run(flags)
     for start in (check, run):
         start(flags | {"adv.eps": 0.1})
-        told = capsys.readouterr()
-        assert "is finished; --training.resume=none" in told.out
-        assert "warning: adv.attack is none, so this run trains on clean images although" in told.err
+        output = capsys.readouterr()
+        assert "is finished; --training.resume=none" in output.out
+        assert "warning: adv.attack is none, so this run trains on clean images although" in output.err
     check(flags | {"adv.eps": 0.1, "adv.attack": "none"})
     assert capsys.readouterr().err == ""
 

@@ -117,7 +117,7 @@ def test_an_optimiser_goes_on_as_if_nothing_had_happened(tmp_path):
 
 
 def test_a_state_is_as_it_was_when_save_was_called(tmp_path, monkeypatch):
-    """The write is held back until the caller has changed everything."""
+    """The write is delayed until the caller has changed everything."""
     changed, really = multiprocessing.get_context().Event(), checkpoint.write_atomically
     monkeypatch.setattr(checkpoint, "write_atomically", lambda *args: (changed.wait(10), really(*args)))
     weight, values = torch.zeros(5), [1, 2]
@@ -521,7 +521,7 @@ def save_until_killed(folder, announce):
 
 
 def test_a_killed_process_leaves_a_whole_state(tmp_path):
-    """Twelve processes go on from each other's states; each is killed at a random moment."""
+    """Twelve processes resume from each other's states; each is killed at a random moment."""
     forking, rng = multiprocessing.get_context("fork"), random.Random(0)
     announced = forking.Value("q", 0, lock=False)
     for _ in range(12):
@@ -551,15 +551,15 @@ def test_a_write_is_finished_while_the_process_ends(tmp_path):
 # --- a launcher that does not wait for ever -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("patience", "told"), [(0.5, True), (30.0, False), (None, False)])
-def test_a_save_for_which_torchrun_would_not_wait_is_told_once(tmp_path, monkeypatch, capsys, patience, told):
+@pytest.mark.parametrize(("patience", "warned"), [(0.5, True), (30.0, False), (None, False)])
+def test_a_save_for_which_torchrun_would_not_wait_is_reported_once(tmp_path, monkeypatch, capsys, patience, warned):
     original = checkpoint.write_atomically
     monkeypatch.setattr(checkpoint, "write_atomically", lambda *args: (time.sleep(0.3), original(*args)))
     writer = checkpoint.Checkpointer(StateFiles(tmp_path), minutes=0, steps=0, step=0, stored=0, patience=patience)
     for step in (1, 2):
         writer.save(step, lambda step=step: {"step": step})
         assert writer.has_stored(wait=True) and writer.stored_step == step
-    assert capsys.readouterr().err.count("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=2 (needs") == told
+    assert capsys.readouterr().err.count("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=2 (needs") == warned
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Which number a class has in training, where folders are named by numbers and weights come with a head."""
+"""Which number a class has in training, if folder names are numbers and weights come with a head."""
 
 from __future__ import annotations
 

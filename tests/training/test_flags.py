@@ -23,7 +23,7 @@ APGD = {"adv.attack": "apgd", "adv.eps": "8/255"}
 FGSM = {"adv.attack": "fgsm", "adv.eps": "8/255"}
 
 
-# What is looked at: each takes an outcome and gives a value that must differ.
+# Functions of an outcome; their values must differ.
 def weights(o: Outcome):
     assert o.status == 0
     return torch.cat([v.flatten().double() for v in o.weights.values()]).tolist()
@@ -143,7 +143,7 @@ def test_every_published_flag_is_tested():
 
 @pytest.fixture(scope="module")
 def baseline(images, tmp_path_factory) -> Callable[..., Outcome]:
-    """Trains with the base flags and these, once for each set of them and in a folder of its own, which nothing else writes."""
+    """Trains with the base flags and these, once for each set of them and in a separate folder, which nothing else writes."""
     outcomes: dict[tuple, Outcome] = {}
 
     def trained(common: dict[str, Any] | None = None) -> Outcome:
@@ -157,19 +157,19 @@ def baseline(images, tmp_path_factory) -> Callable[..., Outcome]:
 
 @pytest.mark.parametrize("name", [*CASES])
 def test_flag_has_an_effect(name, images, tmp_path, capsys, baseline):
-    value, common, look = CASES[name]
+    value, common, inspect = CASES[name]
     flags = base_flags(images, tmp_path / "a") | common
-    # Where the folder itself is looked at, both runs get the same one.
-    before = look(run(flags) if look is folder else baseline(common))
-    after = look(run(flags | ({name: value} if value is not None else {name: tmp_path / "b"})))
+    # If the folder itself is compared, both runs get the same one.
+    before = inspect(run(flags) if inspect is folder else baseline(common))
+    after = inspect(run(flags | ({name: value} if value is not None else {name: tmp_path / "b"})))
     assert before != after
 
 
 def test_flags_of_the_baseline_repeated_have_no_effect(images, tmp_path, baseline):
     """So that what differs above comes from the flag, and not from the folder or from chance."""
     again = run(base_flags(images, tmp_path))
-    for look in {look for _, common, look in CASES.values() if not common and look is not folder}:
-        assert look(again) == look(baseline()), look.__name__
+    for inspect in {inspect for _, common, inspect in CASES.values() if not common and inspect is not folder}:
+        assert inspect(again) == inspect(baseline()), inspect.__name__
 
 
 def test_resolution_follows_the_ramp(images, tmp_path):
@@ -238,13 +238,13 @@ def test_train_and_val_dataset(images, tmp_path, baseline):
 
 @pytest.fixture
 def during_steps(monkeypatch):
-    """Lets a test look into the run at every step: what it returns for (state, batches) is collected."""
+    """Lets a test inspect the run at every step: what it returns for (state, batches) is collected."""
 
-    def install(look):
+    def install(inspect):
         seen, original = [], training.trainer.train_step
 
         def step(state, batches, **kwargs):
-            seen.append(look(state, batches))
+            seen.append(inspect(state, batches))
             return original(state, batches, **kwargs)
 
         monkeypatch.setattr(training.trainer, "train_step", step)

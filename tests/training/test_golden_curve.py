@@ -1,6 +1,6 @@
 """The golden curve: three short runs whose losses and weights no change of the code may move.
 
-The numbers are in tests/golden/curves.json. They are made anew, only where numbers are meant to change, by
+The numbers are in tests/golden/curves.json. They are made again, only where numbers are meant to change, by
 
     python -m tests.training.test_golden_curve
 """

@@ -53,7 +53,7 @@ def test_folder_of_another_name_with_the_same_flags_is_found(tmp_path, status):
 
 
 def test_run_of_an_earlier_version_is_that_of_the_same_images(tmp_path):
-    """It was named after their place, and did not note how many they were."""
+    """Its name depended on their path, and it did not record their number."""
     ours = leave(tmp_path / "a_0123ab", config(tmp_path, "--data.train_dataset=images/"))
     leave(tmp_path / "b_0123ab", config(tmp_path, "--data.train_dataset=other"), status="finished")
     assert find_folder(config(tmp_path))[0] == ours

@@ -76,7 +76,7 @@ class Training:
         steps = [0]
         for file in (self.run_folder / name for name in (LAST, PREVIOUS)):
             if file.exists():
-                with ZipFile(file) as archive:  # torch.load looks at no checksum
+                with ZipFile(file) as archive:  # torch.load checks no checksum
                     assert damaged_record(archive) is None
                 steps.append(torch.load(file, weights_only=True)["step"])
         assert max(steps) >= self.newest
@@ -115,7 +115,7 @@ def one_thread():
 
 
 def test_killed_once(images, tmp_path, one_thread):
-    """Only the start that is killed is a program of its own."""
+    """Only the start that is killed is a separate program."""
     undisturbed, killed = (Training(images, tmp_path / name, epochs=4) for name in ("undisturbed", "killed"))
     assert run(undisturbed.flags()).status == 0
     with killed.start() as program:

@@ -1,6 +1,6 @@
 """Training on two nodes, one of which is lost and comes back.
 
-A node is a Linux network namespace with an address and a host name of its own; a pair of virtual interfaces joins the two.
+A node is a Linux network namespace with its own address and host name; a pair of virtual interfaces joins the two.
 Needs Linux, root, `ip` (iproute2) and `unshare` (util-linux); is skipped elsewhere. Half a minute for each loss.
 """
 

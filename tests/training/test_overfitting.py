@@ -101,7 +101,7 @@ def test_a_weaker_training_attack_alone_is_silent():
 
 
 def test_the_recorded_runs_are_the_config():
-    """Where the config changes, the curves have to be recorded anew."""
+    """If the config changes, the curves have to be recorded again."""
     config = load_config(TrainConfig, ["--config-file", str(PROJECT / "configs/demo_overfitting.yaml")])
     assert (config.adv.attack, config.adv.eps, config.adv.noise_level, config.lr.lr) == ("fgsm", 0.2, 0, 6e-3)
     assert config.validation.adv_n_ex == 200 and config.validation.freq == 1

@@ -323,7 +323,7 @@ def test_more_epochs_name_the_run_that_they_extend(many, tmp_path, at_step, caps
     at_step({7: signalled} if left == "stopped" else {})
     folder, done = (stopped(flags), 1) if left == "stopped" else (run(flags).folder, 4)
     more = flags | {"training.epochs": 8}
-    anew = run(more)
+    fresh = run(more)
     errors = capsys.readouterr().err
     rates = [lr_at(done, lr=LRConfig(lr=1e-3, lr_peak_epoch=0), epochs=epochs) for epochs in (8, 4)]
     assert (
@@ -331,15 +331,15 @@ def test_more_epochs_name_the_run_that_they_extend(many, tmp_path, at_step, caps
         f"there give --training.resume={folder}: the learning rate resumes at {rates[0]:.3g}, the value in the schedule of 8 "
         f"epochs; in the schedule of 4 epochs it was {rates[1]:.3g}"
     ) in errors
-    assert anew.steps[0]["step"] == 1
+    assert fresh.steps[0]["step"] == 1
     extended = run(more | {"training.resume": folder, "logging.addendum": "longer"})
     errors = capsys.readouterr().err
     assert "training.epochs: 4 → 8" in errors and "starts at epoch 0" not in errors
     assert run(more | {"training.resume": folder}).status == 0
-    assert f"; the earlier run of this name is now {anew.folder}.1" in capsys.readouterr().out
+    assert f"; the earlier run of this name is now {fresh.folder}.1" in capsys.readouterr().out
     first = extended.steps[0]
     assert first["step"] == (8 if left == "stopped" else 21)
-    assert first["lr"] == anew.steps[first["step"] - 1]["lr"] and extended.steps[-1]["step"] == 40
+    assert first["lr"] == fresh.steps[first["step"] - 1]["lr"] and extended.steps[-1]["step"] == 40
     # Fewer are refused, and another flag beside it too.
     assert run(flags | {"training.resume": folder, "training.epochs": 3}).status == 2
     assert run(more | {"training.resume": folder, "training.grad_clip": 1}).status == 2
@@ -466,7 +466,7 @@ def test_finished_run_on_other_images(many, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
     next(moved.glob("train/red/*.png")).unlink()
     assert run(flags | {"data.train_dataset": moved}).status == 2
-    assert "finished, but data.train_dataset had" in (told := capsys.readouterr()).err and "is finished" not in told.out
+    assert "finished, but data.train_dataset had" in (text := capsys.readouterr()).err and "is finished" not in text.out
     assert read_status(folder)["status"] == "finished"
 
 
@@ -500,7 +500,7 @@ def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_ste
         signal.signal(signal.SIGTERM, before)
     step = read_status(folder)["step"]
     assert train.main(["--check", *(f"--{n}={v}" for n, v in (flags | {"training.global_batch": 4}).items())]) == 0
-    assert "keeps 8 images per step" in (told := capfd.readouterr().err) and "this run uses 8; give" in told
+    assert "keeps 8 images per step" in (text := capfd.readouterr().err) and "this run uses 8; give" in text
     assert 0 < step < 10 and read_state(folder / LAST)["run"]["world_size"] == 2
     at_step({2: signalled})
     stopped(flags)  # one process, two micro-batches
@@ -509,7 +509,7 @@ def test_two_processes_become_one_and_the_other_way_round(many, tmp_path, at_ste
     outcome = read_outcome(folder)
     assert largest_difference(outcome.weights, expected.weights) < 1e-9
     assert [r["step"] for r in outcome.steps] == [*range(1, 11)]
-    # Both commands mean this run, though it is named after two processes; so it is finished for both.
+    # Both commands mean this run, though its name is that of two processes; so it is finished for both.
     assert folder_of(flags) == folder_of(two(flags)) == folder
     assert run(flags).steps == outcome.steps and len(list(folder.parent.iterdir())) == 1
 
@@ -527,7 +527,7 @@ def test_a_number_of_processes_that_does_not_divide(many, tmp_path, at_step, cap
 
 @pytest.mark.slow
 def test_elastic_restart(many, tmp_path):
-    """torchrun starts all processes again when one is killed, which go on from the last state; but not when asked to stop."""
+    """torchrun restarts all processes when one is killed, and they resume from the last state; but not when asked to stop."""
     flags = base_flags(many, tmp_path) | RANDOM | {"training.batch_size": 4, "logging.ckpt_steps": 1}
     flags |= {"training.epochs": 500, "validation.freq": 500}
     argv = [f"--{name}={value}" for name, value in flags.items()]

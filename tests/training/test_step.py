@@ -378,7 +378,7 @@ def fake_compile(model, **kwargs):
 
 
 def test_one_process_that_cannot_compile_keeps_all_from_it(monkeypatch, capsys):
-    """It is told before the others wait for its gradients."""
+    """It is reported before the others wait for its gradients."""
 
     class WithAnother(Processes):
         def gather(self, value):
