@@ -207,6 +207,6 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
 if __name__ == "__main__":
     leave_on_signals()
     status = main(sys.argv[1:])
-    for number in SIGNALS:  # the status is decided
+    for number in SIGNALS:  # the exit status is fixed now
         signal.signal(number, signal.SIG_IGN)
     sys.exit(status)

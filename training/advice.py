@@ -9,7 +9,7 @@ from training.config import TrainConfig
 from training.idle import idle_flags
 from training.schedule import COSINE_END, eps_at
 
-IMAGENET_CLASSES = 1000  # of timm's pretrained heads
+IMAGENET_CLASSES = 1000  # classes of timm's pretrained heads
 INITIAL_SHARE = 0.1  # share of the initial weights in the EMA at the end of the run; a larger one is reported
 
 

@@ -102,7 +102,7 @@ class LRConfig:
         choices=tuple(SCHEDULES),
     )
     lr_peak_epoch: int = flag(10, "epoch at which cosine and cyclic reach the peak", at_least=0)
-    step_ratio: float = flag(0.1, "step: factor every step_length epochs", above=0)
+    step_ratio: float = flag(0.1, "step: learning rate factor every step_length epochs", above=0)
     step_length: int = flag(30, "step: epochs between two reductions", at_least=1)
     body_factor: float = flag(
         1.0,

@@ -219,7 +219,7 @@ def _run(
         status = error.code
     except Exception as error:
         report(1, f"process {rank} of {world_size} failed: {describe(error)}; the others were ended.")
-    for number in SIGNALS:  # the status is decided
+    for number in SIGNALS:  # the exit status is fixed now
         signal.signal(number, signal.SIG_IGN)
     end_children()
     sys.exit(status)

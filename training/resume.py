@@ -131,7 +131,7 @@ def _find_start(config: TrainConfig, folder: Path) -> Start:
     if asked == "auto":
         return _own_start(config, folder)
     found = _newest(folder)
-    if found is not None and found[0]["run"]["origin"] == asked.rstrip("/"):  # the same command once more
+    if found is not None and found[0]["run"]["origin"] == asked.rstrip("/"):  # the same command was given again
         return _own_start(config, folder)
     path = Path(asked)
     found = _newest(path) if path.is_dir() else (_read(path), path, [])

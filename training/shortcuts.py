@@ -189,7 +189,7 @@ def change_in_training(model: nn.Module, x: Tensor) -> str | None:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             expected, other = network.eval()(x[:2]).float()
             before = _random_states(devices)
-            found = network.train()(x[[0, 2]])[0].float()  # beside another image
+            found = network.train()(x[[0, 2]])[0].float()  # with another image in the batch
             drawn = before != _random_states(devices)
     except torch.OutOfMemoryError:
         raise
@@ -202,7 +202,7 @@ def change_in_training(model: nn.Module, x: Tensor) -> str | None:
     if not all(map(torch.equal, buffers, network.buffers())):
         return "changes its buffers in training (running statistics)"
     if not (found - expected).abs().max() <= SAME * (other - expected).abs().max():
-        return "is another function in training, or mixes the images of a batch"
+        return "computes another function in training, or mixes the images of a batch"
     return None
 
 

@@ -109,7 +109,7 @@ class StopRequest:
         if self._signal is not None:
             return signal.Signals(self._signal).name
         if self._end_time is not None and time.time() >= self._end_time:
-            return f"the end of the job, before which it stops at {time.strftime('%H:%M:%S', time.localtime(self._end_time))}"
+            return f"the end of the job (stop time {time.strftime('%H:%M:%S', time.localtime(self._end_time))})"
         if self._file is not None and time.monotonic() - self._checked_at >= STOP_FILE_SECONDS:
             self._checked_at = time.monotonic()
             if self._file.exists():
