@@ -169,9 +169,8 @@ class Checkpointer:
         return self.stored_step != before
 
     def _warn_if_slow(self, seconds: float) -> None:
-        if (
-            self._patience is not None and 2 * seconds > self._patience
-        ):  # a stop may have to wait for another write first
+        # Twice the time: a stop may have to wait for another write first.
+        if self._patience is not None and 2 * seconds > self._patience:
             warn(
                 f"a training state takes {seconds:.2g} s to save, but torchrun kills {self._patience:g} s after SIGTERM: start "
                 f"it with {PATIENCE_VARIABLE}={math.ceil(4 * seconds)} (needs a PyTorch after 2.6), or stop the run with its "

@@ -131,9 +131,7 @@ def _rehearse_attack(state: TrainState, config: TrainConfig, processes: Processe
     with autocast(processes.device, config.training.precision):
         if config.adv.attack != "none":
             logits = torch.zeros(len(y), config.model.num_classes, device=x.device)
-            last = (
-                (lambda images: logits) if state.reuses_forward else None
-            )  # the rehearsal of training covers this pass
+            last = (lambda images: logits) if state.reuses_forward else None  # `_rehearse_training` covers this pass
             build_attack(config.adv)(state.attacked, x, y, eps=config.adv.eps, evaluate_last=last)
         elif processes.world_size > 1:
             with torch.no_grad():

@@ -142,10 +142,7 @@ class ValidationConfig:
     precision: str = flag("fp16", "autocast of validation", choices=PRECISIONS, harmless=True)
     freq: int = flag(1, "epochs between two validations; the last epoch is always validated", at_least=1, harmless=True)
     adv_n_ex: int = flag(
-        512,
-        "images of the quick adversarial validation, spread over the set; 0: none",
-        at_least=0,
-        harmless=True,
+        512, "images of the quick adversarial validation, spread over the set; 0: none", at_least=0, harmless=True
     )
     adv_n_iter: int = flag(10, "APGD updates of the quick adversarial validation", at_least=1, harmless=True)
     crop_pct: float = flag(0.875, "centre crop after resizing to size/crop_pct; 1 for small images", above=0, at_most=1)
@@ -196,9 +193,7 @@ class TrainingConfig:
     )
     deterministic: bool = flag(False, "1: only deterministic algorithms, for exact resume on a GPU")
     grad_checkpointing: bool = flag(
-        False,
-        "1: store fewer activations and recompute them in the backward pass: less memory, more time",
-        harmless=True,
+        False, "1: store fewer activations and recompute them: less memory, more time", harmless=True
     )
     compile: str = flag(
         "auto",

@@ -53,10 +53,7 @@ def attacks_that(fit: Callable[[AttackEntry], bool]) -> str:
 
 
 def _own_flags(flag: str, value: str, table: Mapping[str, Any]) -> list[tuple[str, bool, str]]:
-    """Return rows for flags that only some values of `flag` read: (flag, whether `value` reads it, values that do).
-
-    `table`: value of `flag` → entry whose `flags` the value reads.
-    """
+    """Return (name, whether `value` reads it, values that do) of flags that only some values of `flag` (keys of `table`) read."""
     rows = []
     for own in sorted({name for entry in table.values() for name in entry.flags}):
         readers = [name for name, entry in table.items() if own in entry.flags]

@@ -192,9 +192,7 @@ def _own_start(config: TrainConfig, folder: Path) -> Start:
     state, source, notes = found
     changed = changed_flags(state["config"], config, global_batch=state["run"]["global_batch"])
     if changed and not config.training.resume_force:
-        return Start(
-            notes=[*notes, f"{source} has other flags ({'; '.join(changed)}), so this run starts from scratch"]
-        )
+        return Start(notes=[*notes, f"{source} has other flags ({'; '.join(changed)}); this run starts from scratch"])
     _check_epochs(state, source, config, own=True)
     return Start(state, source, True, False, state["run"]["origin"], notes)
 
@@ -215,7 +213,7 @@ def _finished_start(config: TrainConfig, folder: Path) -> Start:
         return finished  # damaged
     if changed:
         return Start(
-            notes=[f"{folder} is finished with other flags ({'; '.join(changed)}), so this run starts from scratch"]
+            notes=[f"{folder} is finished with other flags ({'; '.join(changed)}); this run starts from scratch"]
         )
     if os.path.normpath(before) == os.path.normpath(config.data.train_dataset):
         return finished

@@ -78,6 +78,4 @@ def checkpoint_blocks(model: nn.Module) -> None:
             found.append(name)
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     if not found:
-        raise UserError(
-            "training.grad_checkpointing: the model has no modules named …Block; give --training.grad_checkpointing=0."
-        )
+        raise UserError("training.grad_checkpointing: the model has no modules named …Block; set the flag to 0.")

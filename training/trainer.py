@@ -140,9 +140,8 @@ class Trainer:
             self.save_state(wait=True)
         if self.processes.is_first and self.checkpointer.stored_step != self.state.step:
             raise UserError(
-                f"logging.folder: the run is at its end, but its last weights or state could not be written to "
-                f"{self.run_folder.path} (see above). Free space there; the same command resumes from step "
-                f"{self.checkpointer.stored_step}."
+                f"logging.folder: the last weights or state could not be written to {self.run_folder.path} (see above). Free space "
+                f"there; the same command resumes from step {self.checkpointer.stored_step}."
             )
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:

@@ -650,7 +650,7 @@ def test_a_run_whose_end_cannot_be_saved_is_not_finished(many, undisturbed, tmp_
     monkeypatch.setattr(torch, "save", save)
     flags = base_flags(many, tmp_path) | RANDOM
     assert run(flags).status == 2
-    assert "its last weights or state could not be written" in capsys.readouterr().err
+    assert "last weights or state could not be written" in capsys.readouterr().err
     assert read_status(folder_of(flags))["status"] == "failed"
     full.clear()
     assert_same(run(flags), undisturbed)
