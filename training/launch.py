@@ -148,7 +148,7 @@ def _verdict(
             return STOPPED
         text = f"process {', '.join(killed)} of {count} did not stop with the others and was ended."
     elif code < 0:
-        memory = " (the system does this when memory runs out)" if code == -signal.SIGKILL else ""
+        memory = " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
         text = f"process {first} of {count} was killed by {signal.Signals(-code).name}{memory}; the others were ended."
     elif store.check([_VERDICT]):
         status, text = json.loads(store.get(_VERDICT))

@@ -379,7 +379,9 @@ def test_resume_flags_that_make_no_sense(many, tmp_path, capsys):
     assert run(base_flags(many, tmp_path) | {"training.resume": tmp_path, "training.eval_only": 1}).status == 2
     assert run(base_flags(many, tmp_path) | {"training.resume": tmp_path}).status == 2
     errors = capsys.readouterr().err
-    assert errors.count("error: training.resume") == 3 and "got nothing" in errors and "model.ckpt_path" in errors
+    assert (
+        errors.count("error: training.resume") == 3 and "got an empty value" in errors and "model.ckpt_path" in errors
+    )
 
 
 def test_two_runs_in_one_folder_are_refused(many, tmp_path, capsys, monkeypatch):
