@@ -91,7 +91,7 @@ def test_plain_values_come_back_with_their_types(tmp_path):
     assert same(state, read_state(tmp_path / LAST))
 
 
-def test_an_optimiser_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_an_optimiser_resumes_as_if_nothing_had_happened(tmp_path):
     def network():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
@@ -426,7 +426,7 @@ def test_a_file_without_checksums_is_not_trusted(tmp_path, monkeypatch):
     unchanged(tmp_path)
 
 
-def test_other_kinds_of_files_are_told(tmp_path):
+def test_other_kinds_of_files_are_reported(tmp_path):
     path = tmp_path / LAST
     path.write_text("step: 5\n")
     with pytest.raises(DamagedState, match="its end is missing, or it is another kind of file"):
@@ -439,7 +439,7 @@ def test_other_kinds_of_files_are_told(tmp_path):
         read_state(tmp_path / "absent.pt")
     for content in ({"weight": torch.zeros(2)}, [1, 2], {"step": torch.tensor(1)}):
         torch.save(content, tmp_path / "weights.pt")
-        with pytest.raises(UserError, match="is not a training state:  expected a dict with the int .step.") as error:
+        with pytest.raises(UserError, match="is not a training state: expected a dict with the int .step.") as error:
             read_state(tmp_path / "weights.pt")
         assert not isinstance(error.value, DamagedState)
 
@@ -563,7 +563,7 @@ def test_a_save_for_which_torchrun_would_not_wait_is_reported_once(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_torchrun_waits_as_long_as_it_is_told(tmp_path):
+def test_torchrun_waits_as_long_as_configured(tmp_path):
     """What its variable is called, and that it rules; see `training.stop.PATIENCE_VARIABLE`."""
     if "shutdown_timeout" not in {field.name for field in dataclasses.fields(LaunchConfig)}:
         pytest.skip("this PyTorch waits 30 s")

@@ -151,7 +151,7 @@ def test_numbers_for_a_head_that_is_kept(numbered, weights, tmp_path, capsys, mo
         assert head_notes(asked, open_sources(asked)[0]) == []
 
 
-def test_a_run_goes_on_that_began_so(numbered, weights, capsys):
+def test_a_run_that_started_this_way_resumes(numbered, weights, capsys):
     """Earlier versions let it begin; its names are recorded."""
     flags = base_flags(numbered, numbered.parent / "runs") | {"model.num_classes": 12, "training.resume": "auto"}
     flags |= {"model.ckpt_path": weights}
@@ -198,7 +198,7 @@ def test_names_that_the_weights_were_trained_with(numbered, weights, recorded, n
 
 def test_the_same_classes_in_another_order(numbered, weights):
     record(weights, ANIMALS)
-    with pytest.raises(UserError, match="found 'animal 11' in the place of 'animal 0'; give --model.new_head=1.$"):
+    with pytest.raises(UserError, match="got 'animal 11' in the place of 'animal 0'; give --model.new_head=1.$"):
         head_notes(config(numbered, **{"model.ckpt_path": weights}), named(ANIMALS[::-1]))
 
 

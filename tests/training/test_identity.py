@@ -160,7 +160,7 @@ def test_radius_of_a_validation_alone_is_not_the_runs(tmp_path):
     )
 
 
-def test_training_goes_on_in_its_precision(tmp_path):
+def test_training_resumes_in_its_precision(tmp_path):
     saved = config_to_dict(config(tmp_path, "--training.precision=fp16"))
     assert changed_flags(saved, config(tmp_path).on("cpu"), global_batch=512) == []
     assert config(tmp_path).on("cpu", begun_with="fp16").training.precision == "fp16"

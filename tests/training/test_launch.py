@@ -257,7 +257,7 @@ def test_lost_process_is_found_by_the_answers_of_the_others(monkeypatch, answers
         "NCCL communicator was aborted on rank 1.",
     ],
 )
-def test_failed_collective_is_told_from_a_defect(message):
+def test_failed_collective_is_distinguished_from_a_defect(message):
     assert is_of_the_engine(RuntimeError(message))
     assert not is_of_the_engine(ValueError(message)) and not is_of_the_engine(RuntimeError("shape mismatch"))
 

@@ -78,7 +78,7 @@ def collapse(*, before: int = 10, weak: float = 0.6, strong: float = 0.5) -> Cur
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_fgsm_runs_are_told_at_the_collapse_and_to_their_end(seed: int):
+def test_fgsm_runs_are_reported_at_the_collapse_and_to_their_end(seed: int):
     run = FGSM_RUNS[seed]
     epochs = len(run.strong)
     after_warmup = range(6, epochs + 1)
@@ -92,7 +92,7 @@ def test_the_same_run_with_two_steps_is_silent():
     assert alarms(APGD_RUN.curve, n=200) == []
 
 
-def test_a_slow_loss_is_told_once_little_is_left():
+def test_a_slow_loss_is_reported_once_little_is_left():
     assert alarms(SLOW_RUN.curve, n=100)[0] == 18
 
 
@@ -108,7 +108,7 @@ def test_the_recorded_runs_are_the_config():
     assert all(len(run.strong) == config.training.epochs for run in (*FGSM_RUNS, APGD_RUN))
 
 
-def test_a_collapse_is_told_at_its_first_epoch_and_at_every_one_after_it():
+def test_a_collapse_is_reported_at_its_first_epoch_and_at_every_one_after_it():
     assert alarms(collapse(), n=512) == [11, 12, 13]
 
 
@@ -176,7 +176,7 @@ def test_a_run_that_never_was_robust_is_silent():
     assert alarms([(0.9, 0.0)] * 5, n=512) == []
 
 
-def test_state_goes_on_where_it_was():
+def test_state_resumes_where_it_was():
     curve = collapse(before=3)
     for cut in range(len(curve) + 1):
         watch = OverfittingWatch(chance=0.1)

@@ -210,7 +210,7 @@ def test_a_finished_run_is_not_touched(many, undisturbed, capsys):
     assert {file.name: file.stat().st_mtime_ns for file in undisturbed.folder.iterdir()} == before
 
 
-def test_none_starts_anew_and_loses_nothing(many, undisturbed, tmp_path, at_step):
+def test_none_starts_from_scratch_and_loses_nothing(many, undisturbed, tmp_path, at_step):
     at_step({7: signalled})
     flags = base_flags(many, tmp_path) | RANDOM
     folder = stopped(flags)
@@ -232,7 +232,7 @@ def test_from_another_run(many, undisturbed, tmp_path, at_step, capsys, what):
     assert f"resumes after step 7 from {folder / LAST}" in capsys.readouterr().out
 
 
-def test_changed_flags_are_named_and_refused_unless_forced(many, tmp_path, at_step, capsys):
+def test_changed_flags_are_reported_and_refused_unless_forced(many, tmp_path, at_step, capsys):
     at_step({7: signalled})
     flags = base_flags(many, tmp_path) | RANDOM
     folder = stopped(flags)
@@ -281,7 +281,7 @@ def test_forced_flags_hold(many, tmp_path, at_step, capsys):
     assert "has already done 2 epochs" in capsys.readouterr().err
 
 
-def test_a_run_from_another_state_goes_on_from_its_own(many, undisturbed, tmp_path, at_step, capsys):
+def test_a_run_from_another_state_resumes_from_its_own(many, undisturbed, tmp_path, at_step, capsys):
     """And says where it began, also to a command that does not."""
     at_step({3: signalled, 6: signalled})
     flags = base_flags(many, tmp_path / "a") | RANDOM

@@ -114,7 +114,7 @@ def names(folder: RunFolder) -> set[str]:
 
 
 @pytest.mark.curves
-def test_log_goes_on_without_gap_or_double(runs):
+def test_log_continues_without_gap_or_double(runs):
     folder = runs.start()
     write_steps(folder, 1, 2, 3)
     state = folder.position() | {"step": 3}
@@ -178,7 +178,7 @@ def test_params_name_every_start_and_stay_a_config_file(runs):
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"provenance": 3}'])
-def test_lost_params_are_written_anew(runs, content):
+def test_lost_params_are_written_again(runs, content):
     folder = runs.start(host="a")
     state = folder.position() | {"step": 0}
     params = folder.path / "params.json"
@@ -335,7 +335,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_at_the_start(runs, tmp_path):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def test_keep_goes_on_after_a_resume(tmp_path):
+def test_keep_works_after_a_resume(tmp_path):
     runs = Runs(tmp_path, logging__keep=2)
     folder = runs.start()
     for epoch in (1, 2, 3):

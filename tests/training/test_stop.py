@@ -103,7 +103,7 @@ def test_the_file_asks_until_it_is_cleared(tmp_path, monkeypatch):
         assert asked.here() == f"the file {file}"  # a request cannot be taken back
 
 
-def test_stop_file_is_not_looked_at_in_every_step(tmp_path, monkeypatch):
+def test_stop_file_is_not_checked_in_every_step(tmp_path, monkeypatch):
     monkeypatch.setattr(stop, "STOP_FILE_SECONDS", 3600.0)
     file = tmp_path / "stop"
     with request(alone(), file=file) as asked:

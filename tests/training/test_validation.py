@@ -65,14 +65,14 @@ def suspicions(images: int = 50_000, classes: int = 1000, **metrics: float) -> l
     return list(Guard(Config, None, Progress()).suspicions(metrics, images=images))
 
 
-def test_network_that_does_not_learn_is_told() -> None:
+def test_network_that_does_not_learn_is_reported() -> None:
     (text,) = suspicions(top1=0.0011)
     assert "0.11% after 3 epochs, no better than chance (0.10%)" in text and "lr.lr" in text
     assert suspicions(top1=0.0011, epoch=2) == suspicions(top1=0.005) == []
     assert suspicions(top1=0.25, classes=4, images=8) == []  # too few images to tell
 
 
-def test_gradients_of_zero_are_told() -> None:
+def test_gradients_of_zero_are_reported() -> None:
     assert suspicions(zero_gradients=0.1) == []
     for name in ("zero_gradients", "ema_zero_gradients"):
         (text,) = suspicions(**{name: 0.6})
