@@ -38,10 +38,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # the same, for the workers
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `finally` stops workers
     try:
-        first, rest = argv[:1], argv[1:]
-        if first and not first[0].startswith("-"):  # a network without --eval.model_in
-            first = [f"--eval.model_in={first[0]}"]
-        config = load_config(EvalConfig, [*first, *rest])
+        config = load_config(EvalConfig, with_flag(argv))
         prepare_workers("evaluation.worker")  # imports PyTorch in parallel with this process
 
         import torch

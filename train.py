@@ -49,10 +49,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); return the exit status."""
-    switches = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    switches.add_argument("--check", action="store_true", help="check flags, files and folders, and start nothing")
-    switches.add_argument("--where", action="store_true", help="print the run's folder, and start nothing")
-    asked, flags = switches.parse_known_args(argv)
+    asked, flags = switches().parse_known_args(argv)
     try:
         problems = Problems()
         config = load_config(TrainConfig, flags, switches=switches(), problems=problems)

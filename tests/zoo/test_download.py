@@ -621,7 +621,9 @@ def test_file_that_left_the_share_is_refused(share: Share, tmp_path: Path) -> No
     share.download(tmp_path, whole(BODY))
     (tmp_path / "robust.pt").unlink()
     left = {name: content for name, content in FILES.items() if name != "robust.pt"}
-    share.fails(tmp_path, whole(zipped(left)), error=UserError, match="robust.pt with the SHA-256 .none: the file is missing")
+    share.fails(
+        tmp_path, whole(zipped(left)), error=UserError, match="robust.pt with the SHA-256 .none: the file is missing"
+    )
 
 
 def test_file_changed_here_is_refused_until_deleted(share: Share, tmp_path: Path) -> None:
