@@ -11,7 +11,7 @@
 #     sbatch --array=1-8 --gres=gpu:1 --cpus-per-task=8 --wrap "bash run_ablation.sh GRID --jobs 4"
 #
 # Relative paths start where you call it. Exit status: 0 all runs are finished; 1 some failed; 2 wrong input; 130, 143
-# interrupted or terminated (runs save their state; the same command goes on).
+# interrupted or terminated (runs save their state; the same command resumes).
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

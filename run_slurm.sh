@@ -13,7 +13,7 @@
 # Before the time limit the run saves its state and ends, and the job goes back into the queue and resumes. `scancel` ends it
 # for good; a file `stop` in the run's folder saves the state and requeues. Inside an allocation of salloc it starts there.
 #
-# What a job asks for; left out where there is no default:
+# What a job requests; no default means that the option is omitted:
 #     NODES=1  GPUS=8 (a node; 0: one process a node, on its CPUs)  CPUS=8 a GPU (the number is for a node)  MEM (a node)
 #     TIME=24:00:00  PARTITION  ACCOUNT  QOS  CONSTRAINT  JOB_NAME=train
 #     SBATCH_ARGS         further options of sbatch, with a shell's quotes; they win over the others
@@ -26,8 +26,8 @@
 #     PYTHON              the Python to use (see setup_env.sh)
 #     PORT                of the rendezvous on the first node; by default 20000 to 29999, by the job's number
 #     IFACE               the network interface, such as ib0, for rendezvous, NCCL and gloo; by default they choose
-#     STOP_SECONDS=300    the stop is asked for so long before the time limit (Slurm may be a minute early); torchrun waits as
-#                         long for its processes after SIGTERM
+#     STOP_SECONDS=300    time between the request to stop and the time limit (Slurm may send it a minute early); torchrun
+#                         waits equally long for its processes after SIGTERM
 #     MAX_RESTARTS=3      starts within one job after crashes, each only if the last one got further
 #     MAX_REQUEUES=100    how often the job has been restarted, by this script or Slurm, when it is no more requeued
 #     RUN_SLURM_ROOT      the project's root, where sbatch was not called from there
@@ -117,7 +117,7 @@ split_line() { # its index among those that count
     split "${lines[$1]}" || refuse "ARRAY: expected flags with closed quotes, '$ARRAY' has this line: ${lines[$1]}"
 }
 
-# Every start of a job would begin anew. One that began at another run's state goes on from its own.
+# With training.resume=none each start of a job would train from scratch. With another run's state, a restart resumes from its own.
 check_resume() {
     local value=auto
     while [ $# -gt 0 ]; do
@@ -128,7 +128,7 @@ check_resume() {
         shift
     done
     if [ "$value" = none ] && [ "$MAX_RESTARTS,$MAX_REQUEUES" != 0,0 ]; then
-        refuse "--training.resume=none would begin anew after every requeue: leave it out, or set MAX_RESTARTS=0 MAX_REQUEUES=0."
+        refuse "--training.resume=none would train from scratch after every requeue: omit it, or set MAX_RESTARTS=0 MAX_REQUEUES=0."
     fi
 }
 
@@ -157,7 +157,7 @@ read_settings() {
     fi
 }
 
-# Reading the flags takes no time and is done for all tasks; the check that looks at the data, too, for the first.
+# Parsing the flags is fast and done for all tasks. The check that reads the data, too, is done for the first task only.
 check_flags() {
     local index folder
     local -a task checked
@@ -264,7 +264,7 @@ ask_for_stop() {
 requeue() { # exit status where that cannot be
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
         say "job $job was restarted ${SLURM_RESTART_COUNT:-0} times (MAX_REQUEUES=$MAX_REQUEUES) and is not requeued; the same" \
-            "command goes on from step $step."
+            "command resumes from step $step."
         exit "$1"
     fi
     trap '' TERM USR1 # Slurm ends what it requeues
@@ -273,7 +273,7 @@ requeue() { # exit status where that cannot be
     if scontrol requeue Incomplete "$job"; then
         exit 0
     fi
-    say "job $job could not be requeued; the same command goes on from step $step."
+    say "job $job could not be requeued; the same command resumes from step $step."
     exit "$1"
 }
 
@@ -302,9 +302,9 @@ launch() { # the rendezvous's name, flags
     local id=$1 pid
     shift
     # An agent that fails must not take the others with it at once (--kill-on-bad-exit): on its way down a run may be saving.
-    # Nor may they wait for it for ever, where it died without a word. So they have two minutes.
+    # They may not wait forever either if it died silently. They have two minutes.
     local -a options=(--kill-on-bad-exit=0 --wait=120 --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
-    # A task gets all CPUs of the job on its node. Newer versions of srun forget what sbatch was told.
+    # A task gets all CPUs of the job on its node. Newer versions of srun ignore sbatch's --cpus-per-task.
     options+=(--export=ALL --cpu-bind=none)
     if [ "${SLURM_NTASKS_PER_NODE:-}" = 1 ] && [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
         options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
@@ -328,7 +328,7 @@ time_remains() {
 find_rendezvous() {
     nodes=$SLURM_NNODES
     if ! first=$(scontrol show hostnames "$SLURM_JOB_NODELIST"); then
-        say "scontrol could not tell the names of the job's nodes, $SLURM_JOB_NODELIST."
+        say "scontrol could not list the names of the job's nodes, $SLURM_JOB_NODELIST."
         exit 1
     fi
     first=${first%%$'\n'*}
@@ -374,13 +374,13 @@ set_up() {
     PY=$(bash "$root/setup_env.sh")
 }
 
-# Ends the job if the last start told how it ended; returns if it ended without a word.
+# Ends the job if the last start recorded how it ended; returns if it recorded nothing.
 obey_status() { # the record before it
     if [ "$state" = finished ] && { [ "$record" != "$1" ] || [ "$ended" = 0 ]; }; then
         say "finished."
         exit 0
     fi
-    # What an earlier start has left says nothing about this one.
+    # A record of an earlier start says nothing about this one.
     if [ "$record" = "$1" ]; then
         return
     fi
@@ -432,7 +432,7 @@ work() {
         fi
         read_status
         obey_status "$before"
-        say "training ended without a word (srun's status $ended) at step $step, from step $last on. $reason"
+        say "training ended without a recorded reason (srun's status $ended) at step $step; it began at step $last. $reason"
         # Agents that lost one another, or a process that was killed: start all of them again in this job. Where that gets no
         # further, other nodes might.
         if [ -n "$asked" ] || [ "$step" -le "$last" ] || [ "$restarts" -ge "$MAX_RESTARTS" ] || ! time_remains; then

@@ -71,7 +71,7 @@ def locate(name: str, *, kind: str = "robust", folder: Path | None = None, force
         weights = _published_weights(published, folder / _share_name(published), kind=kind, force=force)
         return Located(weights, published.description, published)
     if "/" in name or path.suffix:
-        raise UserError(f"expected a weights file, got {name!r}, which does not exist.")
+        raise UserError(f"expected a weights file, found nothing at {path.absolute()}.")
     if is_id:  # not in the table, because it is newer
         if kind == "clean":
             raise UserError(f"RobustBench has no clean initialisation of {name}.")

@@ -98,7 +98,7 @@ def read_content(path: Path) -> tuple[Any, str]:
     """
     if not os.path.isfile(path):  # Path.is_file fails for names too long
         what = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise UserError(f"expected a weights file, got {str(path)!r}, which {what}.")
+        raise UserError(f"expected a weights file, got {os.path.abspath(path)!r}, which {what}.")
     data = b""
     try:
         data = path.read_bytes()

@@ -159,7 +159,7 @@ def find_weights(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise UserError(
-        f"expected a weights file or run folder, got {path}, which contains neither weights_<epoch>.pt nor {EXPORTED}."
+        f"expected a weights file or run folder, got {path.absolute()}, which contains neither weights_<epoch>.pt nor {EXPORTED}."
     )
 
 

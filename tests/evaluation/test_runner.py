@@ -355,7 +355,7 @@ def test_a_wrong_list_is_refused(trained, images, tmp_path, capsys, content, wor
         (["--eval.gpus=0,1"], "eval.gpus"),
         (["--eval.precision=tf32"], "needs a GPU"),
         (["--data.classes=index", "--data.labels=l.csv"], "expected at most one of data.classes=index, data.labels;"),
-        (["--data.labels=nowhere.csv"], "data.labels: cannot read nowhere.csv (No such file"),
+        (["--data.labels=nowhere.csv"], f"data.labels: cannot read {Path('nowhere.csv').absolute()} (No such file"),
         (["--eval.ids=robustbench"], "data.val_dataset: expected the folders of all 1000 classes"),
     ],
 )

@@ -63,7 +63,7 @@ def test_table_holds_every_number_of_the_paper() -> None:
     assert "YzBpeHRrRQzHBDz" in rows["ConvNeXt-L-CvSt"]["weights"]
     tuned = rows["fine-tuned to Linf 8/255"]
     assert [tuned[key] for key in ("epochs", "clean", "AutoAttack", "RobustBench")] == ["20²", "–", "–", "–"]
-    assert footnotes == "¹ RobustBench: 74.10. ² Recipe and architecture are ours."
+    assert footnotes == "¹ RobustBench: 74.10. ² Recipe and architecture are this project's own."
 
 
 def test_update_replaces_what_is_between_the_markers_alone(tmp_path: Path) -> None:

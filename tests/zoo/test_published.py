@@ -65,7 +65,7 @@ def test_numbers_and_links_are_the_published_ones() -> None:
         assert {px: found and tuple(found) for px, found in row.results.items()} == results
         assert list(row.links) == [f"https://nc.mlcloud.uni-tuebingen.de/index.php/s/{token}" for token in tokens]
         if epochs is None:
-            assert "ours" in row.note and row.note_on == "epochs"
+            assert "this project's own" in row.note and row.note_on == "epochs"
         else:
             assert row.epochs == epochs
 
