@@ -199,6 +199,7 @@ def check(config: TrainConfig, known: Sequence[str] = ()) -> None:
     # The precision depends on the device, which may be another one than here.
     for note in [*start.notes, *notes, *notes_for(config, "cuda", global_batch=batch, steps=steps)]:
         warn(note)
+    print("check passed; nothing was started.")
 
 
 if __name__ == "__main__":

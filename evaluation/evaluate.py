@@ -168,7 +168,10 @@ class _Coordinator:
         how = {"mininterval": 0, "dynamic_ncols": True} if sys.stderr.isatty() else lines
         self._bar = tqdm(total=total, initial=total - still, unit="img", smoothing=0, miniters=0, leave=False, **how)
         where = ", ".join(f"{count} × {device}" for device, count in Counter(devices).items())
-        tqdm.write(f"{len(tasks)} chunks to do; workers of this process: {where}", file=sys.stderr)
+        tqdm.write(
+            f"{len(tasks)} {'chunk' if len(tasks) == 1 else 'chunks'} to do; workers of this process: {where}",
+            file=sys.stderr,
+        )
 
     def collect(self) -> None:
         """Receive the messages of all processes, retry failed writes, and close the board when all reports are written."""

@@ -147,6 +147,11 @@ def make_plan(config: EvalConfig, *, on_gpu: bool) -> Plan:
         notes = [*trained.notes, *(odd_radius(norm, eps, size=size) for norm, eps, size in radii)]
         if not trained.sure_of_input and found.published is None:
             notes.append(_seen_both_ways(trained.model, plan.images[name], next(iter(own.values()))))
+        if not settings.img_size and any(used.source == Preprocessing.source for used in own.values()):
+            notes.append(
+                f"no record says at which size the network was trained, so {Preprocessing.img_size} px are assumed; if that is "
+                "wrong, give --eval.img_size and --eval.crop_pct"
+            )
         for note in filter(None, notes):
             print_warning(f"{name}: {note}.")
     return plan

@@ -392,8 +392,8 @@ def _warnings_of_accuracy(report: Mapping[str, Any]) -> Iterator[str]:
         )
     elif clean - chance <= NEAR_CHANCE and binomtest(round(clean * n), n, chance, "greater").pvalue > AT_CHANCE:
         cause = (
-            f"most likely a missing or second normaliser (model.add_normalization), classes in another order, or another image "
-            f"size; here {shown}"
+            f"most likely a missing or second normaliser (model.add_normalization), classes in another order (data.class_map), or "
+            f"another image size; here {shown}"
             if before is None
             else f"the validation of the training run measured {percent(before)}"
         )

@@ -1,4 +1,4 @@
-"""The flags of `train.py`. The 55 flags of the published system keep their names, defaults and meaning (README, "Flags")."""
+"""The flags of `train.py`. The 55 flags of the published system keep their names, defaults and meaning (docs/differences.md)."""
 
 from __future__ import annotations
 

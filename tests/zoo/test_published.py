@@ -111,7 +111,7 @@ def test_every_published_config_has_an_entry() -> None:
 def test_normaliser_is_known_where_the_header_of_the_config_knows_it(name: str) -> None:
     row = PUBLISHED[name]
     text = (PROJECT / row.config).read_text()
-    says = re.search(r"released \S+ with ConvStem carry no|released \S+ carries the|RobustBench's definition", text)
+    says = re.search(r"released \S+ with ConvStem have no|released \S+ has the|RobustBench's definition", text)
     assert (row.add_normalization is not None) == (says is not None)
     if says is not None:
         assert row.add_normalization == bool(yaml.safe_load(text)["model"]["add_normalization"])
