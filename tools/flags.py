@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command line (without the program's name); returns the exit status."""
+    """Run one command line (without the program's name) and return the exit status."""
     if parser().parse_args(argv).check:
         if is_current(PAGE):
             return 0

@@ -361,7 +361,7 @@ def test_help_names_the_switches_and_the_flags(capsys):
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr("common.processes.usable_gpus", lambda: 2)
     assert check_processes(2) == 2
-    with pytest.raises(UserError, match="^3 processes .*2 visible"):
+    with pytest.raises(UserError, match="^3 processes .*2 are visible"):
         check_processes(3)
 
 
