@@ -8,10 +8,10 @@
     torchrun --nnodes=… --nproc-per-node=gpu … runner_aa_eval.py …                                        several machines
     bash run_eval.sh …                                   the same, after installation
 
-`eval.model_in`, or the first argument, lists weights files, run folders, published models or RobustBench ids. The architecture
-comes from the run's params.json, the published table, or the weights file; flags must agree with it. The images are attacked in
-chunks. Each free GPU (or CPU process) takes the next open chunk. To resume after an interruption, start the same command again,
-with any number of GPUs; finished chunks are not computed again.
+`eval.model_in`, or the words before the first flag, lists weights files, run folders, published models or RobustBench ids.
+The architecture comes from the run's params.json, the published table, or the weights file; flags must agree with it. The
+images are attacked in chunks. Each free GPU (or CPU process) takes the next open chunk. To resume after an interruption,
+start the same command again, with any number of GPUs; finished chunks are not computed again.
 
 For each network, image size and norm, report.json, verdicts.csv, log.txt and pictures are written to `eval.out`. A table of all
 is printed. `--help` lists the flags. Exit status: 0; 2 wrong input; 1 a chunk failed three times; 130, 143 interrupted, terminated.
@@ -19,6 +19,7 @@ is printed. `--help` lists the flags. Exit status: 0; 2 wrong input; 1 a chunk f
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -63,11 +64,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def with_flag(argv: Sequence[str]) -> list[str]:
-    """Return the command line with the flag of a first argument that is a network's name."""
-    first, rest = argv[:1], argv[1:]
-    if first and not first[0].startswith("-"):
-        first = [f"--eval.model_in={first[0]}"]
-    return [*first, *rest]
+    """Return the command line with `--eval.model_in` in place of the words before the first flag, such as a shell's `runs/*`."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    return [*([f"--eval.model_in={','.join(words)}"] if words else []), *argv[len(words) :]]
 
 
 def say(text: str) -> None:

@@ -75,8 +75,8 @@ class Guard:
         # Few images cannot distinguish a network that starts to learn from chance.
         if epochs >= CHANCE_EPOCHS and metrics["top1"] < chance + error <= max(2 * chance, NEAR_CHANCE):
             yield (
-                f"clean accuracy is {metrics['top1']:.2%} after {epochs} epochs, no better than chance ({chance:.2%}): the "
-                "network does not learn. Check lr.lr for this global batch, its warm-up (lr.lr_peak_epoch, "
+                f"clean accuracy is {metrics['top1']:.2%} after {epochs} epochs, no better than chance ({chance:.2%}) on {images} "
+                "images. If more epochs do not help, check lr.lr for this global batch, its warm-up (lr.lr_peak_epoch, "
                 "adv.eps_warmup_epochs), the labels, and the start weights (model.pretrained, model.ckpt_path)."
             )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data.datasets import open_source
 from evaluation.images import ImageList
 from evaluation.plan import _seen_both_ways, fed
+from runner_aa_eval import with_flag
 from utils_architecture import normalize_model
 from zoo.description import Preprocessing
 
@@ -86,3 +87,16 @@ def test_what_the_network_sees_is_said() -> None:
     assert fed(normalize_model(Brightness(0.0), [0.5] * 3, [0.25] * 3)) == (
         "normalised with mean 0.5, 0.5, 0.5 and std 0.25, 0.25, 0.25"
     )
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["a", "--eval.fullaa=0"], ["--eval.model_in=a", "--eval.fullaa=0"]),
+        (["runs/a", "runs/b", "--eval.eps", "0.1"], ["--eval.model_in=runs/a,runs/b", "--eval.eps", "0.1"]),
+        (["--eval.eps", "0.1"], ["--eval.eps", "0.1"]),
+        ([], []),
+    ],
+)
+def test_words_before_the_first_flag_are_networks(argv: list[str], expected: list[str]) -> None:
+    assert with_flag(argv) == expected
