@@ -105,7 +105,7 @@ def refuse():
 def wait_until(condition):
     end = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 assert under_torchrun() and not dist.is_initialized()
