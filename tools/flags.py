@@ -47,7 +47,7 @@ A flag marked \\* is not part of the run's name.
 EVALUATION = """\
 ## Flags of runner_aa_eval.py
 
-A first argument that is no flag is the value of `eval.model_in`.
+Words before the first flag are networks, as in `eval.model_in`.
 """
 
 

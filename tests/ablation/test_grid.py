@@ -183,6 +183,17 @@ def test_files_that_are_not_grids(tmp_path: Path, text: str) -> None:
         load_grid(tmp_path / "grid.yaml")
 
 
+def test_config_is_found_below_the_current_folder_then_below_the_project(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(
+        "{config: configs/demo_robust.yaml, train: {data.train_dataset: digits, data.val_dataset: digits}, seeds: [0]}"
+    )
+    assert load_grid(tmp_path / "grid.yaml").config == (str(PROJECT / "configs" / "demo_robust.yaml"),)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo_robust.yaml").write_text("training: {epochs: 20}")
+    assert load_grid(tmp_path / "grid.yaml").config == ("configs/demo_robust.yaml",)
+
+
 def test_the_readmes_grid(tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(# grid\.yaml.*?)```", (PROJECT / "docs" / "ablations.md").read_text(), re.DOTALL)
     assert len(text.splitlines()) <= 10

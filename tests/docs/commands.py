@@ -1,4 +1,4 @@
-"""Commands of the pages held against the programs that they call: every word is parsed as the program itself would.
+"""Check commands of the pages against the programs that they call: every word is parsed as the program itself would.
 
 `…` stands for further flags, or for a value. A flag whose value is left open has to exist. Where a line ends in `…`, or has
 it between its flags, required flags are filled in.
@@ -21,7 +21,7 @@ from training.config import TrainConfig
 
 GAPS = ("…", "...")
 
-# Programs that are not this project's; their words are not looked at.
+# Programs that are not this project's; their words are not checked.
 FOREIGN = set(
     """
     apt-get cat cd chmod conda cp curl docker gcloud git grep gsutil head hf huggingface-cli kill less

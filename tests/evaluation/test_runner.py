@@ -145,6 +145,15 @@ def test_too_few_classes_are_refused_before_anything_is_written(tmp_path, capsys
     assert not (tmp_path / "eval").exists()
 
 
+def test_size_that_is_assumed_for_a_file_alone_is_a_warning(tmp_path, capsys):
+    torch.save(get_new_model("convnext_micro", num_classes=4).state_dict(), tmp_path / "w.pt")
+    write_folder(tmp_path / "images", dict.fromkeys("abcd", 1))
+    flags = [f"--eval.model_in={tmp_path / 'w.pt'}", f"--data.val_dataset={tmp_path / 'images'}"]
+    for more, warned in ([], True), (["--eval.img_size=32"], False):
+        make_plan(load_config(EvalConfig, [*flags, *more]), on_gpu=False)
+        assert ("so 224 px are assumed" in capsys.readouterr().err) == warned
+
+
 def test_report(trained, images, finished):
     out, _ = finished
     folder = next(out.glob("*weights_2/Linf_*"))

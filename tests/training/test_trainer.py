@@ -338,7 +338,9 @@ def test_check_finds_what_would_stop_the_run(images, tmp_path, capsys, change, w
     flags = base_flags(images, tmp_path / "runs") | change
     status = train.main(["--check", *(f"--{name}={value}" for name, value in flags.items())])
     assert status == (2 if word else 0)
-    assert not word or word in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert not word or word in err
+    assert ("check passed" in out) == (not word)
     assert not list((tmp_path / "runs").glob("*"))
 
 
