@@ -31,6 +31,7 @@ class AttackEntry:
         norms: the threat models that it supports; the command line rejects others.
         reports_steps: it accepts `on_step`, as in `attacks.apgd`, and calls it after each evaluation.
         evaluates_last: it accepts `evaluate_last`, as in `attacks.apgd`, and always calls it.
+        passes: flags `adv.*` → how many forward passes and how many input gradients an image costs.
     """
 
     build: Callable[[Any], Callable[..., Tensor]]
@@ -38,6 +39,7 @@ class AttackEntry:
     norms: tuple[str, ...] = NORMS
     reports_steps: bool = False
     evaluates_last: bool = False
+    passes: Callable[[Any], tuple[int, int]] = lambda adv: (0, 0)
 
 
 # Attacks are imported only when they are built, because they import PyTorch.
@@ -74,8 +76,16 @@ def _fgsm(adv: Any) -> Callable[..., Tensor]:
 
 ATTACKS = {
     "none": AttackEntry(_none),
-    "apgd": AttackEntry(_apgd, flags=("n_iter",), reports_steps=True, evaluates_last=True),
-    "fgsm": AttackEntry(_fgsm, flags=("alpha", "noise_level", "skip_projection"), norms=("Linf",)),
+    "apgd": AttackEntry(
+        _apgd,
+        flags=("n_iter",),
+        reports_steps=True,
+        evaluates_last=True,
+        passes=lambda adv: (adv.n_iter + 1, adv.n_iter),
+    ),
+    "fgsm": AttackEntry(
+        _fgsm, flags=("alpha", "noise_level", "skip_projection"), norms=("Linf",), passes=lambda adv: (1, 1)
+    ),
 }
 
 
@@ -108,6 +118,17 @@ class Attack:
         taken = {"on_step": on_step} if self.reports_steps else {}
         taken |= {"evaluate_last": evaluate_last} if self.evaluates_last else {}
         return self.run(model, x, y, eps=eps, **taken)
+
+
+def forward_equivalents(adv: Any, *, reused: bool = False) -> int:
+    """Return what a training step with the flags `adv.*` costs, in forward passes of its images.
+
+    A gradient of the input costs one, as a forward pass does, and a gradient of input and weights costs two.
+
+    Args:
+        reused: the attack's last forward pass is also that of training.
+    """
+    return sum(ATTACKS[adv.attack].passes(adv)) + 3 - reused
 
 
 def build_attack(adv: Any) -> Attack:

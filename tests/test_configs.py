@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from attacks.registry import forward_equivalents
 from common.flags import config_to_dict, load_config
 from evaluation.config import EvalConfig
 from training.config import TrainConfig
@@ -375,9 +376,7 @@ def test_cost_in_the_header_follows_from_the_file(name: str) -> None:
     config, text = load(name), header(name)["Cost"]
     batch = GPUS * config.training.batch_size * config.training.grad_accum
     assert batch == config.training.global_batch
-    # In forward passes: an input gradient costs one, a gradient of inputs and weights two.
-    attack = {"none": 0, "fgsm": 2, "apgd": 2 * config.adv.n_iter + 1}[config.adv.attack]
-    forwards, epochs = attack + 3, config.training.epochs
+    forwards, epochs = forward_equivalents(config.adv), config.training.epochs
     assert f"{epochs} epochs × {IMAGENET_IMAGES:,} images" in text
     assert f"{epochs * (IMAGENET_IMAGES // batch):,} steps of {batch} ({GPUS} GPUs × 80" in text
     assert f"{forwards} forward-equivalents per step" in text

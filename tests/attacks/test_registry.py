@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from attacks.registry import ATTACKS, AttackEntry, build_attack
+from attacks.registry import ATTACKS, AttackEntry, build_attack, forward_equivalents
 from training.config import AdvConfig, LRConfig, TrainingConfig
 from training.optim import build_optimizer
 from training.schedule import SCHEDULES, lr_at_epoch
@@ -61,6 +61,23 @@ def test_every_attack_is_what_training_calls(name, norm):
     assert x.shape == X.shape and x.min() >= 0 and x.max() <= 1 and change.max() <= eps + 1e-5
     assert (change.max() > 0) == (name != "none")
     assert (bool(steps), len(last)) == (ATTACKS[name].reports_steps, int(ATTACKS[name].evaluates_last))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_passes_are_those_that_the_attack_runs(name):
+    forwards, gradients = [], []
+
+    def model(x):
+        forwards.append(len(x))
+        if x.requires_grad:
+            x.register_hook(lambda grad: gradients.append(len(grad)))
+        return MODEL(x)
+
+    adv = AdvConfig(attack=name, n_iter=3)
+    build_attack(adv)(model, X, Y, eps=0.05)
+    assert ATTACKS[name].passes(adv) == (len(forwards), len(gradients))
+    assert forward_equivalents(adv) == len(forwards) + len(gradients) + 3
+    assert forward_equivalents(adv, reused=True) == len(forwards) + len(gradients) + 2
 
 
 def test_an_attack_is_a_line(monkeypatch):
