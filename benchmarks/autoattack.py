@@ -1,11 +1,9 @@
-"""Benchmark of runner_aa_eval.py against plain pyautoattack on the same network and images, in interleaved runs.
+"""Benchmark of runner_aa_eval.py against plain pyautoattack on the same network and images.
 
     python -m benchmarks.autoattack [--quick] [--json FILE] [--repeats 5] [--model RUN_FOLDER]
-    python -m benchmarks.autoattack --cuda-model weights.pt --cuda-data /data/imagenet       on a GPU
 
-On the CPU: held-out digits, one thread per process, wall time of whole programs. Without --model a small network is trained
-first. On a GPU also ConvNeXt-B with ConvStem at 224 pixels, with robust weights: if the first attack breaks all images,
-verdicts and times are not meaningful. Without such weights, a few attack steps on random weights are timed.
+On a CPU: held-out digits, one thread per process, wall time of whole programs, in interleaved runs. Without --model a small
+network is trained first. On a GPU: each attack on ConvNeXt-T at 224 pixels, plain and on the fast copy.
 """
 
 from __future__ import annotations
@@ -14,20 +12,21 @@ import argparse
 import copy
 import csv
 import json
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from attacks.apgd import apgd
 from benchmarks.harness import Row, environment, main, options, row, run_program, train_on_digits
-from common.precision import float32_matmul
-from evaluation.autoattack import perturb, standard_autoattack
+from evaluation.autoattack import attack_chunk
+from evaluation.config import ATTACKS
+from utils_architecture import ARCHITECTURES
 from zoo.models import build_model
 
 # About 20 seconds of training, after which a good part of the images withstands all attacks.
@@ -50,8 +49,6 @@ DIGITS = (
 FULL = ("--eval.n_ex=6", "--eval.batch_size=1", "--eval.fullaa=1")
 QUICK = ("--eval.n_ex=4", "--eval.batch_size=2", "--eval.fullaa=0")
 TOO_SMALL = "--quick: program start-up takes longer than the attacks"
-IMAGENET_EPS = 4 / 255
-STEPS, STEP_IMAGES = 20, 64
 
 
 @dataclass(frozen=True)
@@ -82,10 +79,15 @@ def run_ours(flags: Sequence[str], folder: Path) -> Run:
     return Run(seconds, verdicts, 1 - sum(figures["attack_seconds"].values()) / figures["worker_seconds"])
 
 
-def measure(arguments: argparse.Namespace) -> list[Row]:
-    """Measure all rows, on the CPU and on a GPU."""
-    with tempfile.TemporaryDirectory(prefix="autoattack") as folder:
-        return [*on_cpu(arguments, Path(folder)), *on_gpu(arguments, Path(folder))]
+def measure(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Yield the rows of whole programs on the CPU, or those of a GPU."""
+    if torch.cuda.is_available():
+        yield from fast_copy(torch.device("cuda"), arch="convnext_tiny", size=224, images=64)
+    elif arguments.fast_copy:
+        yield from fast_copy(torch.device("cpu"), arch="convnext_micro", size=32, images=8, attacks=ATTACKS[:1])
+    else:
+        with tempfile.TemporaryDirectory(prefix="autoattack") as folder:
+            yield on_cpu(arguments, Path(folder))
 
 
 def on_cpu(arguments: argparse.Namespace, folder: Path) -> list[Row]:
@@ -118,81 +120,55 @@ def on_cpu(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     ]
 
 
-def on_gpu(arguments: argparse.Namespace, folder: Path) -> list[Row]:
-    """Measure tf32, channels_last and compilation against true float32."""
-    speedup, differing = ("cuda_speedup", "times plain", ">= 1.8"), ("cuda_differing", "verdicts of 512", "<= 3")
+def fast_copy(
+    device: torch.device, *, arch: str, size: int, images: int, attacks: Sequence[str] = ATTACKS
+) -> Iterator[list[Row]]:
+    """Yield the rows of each attack: AutoAttack on the network against a compiled copy in channels_last, on a GPU also in TF32.
 
-    def rows(
-        figures: float | None, differ: float | None, note: str, differ_note: str, *, counts: bool = True
-    ) -> list[Row]:
-        pairs = [(speedup, figures, note), (differing, differ, differ_note)]
-        return [
-            row(name, None if f is None else [f], unit, target, note=n, counts=counts)
-            for (name, unit, target), f, n in pairs
+    The network has random weights, and each image has the class that the network predicts. The radius is one at which a short
+    attack breaks half of the images, so that verdicts can differ.
+    """
+    torch.manual_seed(0)
+    stem = ARCHITECTURES[arch].conv_stem is not None
+    model = build_model(arch, not_original=stem, add_normalization=True).to(device).eval().requires_grad_(False)
+    x = torch.rand(images, 3, size, size)
+    with torch.no_grad():
+        y = model(x.to(device)).argmax(dim=1).cpu()
+    eps = halving_radius(model, x.to(device), y.to(device))
+    run = partial(attack_chunk, model, norm="Linf", eps=eps, seed=0, device=device)
+    fast = torch.compile(copy.deepcopy(model).to(memory_format=torch.channels_last), dynamic=True)
+    tf32 = device.type == "cuda"
+    run(x[:2], y[:2], attacks=attacks[:1], fast=fast, tf32=tf32)  # compiles
+    for attack in attacks:
+        plain, quick = (run(x, y, attacks=[attack], **form) for form in ({}, {"fast": fast, "tf32": tf32}))
+        seconds, fast_seconds = (sum(found.attack_seconds.values()) for found in (plain, quick))
+        differing = sum(a != b for a, b in zip(plain.broken_by, quick.broken_by))
+        broken = sum(map(bool, plain.broken_by))
+        note = (
+            f"{arch}, {size} px, Linf {eps:.2g}: {broken} of {images} broken; {seconds:.3g} s and {fast_seconds:.3g} s"
+        )
+        yield [
+            row(f"speedup_{attack}", [seconds / fast_seconds], "times", note=note),
+            row(f"differing_{attack}", [float(differing)], f"verdicts of {images}", "<= 1"),
         ]
 
-    if not torch.cuda.is_available():
-        return rows(None, None, "no CUDA device", "no CUDA device")
-    if arguments.cuda_model is None:
-        ratio = time_steps(
-            build_model("convnext_base", not_original=True, add_normalization=True),
-            size=224,
-            device=torch.device("cuda"),
-        )
-        note = f"{STEPS} steps of APGD-CE on random weights, batches of {STEP_IMAGES}; without start-up and compilation"
-        return rows(ratio, None, note, "needs --cuda-model and --cuda-data: random weights are not robust")
-    flags = [
-        f"--eval.model_in={arguments.cuda_model}",
-        "--model.arch=convnext_base",
-        "--model.not_original=1",
-        f"--data.val_dataset={arguments.cuda_data}",
-        "--eval.norms=Linf",
-        f"--eval.eps={IMAGENET_EPS}",
-        f"--eval.n_ex={arguments.cuda_images}",
-        f"--eval.batch_size={min(128, arguments.cuda_images)}",
-        f"--eval.fullaa={arguments.cuda_fullaa}",
-        "--eval.gpus=0",
-    ]
-    plain = run_plain(flags, folder / "cuda_plain")
-    fast = ("--eval.precision=tf32", "--eval.channels_last=1", "--eval.compile=1")
-    found = run_ours([*flags, *fast], folder / "cuda_ours")
-    differ = sum(found.verdicts[position] != verdict for position, verdict in plain.verdicts.items())
-    what = f"{len(plain.verdicts)} images, {'all' if arguments.cuda_fullaa else 'first two'} attacks"
-    note = f"{what}, plain {plain.seconds:.0f} s, this implementation {found.seconds:.0f} s"
-    return rows(plain.seconds / found.seconds, differ, note, what, counts=not arguments.quick)
 
-
-def time_steps(model: nn.Module, *, size: int, device: torch.device) -> float:
-    """Return the speed-up of APGD-CE steps in the fast form: median of three interleaved runs after one warm-up."""
-    model = model.to(device).eval().requires_grad_(False)
-    x = torch.rand(STEP_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad():
-        logits = model(x)
-    y = logits.argmax(dim=1)
-    fast = torch.compile(copy.deepcopy(model).to(memory_format=torch.channels_last), dynamic=True)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(4):
-        for is_fast, attacked in ((False, model), (True, fast)):
-            engine = standard_autoattack(
-                attacked, norm="Linf", eps=IMAGENET_EPS, seed=0, device=device, num_classes=logits.shape[1]
-            )
-            engine.apgd.n_iter = STEPS
-            begin = time.perf_counter()
-            with float32_matmul(tf32=is_fast):
-                perturb(engine, "apgd-ce", x, y, seed=0).cpu()  # the copy waits for the GPU
-            seconds[is_fast].append(time.perf_counter() - begin)
-    return statistics.median(seconds[False][1:]) / statistics.median(seconds[True][1:])
+def halving_radius(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return a Linf radius at which five steps of APGD break about half of the images."""
+    low, high = 0.0, 0.5
+    for _ in range(12):
+        eps = (low + high) / 2
+        broken = 1 - apgd(model, x, y, norm="Linf", eps=eps, n_iter=5).acc.float().mean()
+        low, high = (low, eps) if broken > 0.5 else (eps, high)
+    return (low + high) / 2
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, help="rounds (default 5; 1 with --quick)")
     parser.add_argument("--model", type=Path, help="run folder or weights of a digits network (default: train one)")
-    parser.add_argument("--cuda-model", type=Path, help="robust weights of ConvNeXt-B with ConvStem")
-    parser.add_argument("--cuda-data", help="validation images of ImageNet, as data.val_dataset")
-    parser.add_argument("--cuda-images", type=int, default=512, help="number of validation images")
     parser.add_argument(
-        "--cuda-fullaa", type=int, choices=(0, 1), default=1, help="1: all four attacks; 0: the first two"
+        "--fast-copy", action="store_true", help="on a CPU: one attack in the form for GPUs, a small trial"
     )
     return parser.parse_args(argv)
 

@@ -11,9 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from common.errors import UserError
 from common.files import writable, write_atomically
@@ -24,6 +27,8 @@ from training.config import TrainConfig
 
 TAIL = 2000  # characters of a failed program's output to show
 CHECKS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, "==": operator.eq}
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 Row = dict[str, Any]
 
@@ -94,33 +99,67 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def publish(rows: Sequence[Row], path: Path | None, started: Mapping[str, str]) -> int:
-    """Print the rows and write them to `path`, if given; return the exit status: 1 if a target is missed.
-
-    `started`: start time and commit of the program.
-    """
-    print(table(rows))
-    if path is not None:
-        measured_with = provenance() | started
-        del measured_with["command"]  # contains folders of this machine
-        content = {"device": ", ".join(measured_with.pop("devices")), **measured_with, "rows": list(rows)}
-        with writable("--json", path):
-            write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
-    return int(any(r["ok"] is False for r in rows))
+def write(path: Path, measured_with: Mapping[str, Any], **content: Any) -> None:
+    """Write figures with what they were measured with (`provenance()` of the start) as JSON."""
+    facts = {name: value for name, value in measured_with.items() if name != "command"}  # has folders of this machine
+    facts = {"device": ", ".join(facts.pop("devices")), **facts, **content}
+    with writable("--json", path):
+        write_atomically(path, lambda file: file.write(json.dumps(facts, indent=2).encode()))
 
 
-def main(measure: Callable[[argparse.Namespace], Sequence[Row]], arguments: argparse.Namespace) -> int:
-    """Measure and publish; return the exit status."""
+def main(measure: Callable[[argparse.Namespace], Iterable[Sequence[Row]]], arguments: argparse.Namespace) -> int:
+    """Measure, print all rows, and write them to `--json` as they come; return the exit status: 1 if a target is missed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # also ends child programs
+    rows: list[Row] = []
     try:
         if arguments.json is not None:  # report an unusable folder before the measurements
             with writable("--json", arguments.json.parent):
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        started = {name: value for name, value in provenance().items() if name in ("started", "commit")}
-        return publish(measure(arguments), arguments.json, started)
+        measured_with = provenance()
+        for some in measure(arguments):
+            rows += some
+            if arguments.json is not None:
+                write(arguments.json, measured_with, rows=rows)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(table(rows))
+    return int(any(r["ok"] is False for r in rows))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Wall seconds and CPU seconds of an action in this process."""
+
+    wall: float
+    cpu: float
+
+
+def timed(action: Callable[[], object], device: torch.device, *, times: int = 1) -> Sample:
+    """Return the seconds per `action`, averaged over `times` consecutive calls; the device has then finished all work."""
+    wait = torch.get_device_module(device).synchronize if device.type != "cpu" else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        action()
+    wait()
+    return Sample((time.perf_counter() - wall) / times, (time.process_time() - cpu) / times)
+
+
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """Return the FLOP/s of the fastest of five square matrix products, in the precision of a step."""
+    size, dtype = (2048 if device.type == "cpu" else 8192), DTYPES.get(precision, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * size**3 / min(timed(lambda: a @ b, device).wall for _ in range(5))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Return the bytes per second, read and written, of the fastest of five large copies on the device."""
+    source = torch.randn((64 if device.type == "cpu" else 1024) * 2**20 // 4, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device).wall for _ in range(5))
 
 
 def environment() -> Mapping[str, str]:

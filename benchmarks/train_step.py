@@ -2,121 +2,139 @@
 
     python -m benchmarks.train_step --arch convnext_tiny [--quick] [--json FILE]
 
-The steps are interleaved: the published design ("published"), this implementation ("ours") with and without reuse of the
-attack's last forward pass, and this implementation without attack ("clean"). APGD with 2 steps at Linf 4/255, AdamW, EMA, and
-ConvStem where available. Precision on a CPU: float32; on a GPU: float16 (published), bfloat16 (this implementation; see
-`--precision`), both with cuDNN's autotuning. Run one command per architecture. FLOPs include the attack's passes.
+Each arm is a form of this implementation, measured with and without reuse of the attack's last forward pass, and without attack.
+All of them and the published design take turns, so ratios compare steps that follow each other. APGD with 2 steps at Linf 4/255,
+AdamW, EMA, and ConvStem where available. Precision on a CPU: float32; on a GPU: float16 (published) and bfloat16 (this
+implementation, see `--precision`), both with cuDNN's autotuning. FLOPs include the attack's passes. Figures are written after
+each arm.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from attacks.gradients import under_attack
 from attacks.losses import cross_entropy
-from attacks.registry import build_attack
-from benchmarks.harness import Row, main, options, row
+from attacks.registry import build_attack, forward_equivalents
+from benchmarks.harness import Row, Sample, main, matmul_rate, options, row, timed
 from benchmarks.published_step import PublishedTraining
 from common.errors import UserError
 from common.flags import load_config
 from common.precision import deterministic, float32_matmul
 from common.processes import Processes
 from data.loader import Batch
-from data.prefetch import finish_augmentation
 from training.build import build_state
 from training.compiled import prepare_networks, wants_compiled
-from training.config import TrainConfig
-from training.shortcuts import asked_for, trim_last_block
+from training.config import COMPILE_MODES, TrainConfig
+from training.efficiency import forward_flops, name_of, peak_flops
 from training.state import TrainState
-from training.step import autocast, image_dtype, optimizer_step, train_step
+from training.step import autocast, on_device, optimizer_step, train_step
 from utils_architecture import ARCHITECTURES
 
 N_ITER = 2
-CPU_TARGETS = ("convnext_tiny", "vit_s")
-MATMUL_SHARE = {"vit_b": 0.38, "vit_s": 0.28, "convnext_base": 0.22, "convnext_tiny": 0.14}
-
-
-def forwards(*, reused: bool) -> int:
-    """Return the work of a step in forward passes.
-
-    The attack: n + 1 forwards and n input gradients. Training: a forward, possibly the attack's last, and a backward (two)."""
-    return (N_ITER + 1) + N_ITER + 3 - reused
+GPU_ARMS, CPU_ARMS = "eager,compiled,compiled+trim", "eager,eager+trim"
+BATCH = {"cuda": 80, "cpu": 8}
+# Part of the free memory that the largest batch may take, and the step between tried batch sizes.
+FILLED, GRAIN = 0.92, 16
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Wall seconds and CPU seconds of one step in this process."""
+class Arm:
+    """A form of this implementation, such as `compiled+trim`: how networks are compiled, and whether the last block is trimmed."""
 
-    wall: float
-    cpu: float
+    name: str
+
+    @property
+    def flags(self) -> list[str]:
+        mode, _, trim = self.name.partition("+")
+        if mode not in ("eager", "compiled", *COMPILE_MODES) or trim not in ("", "trim"):
+            raise UserError(
+                f"--arms: expected eager, compiled or a mode of training.compile, with or without +trim, got {self.name}."
+            )
+        compile = {"eager": "0", "compiled": "1"}.get(mode, mode)
+        return [f"--training.compile={compile}", f"--training.trim_last_block={int(bool(trim))}"]
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("+", "_").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all arms of one network share."""
+
+    arch: str
+    batch_size: int
+    size: int
+    precision: str
+    repeats: int
+    processes: Processes
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def config(self, arm: Arm, *flags: str) -> TrainConfig:
+        """Return the training flags of an arm."""
+        stem = self.arch in ARCHITECTURES and ARCHITECTURES[self.arch].conv_stem is not None
+        return load_config(
+            TrainConfig,
+            [
+                f"--model.arch={self.arch}",
+                f"--model.not_original={int(stem)}",
+                *("--model.pretrained=0", "--model.add_normalization=0", "--model.model_ema=1"),
+                f"--resolution.min_res={self.size}",
+                f"--resolution.max_res={self.size}",
+                *("--data.train_dataset=none", "--data.val_dataset=none", "--data.num_workers=0", "--data.in_memory=0"),
+                f"--training.batch_size={self.batch_size}",
+                f"--training.precision={self.precision}",
+                "--training.reuse_forward=1",
+                *("--adv.attack=apgd", f"--adv.n_iter={N_ITER}"),
+                *arm.flags,
+                *flags,
+            ],
+        )
+
+    def batch(self) -> Batch:
+        """Return random images and labels, on a GPU's host in pinned memory."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(self.batch_size, 3, self.size, self.size, generator=generator)
+        y = torch.randint(0, 1000, (self.batch_size,), generator=generator)
+        x, y = (x.pin_memory(), y.pin_memory()) if self.on_gpu else (x, y)
+        return Batch(x=x, y=y, index=y, failures=[])
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Samples of each arm in measured order, and peak GPU memory of its step in bytes (0 on a CPU)."""
+    """Samples of each kind of step in measured order, and peak GPU memory of the step in bytes (0 on a CPU)."""
 
     samples: dict[str, list[Sample]]
     memory: dict[str, int]
 
 
-def config_for(
-    arguments: argparse.Namespace, *, attack: str, batch_size: int, size: int, precision: str
-) -> TrainConfig:
-    """Return the training flags of this implementation."""
-    stem = arguments.arch in ARCHITECTURES and ARCHITECTURES[arguments.arch].conv_stem is not None
-    return load_config(
-        TrainConfig,
-        [
-            f"--model.arch={arguments.arch}",
-            f"--model.not_original={int(stem)}",
-            "--model.pretrained=0",
-            "--model.add_normalization=0",
-            "--model.model_ema=1",
-            f"--resolution.min_res={size}",
-            f"--resolution.max_res={size}",
-            *("--data.train_dataset=none", "--data.val_dataset=none", "--data.num_workers=0", "--data.in_memory=0"),
-            f"--training.batch_size={batch_size}",
-            f"--training.precision={precision}",
-            f"--training.compile={arguments.compile}",
-            "--training.reuse_forward=1",
-            "--training.trim_last_block=0",
-            f"--adv.attack={attack}",
-            f"--adv.n_iter={N_ITER}",
-        ],
-    )
-
-
-def wait(device: torch.device) -> None:
-    """Wait until the device has finished all work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(action: Callable[[], object], device: torch.device, *, times: int = 1) -> Sample:
-    """Return the seconds per `action`, averaged over `times` consecutive calls."""
-    wait(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(times):
-        action()
-    wait(device)
-    return Sample((time.perf_counter() - wall) / times, (time.process_time() - cpu) / times)
-
-
-def measure_arms(arms: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, times: int) -> Measured:
-    """Interleave the steps of all arms, `times` consecutive steps each; the first round is a warm-up and not counted."""
-    samples: dict[str, list[Sample]] = {name: [] for name in arms}
-    memory = dict.fromkeys(arms, 0)
+def measure_kinds(
+    kinds: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, times: int
+) -> Measured:
+    """Take turns, `times` consecutive steps of each kind; the first round is a warm-up and not counted."""
+    samples: dict[str, list[Sample]] = {name: [] for name in kinds}
+    memory = dict.fromkeys(kinds, 0)
     on_gpu = device.type == "cuda"
     for turn in range(repeats + 1):
-        for name, step in arms.items():
+        for name, step in kinds.items():
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device) if on_gpu else 0
@@ -129,244 +147,234 @@ def measure_arms(arms: dict[str, Callable[[], object]], device: torch.device, *,
     return Measured(samples, memory)
 
 
-def parts(
-    state: TrainState, config: TrainConfig, processes: Processes, batch: Batch, *, repeats: int
-) -> dict[str, list[float]]:
-    """Return the milliseconds of each part of this implementation's step, measured separately, `repeats` times."""
-    device, precision = processes.device, config.training.precision
+def own_step(state: TrainState, config: TrainConfig, processes: Processes, batch: Batch, *, reuse: bool) -> None:
+    """Take one step of this implementation."""
+    state.reuses_forward = reuse
+    attack, eps = build_attack(config.adv), config.adv.eps
+    train_step(state, [batch], config=config, processes=processes, attack=attack, mixup=None, lr=1e-5, eps=eps)
 
-    def images() -> Tensor:
-        return finish_augmentation(batch, device=device, dtype=image_dtype(precision), channels_last=True)
 
-    x_there, y_there = images(), batch.y.to(device)
+def parts(setup: Setup, state: TrainState, config: TrainConfig, batch: Batch) -> dict[str, list[float]]:
+    """Return the milliseconds of each part of a step that does not reuse a forward pass, measured separately."""
+    device, adv = setup.device, config.adv
+    x, y = on_device(batch, config, device)
+    run = build_attack(adv)
 
-    known = torch.zeros(len(y_there), config.model.num_classes, device=device)
-    run = build_attack(config.adv)
-    evaluate_last = (lambda x: known) if state.reuses_forward else None  # counted in the part forward_backward
+    def attack_forward() -> None:
+        with under_attack(state.attacked), autocast(device, setup.precision):
+            for _ in range(adv.n_iter):
+                state.attacked(x.detach().requires_grad_())
+            with torch.no_grad():
+                state.attacked(x)
 
     def attack() -> None:
-        with autocast(device, precision):
-            run(state.attacked, x_there, y_there, eps=config.adv.eps, evaluate_last=evaluate_last)
+        with autocast(device, setup.precision):
+            run(state.attacked, x, y, eps=adv.eps)
 
-    def train() -> None:
-        with autocast(device, precision):
-            loss = cross_entropy(state.parallel(x_there), y_there).mean()
-        state.scaler.scale(loss).backward()
+    def forward() -> Tensor:
+        state.train_mode()
+        with autocast(device, setup.precision):
+            return cross_entropy(state.parallel(x), y).mean()
 
-    found: dict[str, list[float]] = {
-        name: [] for name in ("transfer", "attack", "forward_backward", "optimizer", "ema")
+    actions = {
+        "transfer": lambda: on_device(batch, config, device),
+        "attack_forward": attack_forward,
+        "attack": attack,
+        "forward": forward,
+        "forward_backward": lambda: state.scaler.scale(forward()).backward(),
+        "optimizer": lambda: optimizer_step(state, grad_clip=0.0),
+        "ema": lambda: state.ema.update(state.model, 1),
     }
-    state.model.train()
-    for _ in range(repeats):
-        actions = (
-            images,
-            attack,
-            train,
-            lambda: optimizer_step(state, grad_clip=0.0),
-            lambda: state.ema.update(state.model, 1),
-        )
-        for name, action in zip(found, actions):
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(setup.repeats):
+        for name, action in actions.items():
             found[name].append(1000 * timed(action, device).wall)
+    for both, first, second in (
+        ("attack", "attack_forward", "attack_backward"),
+        ("forward_backward", "forward", "backward"),
+    ):
+        found[second] = [max(a - b, 0.0) for a, b in zip(found.pop(both), found[first])]
     return found
 
 
-def matmul_rate(device: torch.device, precision: str, *, size: int) -> float:
-    """Return the FLOP/s of the fastest of five square matrix products of `size`, in the precision of the step."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    return 2 * size**3 / min(timed(lambda: a @ b, device).wall for _ in range(5))
+def host_gap(step: Callable[[], object], device: torch.device) -> list[float] | None:
+    """Return the share of three steps in which the GPU runs no kernel; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    shares = []
+    for _ in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+            seconds = timed(step, device).wall
+        kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        shares.append(max(0.0, 1 - sum(event.device_time for event in kernels) / 1e6 / seconds))
+    return shares
 
 
-def forward_flops(state: TrainState, size: int) -> float:
-    """Return the FLOPs of one forward pass of one image (matrix products and convolutions; a multiply-add counts as two)."""
-    parameter = next(state.model.parameters())
-    x = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        state.model.eval()(x)
-    return counter.get_total_flops()
-
-
-def measure_batch(arguments: argparse.Namespace, batch_size: int, *, suffix: str) -> list[Row]:
-    """Measure all figures for one batch size."""
-    processes = Processes.alone()
-    device = processes.device
-    on_gpu = device.type == "cuda"
-    size = 64 if arguments.quick else 224
-    precision = arguments.precision or ("bf16" if on_gpu else "fp32")
-    config = config_for(arguments, attack="apgd", batch_size=batch_size, size=size, precision=precision)
+def measure_arm(setup: Setup, arm: Arm, *, suffix: str) -> list[Row]:
+    """Measure the steps of one arm, taking turns with the published design."""
+    config, processes, device = setup.config(arm), setup.processes, setup.device
     clean = replace(config, adv=replace(config.adv, attack="none"))
-    state = build_state(config, processes)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(batch_size, 3, size, size, generator=generator)
-    y = torch.randint(0, config.model.num_classes, (batch_size,), generator=generator)
-    if on_gpu:
-        x, y = x.pin_memory(), y.pin_memory()
-    batch = Batch(x=x, y=y, index=y, failures=[])
-    published = PublishedTraining(state.model, arch=arguments.arch, eps=config.adv.eps, n_iter=N_ITER)
-    if asked_for(arguments.trim_last_block, device):  # not in the published network, which is a copy
-        trim_last_block(state.model)
-    begin = time.perf_counter()
-    prepare_networks(state, config, processes, size=size)
-    prepared = time.perf_counter() - begin
+    state, batch = build_state(config, processes), setup.batch()
+    published = PublishedTraining(
+        build_state(setup.config(Arm("eager")), processes).model, arch=setup.arch, eps=config.adv.eps, n_iter=N_ITER
+    )
+    prepared = timed(lambda: prepare_networks(state, config, processes, size=setup.size), device).wall
     if wants_compiled(config, processes) and state.attacked is state.model:
-        raise UserError(
-            "training.compile: this machine cannot compile (see above). Use --compile=0 to measure without."
-        )
-
-    possible = state.reuses_forward
-    reuses = possible and asked_for(arguments.reuse_forward, device)
-
-    def own_step(flags: TrainConfig, *, reuse: bool) -> Callable[[], object]:
-        def step() -> None:
-            state.reuses_forward = reuse
-            train_step(
-                state,
-                [batch],
-                config=flags,
-                processes=processes,
-                attack=build_attack(flags.adv),
-                mixup=None,
-                lr=1e-5,
-                eps=flags.adv.eps,
+        return [
+            row(
+                f"images_per_second_{arm.key}_{setup.arch}{suffix}",
+                None,
+                "images/s",
+                note="cannot be compiled, see above",
             )
-
-        return step
+        ]
 
     def published_step() -> None:
-        published.step(x, y)
+        published.step(batch.x, batch.y)
         published.free()
 
-    arms = {"published": published_step, "ours": own_step(config, reuse=reuses), "clean": own_step(clean, reuse=False)}
-    if possible:  # the opposite setting
-        arms["own_forward" if reuses else "reused_forward"] = own_step(config, reuse=not reuses)
-    repeats = arguments.repeats or (3 if arguments.quick else 10 if on_gpu else 5)
-    measured = measure_arms(arms, device, repeats=repeats, times=5 if on_gpu else 1)
-    again = images_again(state, arms["ours"])
-    part_ms = parts(state, config, processes, batch, repeats=repeats)
-    passes = forwards(reused=reuses)
-    flops = forward_flops(state, size) * batch_size * passes
-    rate = matmul_rate(device, precision, size=8192 if on_gpu else 2048)
-    return rows(
-        arguments, config, measured, part_ms, flops / rate, passes=passes, again=again, suffix=suffix, prepared=prepared
-    )
-
-
-def images_again(state: TrainState, step: Callable[[], object]) -> int:
-    """Take one more step and return how many images pass through the trained network a second time."""
-    passes, network = [], state.parallel
-
-    def counted(x: Tensor) -> Tensor:
-        passes.append(len(x))
-        return network(x)
-
-    state.parallel = counted
-    step()
-    state.parallel = network
-    return sum(passes[1:])
+    step = partial(own_step, state, config, processes, batch)
+    kinds = {"published": published_step, arm.key: partial(step, reuse=False)}
+    if state.reuses_forward:
+        kinds[f"{arm.key}_reuse"] = partial(step, reuse=True)
+    kinds[f"{arm.key}_clean"] = partial(own_step, state, clean, processes, batch, reuse=False)
+    measured = measure_kinds(kinds, device, repeats=setup.repeats, times=5 if setup.on_gpu else 1)
+    part_ms = parts(setup, state, config, batch)
+    gap = host_gap(kinds[arm.key], device)
+    flops = {
+        kind: setup.batch_size * forward_flops(state.model, setup.size) * forward_equivalents(config.adv, reused=reused)
+        for kind, reused in ((arm.key, False), (f"{arm.key}_reuse", True))
+    }
+    rate = matmul_rate(device, setup.precision)
+    return rows(setup, arm, measured, part_ms, flops, rate, gap=gap, prepared=prepared, suffix=suffix)
 
 
 def rows(
-    arguments: argparse.Namespace,
-    config: TrainConfig,
+    setup: Setup,
+    arm: Arm,
     measured: Measured,
     part_ms: dict[str, list[float]],
-    ideal_seconds: float,
+    flops: dict[str, float],
+    rate: float,
     *,
-    passes: int,
-    again: int,
-    suffix: str,
+    gap: list[float] | None,
     prepared: float,
+    suffix: str,
 ) -> list[Row]:
-    """Return the rows; ratios compare consecutive steps. `ideal_seconds`: time of a step's `passes` at the matmul rate."""
-    on_gpu = torch.cuda.is_available()
-    counts = not arguments.quick and not suffix
+    """Return the rows of an arm.
+
+    Args:
+        flops: FLOPs of a step of each kind.
+        rate: FLOP/s of this machine's matrix products.
+    """
     wall = {name: [s.wall for s in taken] for name, taken in measured.samples.items()}
-    cpu = {name: [s.cpu for s in taken] for name, taken in measured.samples.items()}
-    size, batch_size = config.resolution.max_res, config.training.batch_size
-    compiled = (
-        "compiled" if config.training.compile == "1" or (on_gpu and config.training.compile == "auto") else "eager"
-    )
-    what = f"batch {batch_size}, {size} px, {config.training.precision}, {compiled}"
-    if not on_gpu:
-        what += f", {torch.get_num_threads()} threads"
-    whole = median(wall["ours"])
+    what = f"batch {setup.batch_size}, {setup.size} px, {setup.precision}"
+    what += "" if setup.on_gpu else f", {torch.get_num_threads()} threads"
+    peak = peak_flops(name_of(setup.device), setup.precision)
+    found: list[Row] = []
 
-    def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-        return [a / b for a, b in zip(above, below)]
+    def add(name: str, values: Sequence[float] | None, unit: str, target: str | None = None, note: str = "") -> None:
+        found.append(row(f"{name}_{setup.arch}{suffix}", values, unit, target if setup.on_gpu else None, note=note))
 
-    def figure(kind: str, values: Sequence[float] | None, unit: str, target: str | None = None, note: str = "") -> Row:
-        checked = counts and (kind != "time_ratio" or (arguments.arch in CPU_TARGETS and batch_size == 8))
-        return row(f"{kind}_{arguments.arch}{suffix}", values, unit, target, note=note, counts=checked)
+    def ratios(above: str, below: str) -> list[float]:
+        return [a / b for a, b in zip(wall[above], wall[below])]
 
-    reused, own = ("ours", "own_forward") if "own_forward" in wall else ("reused_forward", "ours")
-    share = MATMUL_SHARE.get(arguments.arch)
-    small = [(a + b) / 1000 / whole for a, b in zip(part_ms["optimizer"], part_ms["ema"])]
-    memory = measured.memory if on_gpu else {}
-    memory_ratio = [memory["ours"] / memory["published"]] if on_gpu else None
-    found = [
-        figure(
-            "time_ratio", ratios(wall["ours"], wall["published"]), "of published", None if on_gpu else "<= 0.82", what
-        ),
-        figure("cpu_time_ratio", ratios(cpu["ours"], cpu["published"]), "of published", note="CPU seconds"),
-        figure("speedup", ratios(wall["published"], wall["ours"]), "times", ">= 2.5" if on_gpu else None),
-        figure("adv_over_clean", ratios(wall["ours"], wall["clean"]), "times", "<= 3.0" if on_gpu else None),
-        figure(
-            "matmul_share",
-            [ideal_seconds / seconds for seconds in wall["ours"]],
-            "of matmul rate",
-            f">= {share}" if on_gpu and share else None,
-            f"{passes} forward passes per step, and {again} images a second time",
-        ),
-        figure(
-            "memory_ratio", memory_ratio, "of published", "<= 0.8" if on_gpu else None, "" if on_gpu else "GPU only"
-        ),
-        figure(
-            "reuse_ratio",
-            ratios(wall[reused], wall[own]) if reused in wall else None,
-            "of own forward",
-            note="training.reuse_forward=1 relative to 0",
-        ),
-        figure("ema_optimizer_share", small, "of step", "<= 0.04" if on_gpu else None),
-    ]
-    for arm, seconds in wall.items():
-        note = f"{what if arm == 'ours' else arm}; {median(seconds):.3g} s, {median(cpu[arm]):.3g} CPU s per step"
-        found.append(figure(f"images_per_second_{arm}", [batch_size / s for s in seconds], "images/s", note=note))
-    found += [figure(f"ms_{part}", values, "ms") for part, values in part_ms.items()]
-    found += [figure(f"peak_memory_{arm}", [used / 2**20], "MiB", note="per step") for arm, used in memory.items()]
-    return [*found, figure("prepare_seconds", [prepared], "s", note="compilation, or loading it from the cache")]
+    for kind, seconds in wall.items():
+        name = f"{kind}_{arm.key}" if kind == "published" else kind
+        cpu = median(s.cpu for s in measured.samples[kind])
+        note = f"{what}; {median(seconds):.3g} s, {cpu:.3g} CPU s per step"
+        add(f"images_per_second_{name}", [setup.batch_size / s for s in seconds], "images/s", note=note)
+        if setup.on_gpu:
+            add(
+                f"peak_memory_{name}",
+                [measured.memory[kind] / 2**20],
+                "MiB",
+                note="per step, without weights and optimiser",
+            )
+        if kind in flops:
+            add(f"time_ratio_{kind}", ratios(kind, "published"), "of published", "<= 0.4")
+            add(f"matmul_share_{kind}", [flops[kind] / rate / s for s in seconds], "of this machine's matmul rate")
+            if peak:
+                add(f"mfu_{kind}", [flops[kind] / peak / s for s in seconds], "of the data sheet's rate")
+    add(f"adv_over_clean_{arm.key}", ratios(arm.key, f"{arm.key}_clean"), "times", "<= 3.0")
+    if f"{arm.key}_reuse" in wall:
+        add(f"reuse_ratio_{arm.key}", ratios(f"{arm.key}_reuse", arm.key), "of separate forward passes")
+    for part, values in part_ms.items():
+        add(f"ms_{part}_{arm.key}", values, "ms")
+    add(f"host_gap_{arm.key}", gap, "of the step without a kernel", note="" if setup.on_gpu else "GPU only")
+    add(f"prepare_seconds_{arm.key}", [prepared], "s", note="compilation, or loading it from the cache")
+    return found
 
 
-def measure(arguments: argparse.Namespace) -> list[Row]:
-    """Measure all rows, for every architecture and batch size."""
+def largest_batch(setup: Setup, arm: Arm) -> list[Row]:
+    """Measure the step with the largest batch that fits, predicted from the memory of a step with `setup.batch_size`."""
+    name = f"images_per_second_largest_batch_{arm.key}_{setup.arch}"
+    if not setup.on_gpu:
+        return [row(name, None, "images/s", note="needs a GPU")]
+    batch_size, device = setup.batch_size, setup.device
+    probe = measure_step(setup, arm, repeats=1)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    batch_size = int(FILLED * free / (probe.memory["step"] / setup.batch_size)) // GRAIN * GRAIN
+    while batch_size > setup.batch_size:
+        try:
+            found = measure_step(replace(setup, batch_size=batch_size), arm, repeats=3)
+        except torch.OutOfMemoryError:
+            batch_size = int(0.9 * batch_size) // GRAIN * GRAIN
+            continue
+        note = f"batch {batch_size}, {found.memory['step'] / 2**30:.1f} GiB per step"
+        return [row(name, [batch_size / s.wall for s in found.samples["step"]], "images/s", note=note)]
+    return [row(name, None, "images/s", note=f"no batch above {setup.batch_size} fits")]
+
+
+def measure_step(setup: Setup, arm: Arm, *, repeats: int) -> Measured:
+    """Measure the step of an arm alone."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    config = setup.config(arm)
+    state = build_state(config, setup.processes)
+    prepare_networks(state, config, setup.processes, size=setup.size)
+    step = partial(own_step, state, config, setup.processes, setup.batch(), reuse=False)
+    return measure_kinds({"step": step}, setup.device, repeats=repeats, times=3)
+
+
+def measure(arguments: argparse.Namespace) -> Any:
+    """Yield the rows of each arm, for every architecture and batch size."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    on_gpu = torch.cuda.is_available()
-    default = "80" if on_gpu else "8"
-    sizes = [int(item) for item in (arguments.batch_size or ("4" if arguments.quick else default)).split(",")]
-    found: list[Row] = []
+    processes = Processes.alone()
+    kind, quick = processes.device.type, arguments.quick
+    arms = (arguments.arms or (GPU_ARMS if kind == "cuda" else CPU_ARMS)).split(",")
+    sizes = (arguments.batch_size or ("4" if quick else str(BATCH[kind]))).split(",")
+    repeats = arguments.repeats or (1 if quick else 6 if kind == "cuda" else 5)
+    precision = arguments.precision or ("bf16" if kind == "cuda" else "fp32")
     for arch in arguments.arch.split(","):
-        one = argparse.Namespace(**{**vars(arguments), "arch": arch})
         for number, batch_size in enumerate(sizes):
-            with float32_matmul(tf32=arguments.precision == "tf32"), deterministic(False):
-                found += measure_batch(one, batch_size, suffix=f"_batch{batch_size}" if number else "")
-    return found
+            first = BATCH[kind] if batch_size == "largest" else int(batch_size)
+            setup = Setup(arch, first, 64 if quick else 224, precision, repeats, processes)
+            for arm in map(Arm, arms):
+                with float32_matmul(tf32=precision == "tf32"), deterministic(False):
+                    if batch_size == "largest":
+                        yield largest_batch(setup, arm)
+                    else:
+                        yield measure_arm(setup, arm, suffix=f"_batch{batch_size}" if number else "")
+                gc.collect()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--arch", default="convnext_tiny", help="names in utils_architecture, comma-separated")
     parser.add_argument(
-        "--batch-size", help="one or several, comma-separated (default 80 on a GPU, 8 on a CPU, 4 with --quick)"
+        "--batch-size",
+        help="one or several, comma-separated, or `largest`: what fits on the GPU (default 80 on a GPU, 8 on a CPU)",
     )
     parser.add_argument("--precision", choices=("fp32", "tf32", "fp16", "bf16"), help="as training.precision")
-    parser.add_argument("--compile", choices=("auto", "0", "1"), default="auto", help="as training.compile")
-    parser.add_argument("--reuse-forward", choices=("auto", "0", "1"), default="auto", help="as training.reuse_forward")
     parser.add_argument(
-        "--trim-last-block", choices=("auto", "0", "1"), default="auto", help="as training.trim_last_block"
+        "--arms",
+        help=f"forms to measure, comma-separated: eager, compiled or a mode of training.compile, with or without +trim "
+        f"(default {GPU_ARMS} on a GPU, {CPU_ARMS} on a CPU)",
     )
     parser.add_argument("--threads", type=int, help="PyTorch threads on a CPU")
-    parser.add_argument("--repeats", type=int, help="rounds (default 10 on a GPU, 5 on a CPU, 3 with --quick)")
+    parser.add_argument("--repeats", type=int, help="rounds (default 6 on a GPU, 5 on a CPU, 1 with --quick)")
     return parser.parse_args(argv)
 
 

@@ -17,14 +17,14 @@ from attacks.losses import cross_entropy
 from attacks.registry import ATTACKS, build_attack
 from common.processes import Processes
 from data.loader import Batch
-from training.config import TrainConfig
+from training.config import CUDA_GRAPHS, TrainConfig
 from training.console import warn
 from training.shortcuts import asked_for, change_in_training, places_again
 from training.state import TrainState
 from training.step import autocast, on_device
 
-# Use PyTorch's own random numbers, so that drop path skips the same blocks as without compilation.
-SETTINGS = {"dynamic": False, "options": {"fallback_random": True}}
+# A CUDA graph is recorded in the second call and replayed from the third on.
+GRAPH_CALLS = 3
 # Graphs of one network: two per image size (attack with and without gradient; training with all images and with few). PyTorch's
 # own limit is 8; beyond it the network runs uncompiled.
 MAX_GRAPHS = 64
@@ -42,7 +42,20 @@ def frozen_twin(model: nn.Module) -> nn.Module:
 
 def wants_compiled(config: TrainConfig, processes: Processes) -> bool:
     """Return whether `training.compile` asks for compilation; "auto" does so on a GPU."""
-    return {"auto": processes.device.type == "cuda", "1": True, "0": False}[config.training.compile]
+    asked = config.training.compile
+    return processes.device.type == "cuda" if asked == "auto" else asked != "0"
+
+
+def compiled(network: nn.Module, config: TrainConfig) -> nn.Module:
+    """Compile the network in the mode of `training.compile`.
+
+    PyTorch's own random numbers are used, so that drop path skips the same blocks as without compilation.
+    """
+    asked = config.training.compile
+    options = {"fallback_random": True}
+    if asked not in ("auto", "1"):
+        options |= torch._inductor.list_mode_options(asked)
+    return torch.compile(network, dynamic=False, options=options)
 
 
 def prepare_networks(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
@@ -88,16 +101,19 @@ def prepare_size(state: TrainState, config: TrainConfig, processes: Processes, *
 
 def _compile_or_stay_uncompiled(state: TrainState, config: TrainConfig, processes: Processes, *, size: int) -> None:
     """Compile the networks that are not compiled yet by calling each one as a step does."""
+    calls = GRAPH_CALLS if config.training.compile in CUDA_GRAPHS else 1
 
     def compile_attacked() -> None:
         if state.attacked is state.model:
-            state.attacked = torch.compile(frozen_twin(state.model), **SETTINGS)
-        _rehearse_attack(state, config, processes, size=size)
+            state.attacked = compiled(frozen_twin(state.model), config)
+        for _ in range(calls):
+            _rehearse_attack(state, config, processes, size=size)
 
     def compile_trained() -> None:
         if state.parallel is state.model:
-            state.parallel = processes.parallel(torch.compile(state.model, **SETTINGS))
-        _rehearse_training(state, config, processes, size=size)
+            state.parallel = processes.parallel(compiled(state.model, config))
+        for _ in range(calls):
+            _rehearse_training(state, config, processes, size=size)
 
     # The attack needs no other process. So a process that cannot compile reports it before the others wait for its gradients.
     for compile_one in (compile_attacked, compile_trained):

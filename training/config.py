@@ -17,6 +17,9 @@ from common.flags import REQUIRED, Config, config_to_dict, flag, sections_of
 from training.idle import attacks_that, idle_flags
 from training.schedule import SCHEDULES
 
+# Of torch.compile. The modes `reduce-overhead` and `max-autotune` record CUDA graphs.
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 # fp64 is for comparing runs to the last digits, not for training.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "fp64")
 
@@ -197,8 +200,9 @@ class TrainingConfig:
     )
     compile: str = flag(
         "auto",
-        "torch.compile for attack and training; auto: 1 on a GPU, 0 on a CPU; changes rounding only",
-        choices=("auto", "0", "1"),
+        "torch.compile for attack and training, in one of its modes (1: default); auto: 1 on a GPU, 0 on a CPU; changes "
+        "rounding only",
+        choices=("auto", "0", "1", *COMPILE_MODES),
         harmless=True,
     )
     trim_last_block: str = flag(
@@ -206,6 +210,9 @@ class TrainingConfig:
         "1: the last block computes only what the head reads; auto: 1 on a CPU, 0 on a GPU; changes rounding only",
         choices=("auto", "0", "1"),
         harmless=True,
+    )
+    profile_steps: int = flag(
+        0, "steps that the first process profiles, written to the run folder; 0: none", at_least=0, harmless=True
     )
     reuse_forward: str = flag(
         "auto",
@@ -300,6 +307,11 @@ class TrainConfig(Config):
             problems.found.append(
                 "training.batch_size: data.augmentations=1 mixes pairs of images, so expected an even number, "
                 f"got {self.training.batch_size}."
+            )
+        if self.training.compile in CUDA_GRAPHS and self.training.grad_accum > 1:
+            problems.found.append(
+                f"training.compile: {self.training.compile} records CUDA graphs, whose gradients the next micro-batch overwrites, "
+                f"but training.grad_accum is {self.training.grad_accum}; give default or max-autotune-no-cudagraphs."
             )
         if self.resolution.end_ramp < self.resolution.start_ramp:
             problems.found.append(

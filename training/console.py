@@ -10,8 +10,11 @@ from tqdm import tqdm
 
 from training.curves import CURVES
 
-# Numbers of an epoch on the console: the drawn ones and the speed. The log has all numbers.
-SHOWN = [*(name for panel in CURVES.values() for name, _ in panel), "images_per_second"]
+# Numbers of an epoch on the console: the drawn ones, the speed and the use of the device. The log has all numbers.
+SHOWN = [
+    *(name for panel in CURVES.values() for name, _ in panel),
+    *("images_per_second", "tflop_per_second", "mfu", "peak_memory_gib"),
+]
 
 
 def say(text: str) -> None:
@@ -35,6 +38,16 @@ def epoch_line(record: Mapping[str, Any], *, epochs: int) -> str:
     """Format the numbers of a validated epoch as one line."""
     numbers = "  ".join(f"{name} {record[name]:.4g}" for name in SHOWN if name in record)
     return f"epoch {record['epoch']}/{epochs}  {numbers}"
+
+
+def progress_numbers(*, loss: float, lr: float, **efficiency: float) -> dict[str, str]:
+    """Format the numbers beside the progress bar; `efficiency`: of `training.efficiency.Efficiency`."""
+    numbers = {"loss": f"{loss:.3f}", "lr": f"{lr:.2g}"}
+    if "mfu" in efficiency:
+        numbers["MFU"] = f"{efficiency['mfu']:.0%}"
+    if "peak_memory_gib" in efficiency:
+        numbers["memory"] = f"{efficiency['peak_memory_gib']:.1f} GiB"
+    return numbers
 
 
 def progress_bar(*, epoch: int, epochs: int, images: int, done: int, shown: bool) -> tqdm:

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 
 class EMA:
@@ -23,6 +24,7 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup = decay, warmup
 
+    @record_function("ema")
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Update the EMA with the weights after optimiser step `step`, counted from 1."""

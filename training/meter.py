@@ -34,11 +34,13 @@ class Synced:
     Attributes:
         steps: a record of each step: epoch, step, shape, lr, mean loss, and if present `skipped`, `attack`.
         loss: mean over the steps and processes.
+        steps_per_second: of this process since the last sync.
         stop: whether a process was asked to stop.
     """
 
     steps: list[dict[str, Any]]
     loss: float
+    steps_per_second: float
     stop: bool
 
 
@@ -103,7 +105,8 @@ class Meter:
             if not skipped:
                 progress.loss_sum += loss
                 progress.loss_count += 1
-        return Synced(steps=steps, loss=sum(losses) / len(losses), stop=bool(stops))
+        speed = len(pending) / max(seconds, 1e-9)
+        return Synced(steps=steps, loss=sum(losses) / len(losses), steps_per_second=speed, stop=bool(stops))
 
     def take_speed(self) -> float | None:
         """Return the steps per second after the warm-up, once; None before it is known, and after it was returned."""

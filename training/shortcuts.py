@@ -21,6 +21,7 @@ from timm.layers import Mlp
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from attacks.losses import cross_entropy
 from attacks.registry import Attack
@@ -154,10 +155,12 @@ def loss_reusing_forward(
     kept = {}
 
     def evaluate_last(x_last: Tensor) -> Tensor:
-        kept["x"], kept["logits"] = x_last, state.parallel(x_last)
+        with record_function("forward"):
+            kept["x"], kept["logits"] = x_last, state.parallel(x_last)
         return kept["logits"]
 
-    x_best = attack(state.attacked, x, y, eps=eps, on_step=on_attack_step, evaluate_last=evaluate_last)
+    with record_function("attack"):
+        x_best = attack(state.attacked, x, y, eps=eps, on_step=on_attack_step, evaluate_last=evaluate_last)
     losses = cross_entropy(kept.pop("logits"), y)
     others = (x_best != kept.pop("x")).flatten(1).any(dim=1)
     count = int(torch.where(losses.isfinite().all(), others.sum(), len(y)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from attacks.losses import cross_entropy
 from attacks.registry import Attack
@@ -82,18 +83,16 @@ def train_step(
         block = i * processes.world_size + processes.rank
         # Drop path and random starts use this generator: they depend on the step, not on what ran before.
         torch.manual_seed(derive_seed("step", config.data.seed, state.step, block))
-        x, y = on_device(batch, config, device)
-        if mixup is not None:
-            x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)
+        with record_function("augmentation"):
+            x, y = on_device(batch, config, device)
+            if mixup is not None:
+                x, y = mixup(x, y, seed=config.data.seed, step=state.step, block=block)
         last = i + 1 == len(batches)
         with nullcontext() if last or processes.world_size == 1 else state.parallel.no_sync():
             with autocast(device, precision):
                 loss = training_loss(state, x, y, attack=attack, eps=eps, on_attack_step=on_attack_step)
             loss = loss / len(batches)
-            # backward() starts from 1, or from NaN if the loss is not finite. Then every gradient is NaN, and averaging spreads
-            # this to all processes. So all of them skip the step without extra communication.
-            seed_gradient = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
-            state.scaler.scale(loss).backward(seed_gradient)
+            _backward(state, loss)
         total += loss.detach()
     skipped = optimizer_step(state, grad_clip=config.training.grad_clip)
     if statistics:
@@ -120,10 +119,21 @@ def training_loss(
     """
     if state.reuses_forward and attack.evaluates_last:
         return loss_reusing_forward(state, x, y, attack=attack, eps=eps, on_attack_step=on_attack_step)
-    x_adv = attack(state.attacked, x, y, eps=eps, on_step=on_attack_step)
-    return cross_entropy(state.parallel(x_adv), y).mean()
+    with record_function("attack"):
+        x_adv = attack(state.attacked, x, y, eps=eps, on_step=on_attack_step)
+    with record_function("forward"):
+        return cross_entropy(state.parallel(x_adv), y).mean()
 
 
+@record_function("backward")
+def _backward(state: TrainState, loss: Tensor) -> None:
+    # backward() starts from 1, or from NaN if the loss is not finite. Then every gradient is NaN, and averaging spreads this to
+    # all processes. So all of them skip the step without extra communication.
+    seed_gradient = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
+    state.scaler.scale(loss).backward(seed_gradient)
+
+
+@record_function("optimizer")
 def optimizer_step(state: TrainState, *, grad_clip: float) -> Tensor:
     """Clip, step optimiser and scaler, and count the step; return whether it was skipped, a bool on the device."""
     state.scaler.unscale_(state.optimizer)

@@ -23,9 +23,11 @@ from training.build import build_mixup, build_parts
 from training.checkpoint import Checkpointer, StateFiles
 from training.compiled import prepare_networks, prepare_size
 from training.config import TrainConfig
-from training.console import epoch_line, progress_bar, say, warn
+from training.console import epoch_line, progress_bar, progress_numbers, say, warn
+from training.efficiency import Efficiency
 from training.guard import Diverged, Guard
 from training.meter import AttackLog, Meter, Synced
+from training.profiling import StepProfiler
 from training.progress import Progress
 from training.resume import STATE_FORMAT, STOP_FILE, Start, accumulation, check_run, restore
 from training.run_folder import NoRunFolder, RunFolder
@@ -58,8 +60,8 @@ class Trainer:
         self.attack = build_attack(config.adv)
         self.mixup = build_mixup(config)
         self.data_facts = facts_of(parts.train_source)
-        steps = config.training.epochs * self.loader.steps_per_epoch
-        advice = notes_for(config, processes.device.type, global_batch=self.images_per_step, steps=steps)
+        steps_of_run = config.training.epochs * self.loader.steps_per_epoch
+        advice = notes_for(config, processes.device.type, global_batch=self.images_per_step, steps=steps_of_run)
         notes = [*start.notes, *advice, *parts.notes]
         self.progress = Progress()
         if self.resumes:
@@ -83,6 +85,7 @@ class Trainer:
         size = resolution_at_epoch(epoch, resolution=config.resolution)
         prepare_networks(self.state, config, processes, size=size)
         self.prepared = {size}  # image sizes
+        self.efficiency = Efficiency(config, self.state, processes)
         self.run_folder = processes.on_first(lambda: self._open_folder(saved, notes)) or NoRunFolder()
         self.checkpointer = Checkpointer(
             processes.on_first(lambda: StateFiles(self.run_folder.path)),
@@ -91,6 +94,12 @@ class Trainer:
             step=self.state.step,
             stored=saved["step"] if self.resumes and start.own else 0,
             patience=patience_of_torchrun() if processes.from_launcher else None,
+        )
+        self.profiler = StepProfiler(
+            self.run_folder.path,
+            steps=config.training.profile_steps,
+            left=steps_of_run - self.state.step,
+            device=processes.device,
         )
 
     @property
@@ -166,8 +175,15 @@ class Trainer:
                 bar.update(self.images_per_step)
                 if self.meter.is_due or step + 1 == steps or self._must_sync():
                     synced = self.sync()
-                    bar.set_postfix(loss=f"{synced.loss:.3f}", lr=f"{lr:.2g}", refresh=False)
-        return self.meter.summary(images=images) | {"lr": lr, "eps": eps, "resolution": size}
+                    efficiency = self._efficiency(synced.steps_per_second * self.images_per_step, size)
+                    bar.set_postfix(progress_numbers(loss=synced.loss, lr=lr, **efficiency), refresh=False)
+        numbers = self.meter.summary(images=images)
+        numbers |= self._efficiency(numbers["images_per_second"], size)
+        return numbers | {"lr": lr, "eps": eps, "resolution": size}
+
+    def _efficiency(self, images_per_second: float, size: int) -> dict[str, float]:
+        """Return the numbers of `Efficiency`, which only the first process shows."""
+        return self.efficiency.numbers(images_per_second, size=size) if self.processes.is_first else {}
 
     def _image_size(self, epoch: int) -> int:
         """Return the image size of an epoch, and prepare the networks for it."""
@@ -194,6 +210,7 @@ class Trainer:
         extra = {"attack": attack_log.lines()} if attack_log else {}
         shape = [self.config.training.batch_size, 3, size, size]
         self.meter.add(result, epoch=epoch + 1, step=self.state.step, shape=shape, lr=lr, **extra)
+        self.profiler.step()
 
     def lr_and_eps(self, epoch: int, step: int) -> tuple[float, float]:
         """Return learning rate and radius of step `step` of epoch `epoch`, both from 0 on."""
@@ -335,6 +352,7 @@ class Trainer:
                 raise lost from error
             raise
         finally:
+            self.profiler.close()
             self.loader.close()
             self.validator.close()
             self.checkpointer.has_stored(wait=True)

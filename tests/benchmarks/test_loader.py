@@ -23,7 +23,7 @@ def photos(tmp_path):
 
 
 def test_all_rows_exist(photos):
-    rows = {r["name"]: r for r in measure(argparse.Namespace(data=str(photos), quick=True, images=0, repeats=0))}
+    rows = {r["name"]: r for r in next(measure(argparse.Namespace(data=str(photos), quick=True, images=0, repeats=0)))}
     assert {
         "timm_heavy",
         "workers_part",

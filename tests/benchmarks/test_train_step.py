@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 
 import pytest
 import torch
 
 from attacks.apgd import apgd
-from benchmarks.harness import run_program
+from benchmarks.harness import Sample, main, row, run_program
 from benchmarks.published_step import PublishedTraining, published_apgd
-from benchmarks.train_step import Measured, Sample, config_for, rows
+from benchmarks.train_step import Arm, Measured, Setup, measure, parse, rows
 from common.errors import UserError
+from common.processes import Processes
 from tests.attacks.test_apgd import batch, micro
 
 
@@ -40,32 +41,59 @@ def test_published_step_trains():
         torch.testing.assert_close(published.average[name], expected)
 
 
-@pytest.mark.parametrize("other,ratio", [("own_forward", 0.75), ("reused_forward", 4 / 3)])
-def test_rows(other, ratio):
-    arguments = argparse.Namespace(arch="convnext_tiny", compile="1", quick=False)
-    config = config_for(arguments, attack="apgd", batch_size=8, size=224, precision="fp32")
+def test_rows():
+    setup = Setup("convnext_tiny", 8, 224, "fp32", 3, Processes.alone("cpu"))
     taken = {
         "published": [4.0, 5.0, 6.0],
-        "ours": [3.0, 4.0, 3.0],
-        "clean": [1.0, 1.0, 1.5],
-        other: [4.0, 4.0, 4.0],
+        "eager_trim": [3.0, 4.0, 3.0],
+        "eager_trim_reuse": [1.5, 3.0, 1.5],
+        "eager_trim_clean": [1.0, 1.0, 1.5],
     }
-    measured = Measured({arm: [Sample(s, 2 * s) for s in seconds] for arm, seconds in taken.items()}, {})
-    part_ms = {"attack": [1.0], "optimizer": [90.0], "ema": [60.0]}
-    found = {
-        r["name"]: r
-        for r in rows(arguments, config, measured, part_ms, 0.6, passes=7, again=0, suffix="", prepared=1.0)
-    }
-    assert found["time_ratio_convnext_tiny"]["figure"] == 0.75
-    assert found["speedup_convnext_tiny"]["figure"] == pytest.approx(4 / 3)
-    assert found["adv_over_clean_convnext_tiny"]["figure"] == 3.0
-    assert found["matmul_share_convnext_tiny"]["figure"] == pytest.approx(0.2)
-    assert found["reuse_ratio_convnext_tiny"]["figure"] == pytest.approx(ratio)
-    assert found["ema_optimizer_share_convnext_tiny"]["figure"] == pytest.approx(0.05)
-    assert found["images_per_second_ours_convnext_tiny"]["figure"] == pytest.approx(8 / 3)
-    if not torch.cuda.is_available():
-        assert found["time_ratio_convnext_tiny"]["ok"] is True
-        assert found["memory_ratio_convnext_tiny"]["figure"] is None
+    measured = Measured({kind: [Sample(s, 2 * s) for s in seconds] for kind, seconds in taken.items()}, {})
+    flops = {"eager_trim": 6.0, "eager_trim_reuse": 5.0}
+    part_ms = {"attack_forward": [1.0], "ema": [60.0]}
+    arm = Arm("eager+trim")
+    rest = {"gap": None, "prepared": 1.0, "suffix": "_batch16"}
+    found = {r["name"]: r["figure"] for r in rows(setup, arm, measured, part_ms, flops, 10.0, **rest)}
+    assert found["time_ratio_eager_trim_convnext_tiny_batch16"] == 0.75
+    assert found["time_ratio_eager_trim_reuse_convnext_tiny_batch16"] == 0.375
+    assert found["adv_over_clean_eager_trim_convnext_tiny_batch16"] == 3.0
+    assert found["reuse_ratio_eager_trim_convnext_tiny_batch16"] == 0.5
+    assert found["matmul_share_eager_trim_convnext_tiny_batch16"] == pytest.approx(0.2)
+    assert found["matmul_share_eager_trim_reuse_convnext_tiny_batch16"] == pytest.approx(1 / 3)
+    assert found["images_per_second_published_eager_trim_convnext_tiny_batch16"] == pytest.approx(8 / 5)
+    assert found["images_per_second_eager_trim_convnext_tiny_batch16"] == pytest.approx(8 / 3)
+    assert found["ms_ema_eager_trim_convnext_tiny_batch16"] == 60.0
+    assert found["host_gap_eager_trim_convnext_tiny_batch16"] is None
+
+
+def test_arms():
+    compiled, trimmed = Arm("compiled").flags, Arm("max-autotune+trim").flags
+    assert compiled == ["--training.compile=1", "--training.trim_last_block=0"]
+    assert trimmed == ["--training.compile=max-autotune", "--training.trim_last_block=1"]
+    with pytest.raises(UserError, match="--arms: .* got compild"):
+        list(Arm("compild").flags)
+
+
+def test_a_quick_run_measures_every_kind(tmp_path):
+    arguments = parse(["--arch", "convnext_micro", "--quick", "--json", str(tmp_path / "step.json")])
+    assert main(measure, arguments) == 0
+    found = {r["name"]: r["figure"] for r in json.loads((tmp_path / "step.json").read_text())["rows"]}
+    for arm in ("eager", "eager_trim"):
+        for kind in (f"published_{arm}", arm, f"{arm}_reuse", f"{arm}_clean"):
+            assert found[f"images_per_second_{kind}_convnext_micro"] > 0
+        for part in ("transfer", "attack_forward", "attack_backward", "forward", "backward", "optimizer", "ema"):
+            assert found[f"ms_{part}_{arm}_convnext_micro"] >= 0
+
+
+def test_figures_are_written_as_they_come(tmp_path, capsys):
+    def figures(arguments):
+        yield [row("first", [1.0], "s")]
+        raise UserError("the second cannot be measured")
+
+    assert main(figures, parse(["--json", str(tmp_path / "step.json")])) == 2
+    assert [r["name"] for r in json.loads((tmp_path / "step.json").read_text())["rows"]] == ["first"]
+    assert "error: the second cannot be measured" in capsys.readouterr().err
 
 
 def test_a_program_that_falls_back_to_uncompiled_training_is_rejected():

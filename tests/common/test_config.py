@@ -108,6 +108,8 @@ def test_label_smoothing_switch(given, used):
         (["--dist.port=http"], ["dist.port", "http"]),
         (["--resolution.max_res=128"], ["resolution.max_res", "160", "128"]),
         (["--resolution.start_ramp=3"], ["resolution.end_ramp", "3"]),
+        (["--training.compile=reduce-overhead", "--training.grad_accum=2"], ["training.compile", "CUDA graphs", "2"]),
+        (["--training.compile=fast"], ["training.compile", "max-autotune", "fast"]),
         (["--lr.lr"], ["--lr.lr", "expected one argument"]),
         (["stray"], ["stray"]),
     ],

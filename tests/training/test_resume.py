@@ -45,7 +45,7 @@ RANDOM = {
     "validation.adv_n_iter": 2,
 }
 CLEAN = {"adv.attack": "none", "validation.adv_n_ex": 0}  # float16 is slow on a CPU
-TIMES = ("seconds", "images_per_second", "data_wait", "validation_seconds")
+TIMES = ("seconds", "images_per_second", "tflop_per_second", "data_wait", "validation_seconds")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.helpers.processes import free_port
 from tests.training.helpers import base_flags, run
 from training.build import build_state, check_image_sizes
 from training.compiled import frozen_twin, prepare_networks, prepare_size
-from training.config import TrainConfig
+from training.config import COMPILE_MODES, TrainConfig
 from training.launch import launch
 from training.step import train_step, training_loss
 from training.surgery import checkpoint_blocks
@@ -218,17 +218,18 @@ def test_twin_shares_everything_but_mode_and_gradients():
     assert torch.equal(twin(x), copy.deepcopy(model).eval()(x))
 
 
-def test_compiled_steps_equal_eager_ones_and_compile_once(monkeypatch):
+@pytest.mark.parametrize("mode", ["1", *COMPILE_MODES[1:]])
+def test_compiled_steps_equal_eager_ones_and_compile_once(mode, monkeypatch):
     """Same random numbers in dropout, weights to rounding, same names; neither validation in between nor more steps compile."""
     from torch._dynamo.utils import counters
 
     states = {}
-    for compile in ("0", "1"):
+    for compile in ("0", mode):
         state, config = small_state(monkeypatch, **{"training.compile": compile, "training.precision": "fp64"})
         begin = copy.deepcopy(state.state_dict())
         graphs = counters["stats"]["unique_graphs"]
         prepare_networks(state, config, ALONE, size=32)
-        if compile == "1":
+        if compile != "0":
             assert counters["stats"]["unique_graphs"] == graphs + 3  # attack with gradient, without, training
             assert state.attacked is not state.model and state.parallel is not state.model
         torch.testing.assert_close(state.state_dict()["model"], begin["model"], rtol=0, atol=0)
@@ -238,7 +239,7 @@ def test_compiled_steps_equal_eager_ones_and_compile_once(monkeypatch):
         losses += steps(state, config, 2)
         assert counters["stats"]["unique_graphs"] == graphs
         states[compile] = (losses, state.state_dict())
-    (eager_losses, eager), (losses, compiled) = states["0"], states["1"]
+    (eager_losses, eager), (losses, compiled) = states["0"], states[mode]
     assert losses == pytest.approx(eager_losses, rel=1e-9)
     assert eager["model"].keys() == compiled["model"].keys() == begin["model"].keys()
     for kind in ("model", "ema"):
