@@ -49,7 +49,7 @@ COPY_SHARE = 0.90
 LAUNCH_SECONDS = 5e-6  # host time of a kernel
 # --validate measures a rate for each of these kinds, which computation limits on a CPU, and one in bytes/s for all others.
 ON_CPU = "matmul attention depthwise gelu gelu_backward native_layer_norm native_layer_norm_backward".split()
-SAMPLED = 5  # operators that measure the rate of a kind
+SAMPLED = 8  # operators that measure the rate of a kind
 
 
 @dataclass
@@ -193,22 +193,23 @@ def fused(ops: Sequence[Op]) -> list[Op]:
             kernels[i] = op
             continue
         kernel = kernels.setdefault(root(i), Op("group", op.part, 0, {}, {}))
-        outside = {(*t, j): op.reads[t] for t, j in sources[i].items() if j is None or root(j) != root(i)}
-        kernel.reads |= outside
+        kernel.reads |= {(*t, j): op.reads[t] for t, j in sources[i].items() if j is None or root(j) != root(i)}
         if any(root(j) != root(i) for j in readers[i]):
             kernel.writes |= {(*tensor, i): size for tensor, size in op.writes.items()}
     return list(kernels.values())
 
 
 def summed(kernels: Sequence[Op], rates: Mapping[str, float]) -> dict[str, float]:
-    """Return the ms of the step, of its parts and kinds, and "ideal", the ms of its products at full rate."""
+    """Return the ms of the step, of its parts and of data movement, and "products", those of its products at full rate."""
     found = defaultdict(float)
     for op in kernels:
-        ms = 1000 * op.seconds(rates)
-        found["step"] += ms
-        found[op.part] += ms
-        found[op.kind if op.kind in ("matmul", "attention", "depthwise") else "memory"] += ms
-        found["ideal"] += 1000 * op.work / rates["matmul"] * (op.kind in ("matmul", "attention"))
+        ms, is_product = 1000 * op.seconds(rates), op.kind in ("matmul", "attention")
+        for name in (
+            "step",
+            op.part,
+            "depthwise" if op.kind == "depthwise" else "products" if is_product else "memory",
+        ):
+            found[name] += 1000 * op.work / rates["matmul"] if name == "products" else ms
     return found
 
 
@@ -227,13 +228,14 @@ def predict(arguments: argparse.Namespace) -> list[Row]:
         plain, reused, trimmed = (recorded(arch, batch, reuse=r, trim=t, **how) for r, t in ((0, 0), (1, 0), (0, 1)))
         modes, shorter = {"eager": plain, "compiled": fused(plain)}, {"reuse": fused(reused), "trim": fused(trimmed)}
         for (device, speed), (mode, kernels) in product(devices.items(), modes.items()):
-            end, total = f"{arch}_{device}_{mode}", summed(kernels, rates | {"copy": speed})
+            end, ms = f"{arch}_{device}_{mode}", summed(kernels, rates | {"copy": speed})
             note = f"{len(kernels)} kernels, {1e3 * LAUNCH_SECONDS * len(kernels):.1f} ms of the host"
-            found.append(row(f"images_per_second_{end}", [1000 * batch / total["step"]], "images/s", note=note))
-            found.append(row(f"matmul_share_{end}", [total.pop("ideal") / total["step"]], "of matmul rate"))
-            found += [row(f"ms_{name}_{end}", [ms], "ms") for name, ms in total.items()]
+            found.append(row(f"images_per_second_{end}", [1000 * batch / ms["step"]], "images/s", note=note))
+            found += [row(f"ms_{part}_{end}", [ms[part]], "ms") for part in ("attack", "training", "update")]
+            kinds = {"matmul": "products", "memory": "memory", "depthwise": "depthwise"}
+            found += [row(f"{kind}_share_{end}", [ms[name] / ms["step"]], "of step") for kind, name in kinds.items()]
             for what, short in shorter.items() if mode == "compiled" else ():
-                ratio = summed(short, rates | {"copy": speed})["step"] / total["step"]
+                ratio = summed(short, rates | {"copy": speed})["step"] / ms["step"]
                 found.append(row(f"{what}_ratio_{end}", [ratio], "of step"))
     return found
 
@@ -286,10 +288,6 @@ def validate(arguments: argparse.Namespace) -> list[Row]:
     return found
 
 
-def measure(arguments: argparse.Namespace) -> list[Row]:
-    return (validate if arguments.validate else predict)(arguments)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--arch", help="names in utils_architecture, comma-separated")
@@ -304,4 +302,5 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(measure, parse(sys.argv[1:])))
+    given = parse(sys.argv[1:])
+    sys.exit(main(validate if given.validate else predict, given))
