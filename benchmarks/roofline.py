@@ -157,11 +157,12 @@ def recorded(arch: str, batch_size: int, *, again: int = 0, **how) -> list[Op]:
     state.model.register_forward_pre_hook(trace.enter)
     state.model.register_forward_hook(trace.leave)
     with mode, LikeGPU() if how["precision"] == "bf16" else nullcontext():
-        for _ in range(2):  # the first step also creates the optimiser's state
-            trace.ops.clear()
-            trace.part = "attack"
-            with trace:
-                step(state, batch)
+        for p in state.model.parameters():
+            p.grad = torch.zeros_like(p)
+        state.optimizer.step()  # creates the optimiser's state
+        state.optimizer.zero_grad()
+        with trace:
+            step(state, batch)
     return trace.ops
 
 
@@ -215,13 +216,11 @@ def summed(kernels: Sequence[Op], rates: Mapping[str, float]) -> dict[str, float
 
 def predict(arguments: argparse.Namespace) -> list[Row]:
     """Return the figures of each network, device and mode, and the time with each shortcut relative to that without."""
-    tflops, devices = (
-        arguments.matmul_tflops or MATMUL_SHARE * BF16 / 1e12,
-        {k: COPY_SHARE * c for k, c in COPY.items()},
+    matmul = 1e12 * arguments.matmul_tflops
+    devices = (
+        {"custom": 1e9 * arguments.copy_gbs} if arguments.copy_gbs else {k: COPY_SHARE * c for k, c in COPY.items()}
     )
-    if arguments.matmul_tflops or arguments.copy_gbs:
-        devices = {"custom": 1e9 * arguments.copy_gbs if arguments.copy_gbs else devices["h100"]}
-    rates = {"matmul": 1e12 * tflops, "attention": 1e12 * ATTENTION_SHARE * tflops, "depthwise": DEPTHWISE_SHARE * FP32}
+    rates = {"matmul": matmul, "attention": ATTENTION_SHARE * matmul, "depthwise": DEPTHWISE_SHARE * FP32}
     found, batch = [], 4 if arguments.quick else arguments.batch_size
     how = {"size": 64 if arguments.quick else 224, "precision": "bf16"}
     for arch in arguments.arch.split(","):
@@ -241,12 +240,11 @@ def predict(arguments: argparse.Namespace) -> list[Row]:
 
 
 def cpu_seconds(op: Op) -> float:
-    """Return the median CPU seconds of three calls of an operator alone, with random values and new memory for each result."""
+    """Return the median CPU seconds of three calls of an operator alone, with new memory for each result."""
 
     def real(t: Tensor) -> Tensor:
-        if not t.is_floating_point() or t.nbytes > t.untyped_storage().nbytes():
-            return torch.ones(t.shape, dtype=t.dtype)
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).normal_()
+        memory = torch.ones(t.untyped_storage().nbytes() // t.itemsize, dtype=t.dtype)
+        return memory.as_strided(t.shape, t.stride(), t.storage_offset())
 
     (args, kwargs), kept = tree_map_only(Tensor, real, op.call[1:3]), []
     with torch.no_grad():
@@ -292,8 +290,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--arch", help="names in utils_architecture, comma-separated")
     parser.add_argument("--batch-size", type=int, default=80)
-    parser.add_argument("--matmul-tflops", type=float, help="measured rate of large bf16 products")
-    parser.add_argument("--copy-gbs", type=float, help="measured GB/s of a copy, read and written")
+    parser.add_argument("--matmul-tflops", type=float, default=MATMUL_SHARE * BF16 / 1e12, help="of large products")
+    parser.add_argument("--copy-gbs", type=float, help="of another device: GB/s read and written by a copy")
     parser.add_argument("--validate", action="store_true", help="compare with a measured step on this CPU")
     arguments = parser.parse_args(argv)
     more = "" if arguments.quick or arguments.validate else ",vit_b,convnext_base"

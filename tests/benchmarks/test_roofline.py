@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -12,7 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.harness import main
 from benchmarks.roofline import Op, Trace, cpu_seconds, fused, parse, predict, recorded
 
-HOW = {"size": 32, "precision": "bf16", "reuse": False, "trim": False}
+
+@functools.cache
+def step_of(batch: int, *, reuse: bool = False) -> list[Op]:
+    return recorded("vit_micro", batch, size=32, precision="bf16", reuse=reuse, trim=False)
 
 
 def traced(action) -> list[Op]:
@@ -87,7 +91,7 @@ def test_work_grows_linearly_with_the_batch() -> None:
     """Work is a + b·batch: fixed for the weights, and proportional for images."""
     totals = []
     for batch in (2, 4, 8):
-        ops = recorded("vit_micro", batch, **HOW)
+        ops = step_of(batch)
         update = [op for op in ops if op.part == "update"]
         totals.append((len(ops), sum(op.work for op in ops if not op.fusible), sum(sum(moved(op)) for op in update)))
     (count, work_2, update), (_, work_4, _), (_, work_8, _) = totals
@@ -96,13 +100,9 @@ def test_work_grows_linearly_with_the_batch() -> None:
 
 
 def test_parts_of_a_step() -> None:
-    def products(**how) -> list[str]:
-        return [op.part for op in recorded("vit_micro", 2, **{**HOW, **how}) if op.kind == "attention"]
-
-    own = products()
+    own, reused = ([op.part for op in step_of(2, reuse=reuse) if op.kind == "attention"] for reuse in (False, True))
     # Six blocks; the attack has three forward passes and two gradients, training one of each.
     assert (own.count("attack"), own.count("training"), own.count("update")) == (6 * 5, 6 * 2, 0)
-    reused = products(reuse=True)
     assert (reused.count("attack"), reused.count("training")) == (6 * 4, 6 * 2)
 
 
