@@ -15,9 +15,9 @@ import copy
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from statistics import median
 
@@ -37,7 +37,6 @@ from common.processes import Processes
 from data.loader import Batch
 from training.build import build_state
 from training.shortcuts import trim_last_block
-from training.state import TrainState
 from training.step import train_step
 
 # Of the datasheets of H100 and H200 SXM: dense bf16 and fp32 FLOP/s, bytes/s. The attainable shares are assumed, not measured.
@@ -115,16 +114,14 @@ class Trace(TorchDispatchMode):
 
 
 class LikeGPU(TorchFunctionMode):
-    """Normalise layers in float32, as a GPU's autocast does and a CPU's does not."""
+    """Normalise layers in float32, as a GPU's autocast does and a CPU's does not; nothing changes without autocast."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*((args[0].float(), *args[1:]) if func is F.layer_norm else args), **(kwargs or {}))
 
 
-def prepared(
-    arch: str, batch_size: int, *, size: int, precision: str, reuse: bool, trim: bool
-) -> tuple[TrainState, Batch, Callable[[TrainState, Batch], None]]:
-    """Return state, batch and a function that takes a step with them."""
+def prepared(arch: str, batch_size: int, *, size: int, precision: str, reuse: bool, trim: bool) -> tuple:
+    """Return a `TrainState`, its batch and a function that takes a step with both."""
     flags = argparse.Namespace(arch=arch, compile="0")
     config = config_for(flags, attack="apgd", batch_size=batch_size, size=size, precision=precision)
     processes = Processes.alone("cpu")
@@ -133,16 +130,9 @@ def prepared(
     if trim:
         trim_last_block(state.model)
     y = torch.arange(batch_size) % config.model.num_classes
-    call = {
-        "config": config,
-        "processes": processes,
-        "attack": attack,
-        "mixup": None,
-        "lr": 1e-5,
-        "eps": config.adv.eps,
-    }
+    step = partial(train_step, config=config, processes=processes, mixup=None, lr=1e-5, eps=config.adv.eps)
     batch = Batch(x=torch.rand(batch_size, 3, size, size), y=y, index=y, failures=[])
-    return state, batch, lambda state, batch: train_step(state, [batch], **call)
+    return state, batch, lambda state, batch: step(state, [batch], attack=attack)
 
 
 def recorded(arch: str, batch_size: int, *, again: int = 0, **how) -> list[Op]:
@@ -150,13 +140,11 @@ def recorded(arch: str, batch_size: int, *, again: int = 0, **how) -> list[Op]:
     state, batch, step = prepared(arch, batch_size, **how)
     trace, mode = Trace(again), FakeTensorMode()
     tensors = [t for network in state.networks().values() for t in (*network.parameters(), *network.buffers())]
-    state, batch = (
-        copy.deepcopy(state, {id(t): mode.from_tensor(t) for t in tensors}),
-        tree_map_only(Tensor, mode.from_tensor, batch),
-    )
+    state = copy.deepcopy(state, {id(t): mode.from_tensor(t) for t in tensors})
+    batch = tree_map_only(Tensor, mode.from_tensor, batch)
     state.model.register_forward_pre_hook(trace.enter)
     state.model.register_forward_hook(trace.leave)
-    with mode, LikeGPU() if how["precision"] == "bf16" else nullcontext():
+    with mode, LikeGPU():
         for p in state.model.parameters():
             p.grad = torch.zeros_like(p)
         state.optimizer.step()  # creates the optimiser's state
@@ -190,10 +178,9 @@ def fused(ops: Sequence[Op]) -> list[Op]:
         writer.update({tensor[0]: i for tensor in op.writes})
     kernels = {}
     for i, op in enumerate(ops):
+        kernel = kernels.setdefault(root(i), Op("group", op.part, 0, {}, {}) if op.fusible else op)
         if not op.fusible:
-            kernels[i] = op
             continue
-        kernel = kernels.setdefault(root(i), Op("group", op.part, 0, {}, {}))
         kernel.reads |= {(*t, j): op.reads[t] for t, j in sources[i].items() if j is None or root(j) != root(i)}
         if any(root(j) != root(i) for j in readers[i]):
             kernel.writes |= {(*tensor, i): size for tensor, size in op.writes.items()}
@@ -204,22 +191,17 @@ def summed(kernels: Sequence[Op], rates: Mapping[str, float]) -> dict[str, float
     """Return the ms of the step, of its parts and of data movement, and "products", those of its products at full rate."""
     found = defaultdict(float)
     for op in kernels:
-        ms, is_product = 1000 * op.seconds(rates), op.kind in ("matmul", "attention")
-        for name in (
-            "step",
-            op.part,
-            "depthwise" if op.kind == "depthwise" else "products" if is_product else "memory",
-        ):
-            found[name] += 1000 * op.work / rates["matmul"] if name == "products" else ms
+        kind = "products" if op.kind in ("matmul", "attention") else "depthwise" if op.kind == "depthwise" else "memory"
+        for name in ("step", op.part, kind):
+            seconds = op.work / rates["matmul"] if name == "products" else op.seconds(rates)
+            found[name] += 1000 * seconds
     return found
 
 
 def predict(arguments: argparse.Namespace) -> list[Row]:
     """Return the figures of each network, device and mode, and the time with each shortcut relative to that without."""
-    matmul = 1e12 * arguments.matmul_tflops
-    devices = (
-        {"custom": 1e9 * arguments.copy_gbs} if arguments.copy_gbs else {k: COPY_SHARE * c for k, c in COPY.items()}
-    )
+    matmul, devices = 1e12 * arguments.matmul_tflops, {name: COPY_SHARE * copied for name, copied in COPY.items()}
+    devices = {"custom": 1e9 * arguments.copy_gbs} if arguments.copy_gbs else devices
     rates = {"matmul": matmul, "attention": ATTENTION_SHARE * matmul, "depthwise": DEPTHWISE_SHARE * FP32}
     found, batch = [], 4 if arguments.quick else arguments.batch_size
     how = {"size": 64 if arguments.quick else 224, "precision": "bf16"}
@@ -280,7 +262,7 @@ def validate(arguments: argparse.Namespace) -> list[Row]:
             predicted = summed(ops, measured_rates(ops))["step"] / 1000
             pairs.append((predicted, timed(lambda: step(*given), torch.device("cpu")).cpu))  # noqa: B023
         ratios = [predicted / measured for predicted, measured in pairs]
-        note = f"step of {median(measured for _, measured in pairs):.3g} CPU s"
+        note = f"a step takes {median(measured for _, measured in pairs):.3g} CPU s"
         found.append(row(f"predicted_over_measured_{arch}", ratios, "times", note=note))
         found.append(row(f"prediction_error_{arch}", [abs(median(ratios) - 1)], "", "<= 0.25", counts=not quick))
     return found
