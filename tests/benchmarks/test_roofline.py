@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.harness import main
-from benchmarks.roofline import Op, Trace, cpu_seconds, fused, parse, predict, recorded
+from benchmarks.roofline import Op, Trace, cpu_seconds, fused, parse, predict, prepared, recorded
 
 
 @functools.cache
@@ -104,6 +104,15 @@ def test_parts_of_a_step() -> None:
     # Six blocks; the attack has three forward passes and two gradients, training one of each.
     assert (own.count("attack"), own.count("training"), own.count("update")) == (6 * 5, 6 * 2, 0)
     assert (reused.count("attack"), reused.count("training")) == (6 * 4, 6 * 2)
+
+
+def test_step_without_data_has_the_operators_of_a_real_one() -> None:
+    how = {"size": 32, "precision": "fp32", "reuse": False, "trim": True}
+    state, batch, step = prepared("vit_micro", 2, **how)
+    step(state, batch)
+    with Trace() as trace:
+        step(state, batch)
+    assert [(op.kind, op.work) for op in trace.ops] == [(op.kind, op.work) for op in recorded("vit_micro", 2, **how)]
 
 
 def test_operator_runs_alone() -> None:
