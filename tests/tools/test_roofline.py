@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.harness import main
-from benchmarks.roofline import Op, Trace, cpu_seconds, fused, parse, predict, prepared, recorded
+from tools.roofline import Op, Trace, cpu_seconds, fused, parse, predict, prepared, recorded
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Roofline of a step of adversarial training: where its time must go on a GPU, predicted from its operators.
 
-    python -m benchmarks.roofline [--arch vit_s] [--batch-size 80] [--json FILE] [--quick]
-    python -m benchmarks.roofline --validate     # the same model on this machine's CPU, against a measured step
+    python -m tools.roofline [--arch vit_s] [--batch-size 80] [--json FILE] [--quick]
+    python -m tools.roofline --validate     # the same model on this machine's CPU, against a measured step
 
 Every operator of a real `train_step` is recorded with tensors without data (FakeTensorMode), at the full batch size. It takes the
 time of its FLOPs or that of its bytes, whichever is longer. It reads each distinct input once and writes each output once; views
@@ -15,7 +15,7 @@ import copy
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -31,12 +31,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from attacks.registry import build_attack
-from benchmarks.harness import Row, main, options, row
-from benchmarks.train_step import config_for, images_again, timed
+from benchmarks.harness import Row, main, options, row, timed
+from benchmarks.train_step import Arm, Setup
 from common.processes import Processes
-from data.loader import Batch
 from training.build import build_state
 from training.shortcuts import trim_last_block
+from training.state import TrainState
 from training.step import train_step
 
 # Of the datasheets of H100 and H200 SXM: dense bf16 and fp32 FLOP/s, bytes/s. The attainable shares are assumed, not measured.
@@ -122,17 +122,14 @@ class LikeGPU(TorchFunctionMode):
 
 def prepared(arch: str, batch_size: int, *, size: int, precision: str, reuse: bool, trim: bool) -> tuple:
     """Return a `TrainState`, its batch and a function that takes a step with both."""
-    flags = argparse.Namespace(arch=arch, compile="0")
-    config = config_for(flags, attack="apgd", batch_size=batch_size, size=size, precision=precision)
-    processes = Processes.alone("cpu")
+    setup, processes = Setup(arch, batch_size, size, precision, 1, Processes.alone("cpu")), Processes.alone("cpu")
+    config = setup.config(Arm("eager"))
     state, attack = build_state(config, processes), build_attack(config.adv)
     state.reuses_forward = bool(reuse)
     if trim:
         trim_last_block(state.model)
-    y = torch.arange(batch_size) % config.model.num_classes
     step = partial(train_step, config=config, processes=processes, mixup=None, lr=1e-5, eps=config.adv.eps)
-    batch = Batch(x=torch.rand(batch_size, 3, size, size), y=y, index=y, failures=[])
-    return state, batch, lambda state, batch: step(state, [batch], attack=attack)
+    return state, setup.batch(), lambda state, batch: step(state, [batch], attack=attack)
 
 
 def recorded(arch: str, batch_size: int, *, again: int = 0, **how) -> list[Op]:
@@ -198,15 +195,16 @@ def summed(kernels: Sequence[Op], rates: Mapping[str, float]) -> dict[str, float
     return found
 
 
-def predict(arguments: argparse.Namespace) -> list[Row]:
-    """Return the figures of each network, device and mode, and the time with each shortcut relative to that without."""
+def predict(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Yield the figures of each network, device and mode, and the time with each shortcut relative to that without."""
     matmul, devices = 1e12 * arguments.matmul_tflops, {name: COPY_SHARE * copied for name, copied in COPY.items()}
     devices = {"custom": 1e9 * arguments.copy_gbs} if arguments.copy_gbs else devices
     rates = {"matmul": matmul, "attention": ATTENTION_SHARE * matmul, "depthwise": DEPTHWISE_SHARE * FP32}
-    found, batch = [], 4 if arguments.quick else arguments.batch_size
+    batch = 4 if arguments.quick else arguments.batch_size
     how = {"size": 64 if arguments.quick else 224, "precision": "bf16"}
     for arch in arguments.arch.split(","):
         plain, reused, trimmed = (recorded(arch, batch, reuse=r, trim=t, **how) for r, t in ((0, 0), (1, 0), (0, 1)))
+        found: list[Row] = []
         modes, shorter = {"eager": plain, "compiled": fused(plain)}, {"reuse": fused(reused), "trim": fused(trimmed)}
         for (device, speed), (mode, kernels) in product(devices.items(), modes.items()):
             end, ms = f"{arch}_{device}_{mode}", summed(kernels, rates | {"copy": speed})
@@ -218,7 +216,7 @@ def predict(arguments: argparse.Namespace) -> list[Row]:
             for what, short in shorter.items() if mode == "compiled" else ():
                 ratio = summed(short, rates | {"copy": speed})["step"] / ms["step"]
                 found.append(row(f"{what}_ratio_{end}", [ratio], "of step"))
-    return found
+        yield found
 
 
 def cpu_seconds(op: Op) -> float:
@@ -249,10 +247,24 @@ def measured_rates(ops: Sequence[Op]) -> dict[str, float]:
     return rates
 
 
-def validate(arguments: argparse.Namespace) -> list[Row]:
+def images_again(state: TrainState, step: Callable[[], object]) -> int:
+    """Take one step and return how many images pass through the trained network a second time."""
+    passes, network = [], state.parallel
+
+    def counted(x: Tensor) -> Tensor:
+        passes.append(len(x))
+        return network(x)
+
+    state.parallel = counted
+    step()
+    state.parallel = network
+    return sum(passes[1:])
+
+
+def validate(arguments: argparse.Namespace) -> Iterator[list[Row]]:
     """Compare the prediction with a measured float32 step on one CPU core; rates and step are measured in turn."""
     torch.set_num_threads(1)  # CPU seconds of one thread, which other processes disturb little
-    found, quick = [], arguments.quick
+    quick = arguments.quick
     how = {"size": 64 if quick else 224, "precision": "fp32", "reuse": True, "trim": True}
     for arch in arguments.arch.split(","):
         *given, step = prepared(arch, 2 if quick else 8, **how)
@@ -263,19 +275,24 @@ def validate(arguments: argparse.Namespace) -> list[Row]:
             pairs.append((predicted, timed(lambda: step(*given), torch.device("cpu")).cpu))  # noqa: B023
         ratios = [predicted / measured for predicted, measured in pairs]
         note = f"a step takes {median(measured for _, measured in pairs):.3g} CPU s"
-        found.append(row(f"predicted_over_measured_{arch}", ratios, "times", note=note))
-        found.append(row(f"prediction_error_{arch}", [abs(median(ratios) - 1)], "", "<= 0.25", counts=not quick))
-    return found
+        yield [
+            row(f"predicted_over_measured_{arch}", ratios, "times", note=note),
+            row(f"prediction_error_{arch}", [abs(median(ratios) - 1)], "", "<= 0.25", counts=not quick),
+        ]
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = options(__doc__.split("\n")[0])
     parser.add_argument("--arch", help="names in utils_architecture, comma-separated")
     parser.add_argument("--batch-size", type=int, default=80)
     parser.add_argument("--matmul-tflops", type=float, default=MATMUL_SHARE * BF16 / 1e12, help="of large products")
     parser.add_argument("--copy-gbs", type=float, help="of another device: GB/s read and written by a copy")
     parser.add_argument("--validate", action="store_true", help="compare with a measured step on this CPU")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    arguments = parser().parse_args(argv)
     more = "" if arguments.quick or arguments.validate else ",vit_b,convnext_base"
     arguments.arch = arguments.arch or f"vit_s,convnext_tiny{more}"
     return arguments
