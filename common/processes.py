@@ -204,7 +204,7 @@ class Processes:
         """Wrap the model so that gradients are averaged over all processes; returns the model itself if there is only one."""
         if self.world_size == 1:
             return model
-        devices = [self.device] if self.device.type == "cuda" else None
+        devices = None if self.device.type == "cpu" else [self.device]
         with warnings.catch_warnings():  # newer versions of PyTorch have renamed the argument
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             return DistributedDataParallel(

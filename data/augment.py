@@ -207,7 +207,7 @@ def _apply_by_kind(x: Tensor, op: Tensor, arg: Tensor) -> None:
 
 def _on(value: Tensor, x: Tensor) -> Tensor:
     """Copy `value` to the device of `x`; the host does not wait."""
-    if x.device.type == "cuda" and not value.is_pinned():
+    if x.device.type != "cpu" and not value.is_pinned():
         value = value.pin_memory()
     return value.to(x.device, non_blocking=True)
 

@@ -16,7 +16,7 @@ from data.pipeline import to_unit
 def prefetch(
     batches: Iterable[Batch],
     device: torch.device,
-    on_gap: Callable[[torch.cuda.Event, torch.cuda.Event], None] | None = None,
+    on_gap: Callable[[torch.Event, torch.Event], None] | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches with images and labels on `device`, copied on a separate stream; on a CPU the batches themselves.
 
@@ -25,28 +25,29 @@ def prefetch(
 
     `on_gap` receives two timed events of each batch, between which the GPU only waits for that batch.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         yield from batches
         return
-    stream, consumer, batches = _copy_stream(device), torch.cuda.current_stream(device), iter(batches)
+    module, stream, batches = torch.get_device_module(device), _copy_stream(device), iter(batches)
+    consumer = module.current_stream(device)
     while True:
-        before = consumer.record_event(torch.cuda.Event(enable_timing=True))
+        before = consumer.record_event(module.Event(enable_timing=True))
         if (batch := next(batches, None)) is None:
             return
-        with torch.cuda.stream(stream):
+        with module.stream(stream):
             x, y = batch.x.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
         consumer.wait_stream(stream)
         if on_gap is not None:
-            on_gap(before, consumer.record_event(torch.cuda.Event(enable_timing=True)))
+            on_gap(before, consumer.record_event(module.Event(enable_timing=True)))
         for tensor in (x, y):
             tensor.record_stream(consumer)  # its memory is reused only when the consumer's work on it is done
         yield batch._replace(x=x, y=y)
 
 
 @cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.Stream:
     """Return one stream for all epochs, because only the stream that allocated memory reuses it."""
-    return torch.cuda.Stream(device)
+    return torch.get_device_module(device).Stream(device)
 
 
 def finish_augmentation(batch: Batch, *, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -30,8 +30,12 @@ def examine(model: nn.Module, x: Tensor, y: Tensor, *, device: torch.device, gra
         `zero_gradients`: number of images whose gradient of the cross-entropy is exactly 0, None without `gradients`; `random`:
         whether two passes differ; `probabilities`: whether the outputs are in [0, 1] and sum to 1.
     """
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), float32_matmul(tf32=False), torch.set_grad_enabled(gradients):
+    gpus = [] if device.type == "cpu" else [device]
+    with (
+        torch.random.fork_rng(gpus, device_type=device.type),
+        float32_matmul(tf32=False),
+        torch.set_grad_enabled(gradients),
+    ):
         whole, restricted = (
             (model.network, model.restricted) if isinstance(model, Among) else (model, lambda logits: logits)
         )

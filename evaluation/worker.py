@@ -45,7 +45,7 @@ def setup(
     if device.type == "cpu":
         torch.set_num_threads(config.eval.threads)  # a CPU is deterministic for a fixed number of threads
     else:
-        torch.cuda.set_device(device)
+        torch.get_device_module(device).set_device(device)
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and no code here reads such memory
@@ -109,7 +109,9 @@ class _Worker:
             "reliability": signs,
             "started": started,
             "seconds": time.perf_counter() - begin,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "device": "cpu"
+            if self.device.type == "cpu"
+            else torch.get_device_module(self.device).get_device_name(self.device),
         }
 
     def _keep_images(self, evaluation: Evaluation, number: int, chunk: Chunk, verdicts: Verdicts) -> int:

@@ -189,7 +189,7 @@ def build_train_loader(
             min_scale=config.data.min_scale,
             flip=config.data.flip,
             crop_pct=config.validation.crop_pct,
-            pin_memory=processes.device.type == "cuda",
+            pin_memory=processes.device.type != "cpu",
         )
 
 

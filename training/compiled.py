@@ -43,7 +43,7 @@ def frozen_twin(model: nn.Module) -> nn.Module:
 def wants_compiled(config: TrainConfig, processes: Processes) -> bool:
     """Return whether `training.compile` asks for compilation; "auto" does so on a GPU."""
     asked = config.training.compile
-    return processes.device.type == "cuda" if asked == "auto" else asked != "0"
+    return processes.device.type != "cpu" if asked == "auto" else asked != "0"
 
 
 def compiled(network: nn.Module, config: TrainConfig) -> nn.Module:

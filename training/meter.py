@@ -52,7 +52,7 @@ class Meter:
         self._syncs, self._steady_steps, self._steady_seconds = 0, 0, 0.0
         self._speed_taken = False
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
-        self._gaps: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # the GPU waited for a batch
+        self._gaps: deque[tuple[torch.Event, torch.Event]] = deque()  # the GPU waited for a batch
         self._bad: set[str] = set()  # images of this epoch that cannot be decoded
         self._waited, self._since, self._due, self._bad_synced = 0.0, 0.0, 1, 0
 

@@ -37,7 +37,7 @@ SAME = 0.01
 
 def asked_for(value: str, device: torch.device) -> bool:
     """Return whether a flag's `value` (auto, 0, 1) asks for its shortcut on this device."""
-    return value == "1" or (value == "auto" and device.type != "cuda")
+    return value == "1" or (value == "auto" and device.type == "cpu")
 
 
 # --- the last block -------------------------------------------------------------------------------------------------------
@@ -184,12 +184,12 @@ def change_in_training(model: nn.Module, x: Tensor) -> str | None:
         model: maps images to logits; is not changed.
         x: three different images (3, 3, H, W).
     """
-    devices = [x.device] if x.device.type == "cuda" else []
+    devices = [x.device] if x.device.type != "cpu" else []
     python_state = random.getstate()
     try:
         network = _probe_copy(model)
         buffers = [buffer.clone() for buffer in network.buffers()]
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
             expected, other = network.eval()(x[:2]).float()
             before = _random_states(devices)
             found = network.train()(x[[0, 2]])[0].float()  # with another image in the batch
@@ -210,7 +210,7 @@ def change_in_training(model: nn.Module, x: Tensor) -> str | None:
 
 
 def _random_states(devices: list[torch.device]) -> list[bytes]:
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    states = [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in devices)]
     return [repr(random.getstate()).encode(), *(state.numpy().tobytes() for state in states)]
 
 

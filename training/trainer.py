@@ -451,7 +451,7 @@ class Trainer:
         epochs = range(done, self.config.training.epochs)
         pixels = [resolution_at_epoch(epoch, resolution=self.config.resolution) ** 2 for epoch in epochs]
         hours = (sum(pixels) / pixels[0] * steps - (self.state.step - done * steps)) / speed / 3600
-        kind = "GPU" if self.processes.device.type == "cuda" else "process"
+        kind = "process" if self.processes.device.type == "cpu" else "GPU"
         return (
             f"{speed * self.images_per_step:.4g} images/s: {hours:.3g} h left, "
             f"{hours * self.processes.world_size:.3g} {kind}-hours, without validation"

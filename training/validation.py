@@ -59,7 +59,7 @@ class Validator:
             rank=processes.rank,
             world_size=processes.world_size,
             num_workers=data.num_workers,
-            pin_memory=processes.device.type == "cuda",
+            pin_memory=processes.device.type != "cpu",
             keep_workers=True,
         )
         self.n_images = len(source)
