@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 
 # Waiting OpenMP threads spin, which slows down two busy test processes on one machine tenfold. Set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -11,6 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import pytest
 
 import common.provenance
+from tests.helpers.accelerator import call_test
 from tests.training.helpers import write_images
 
 
@@ -46,3 +50,28 @@ def _files_not_synced(request):
 def images(tmp_path_factory):
     """Return a folder with train/ and val/: four classes, 24 and 8 images of 20 × 20 pixels; tests must not change it."""
     return write_images(tmp_path_factory.mktemp("images"))
+
+
+@functools.cache
+def _accelerator_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Run tests marked `accelerator` in one other process: their device cannot be removed, and would change other tests."""
+    if pyfuncitem.get_closest_marker("accelerator") is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    try:
+        _accelerator_process().submit(
+            call_test, pyfuncitem.module.__name__, pyfuncitem.originalname, arguments
+        ).result()
+    except BrokenProcessPool:
+        _accelerator_process.cache_clear()
+        raise
+    return True
+
+
+def pytest_sessionfinish():
+    if _accelerator_process.cache_info().currsize:
+        _accelerator_process().shutdown()
