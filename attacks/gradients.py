@@ -66,7 +66,7 @@ def evaluate_with_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, 
         logits = model(x)
         leaf = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_(True)
         loss = cross_entropy(leaf, y)
-        (logit_grad,) = torch.autograd.grad(loss.sum(), leaf)
+        (logit_grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
         scale = _fp16_scale(logit_grad) if _backward_in_fp16(logits) else None
         if scale is not None:
             logit_grad = logit_grad * scale

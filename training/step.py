@@ -129,7 +129,7 @@ def training_loss(
 def _backward(state: TrainState, loss: Tensor) -> None:
     # backward() starts from 1, or from NaN if the loss is not finite. Then every gradient is NaN, and averaging spreads this to
     # all processes. So all of them skip the step without extra communication.
-    seed_gradient = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.dtype)
+    seed_gradient = loss.detach() * 0 + 1
     state.scaler.scale(loss).backward(seed_gradient)
 
 
@@ -139,7 +139,8 @@ def optimizer_step(state: TrainState, *, grad_clip: float) -> Tensor:
     state.scaler.unscale_(state.optimizer)
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     # A sum of absolute values is finite only if all values are; a step whose sum overflows is to be skipped as well.
-    skipped = ~torch.stack(torch._foreach_norm(gradients, 1)).max().isfinite()
+    # Zero times a number that is not finite is NaN; isfinite() would launch three more kernels.
+    skipped = torch.stack(torch._foreach_norm(gradients, 1)).max() * 0 != 0
     if grad_clip > 0:
         torch.nn.utils.clip_grad_norm_((p for p in state.model.parameters() if p.requires_grad), grad_clip)
     if not state.scaler.is_enabled():
