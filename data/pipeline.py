@@ -74,6 +74,7 @@ def train_pipeline(
     return FastPipeline(size, heavy=augmentation == HEAVY, min_scale=min_scale, flip=flip)
 
 
-def to_unit(x: Tensor, dtype: torch.dtype) -> Tensor:
+def to_unit(x: Tensor, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """Convert uint8 levels, or pixels that are in [0, 1] already, to floating-point numbers in [0, 1]."""
-    return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
+    found = x.to(dtype, memory_format=memory_format)  # one copy, also to another memory format
+    return found.div_(255) if x.dtype == torch.uint8 else found

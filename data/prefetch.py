@@ -55,4 +55,4 @@ def finish_augmentation(batch: Batch, *, device: torch.device, dtype: torch.dtyp
     x = batch.x.to(device, non_blocking=True)
     if batch.draws is not None:
         x = augment(x, batch.draws)
-    return to_unit(x, dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return to_unit(x, dtype, torch.channels_last if channels_last else torch.contiguous_format)
