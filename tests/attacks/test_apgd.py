@@ -254,6 +254,7 @@ def test_every_norm_has_a_default_radius():
     assert set(DEFAULT_EPS) == set(THREAT_MODELS)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_synchronisation_on_a_gpu(norm):

@@ -31,7 +31,8 @@ from data.transforms import _rand_augment
 from tests.data import encoded
 
 OPTIONS = {"min_scale": 0.08, "flip": 0.5, "crop_pct": 0.875}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
 def textured(count: int, height: int = 96, width: int = 96) -> torch.Tensor:

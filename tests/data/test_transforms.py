@@ -237,6 +237,7 @@ class TestMixup:
         with pytest.raises(UserError, match="expected an even number.*got 5"):
             Mixup(num_classes=self.CLASSES, label_smoothing=0.0)(x[:5], y[:5], seed=0, step=0, block=0)
 
+    @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_same_on_a_gpu(self) -> None:
         mix, (x, y) = Mixup(num_classes=self.CLASSES, label_smoothing=0.1), self.batch()

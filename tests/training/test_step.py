@@ -142,6 +142,7 @@ def test_a_step_that_reuses_the_attacks_forward_reads_one_number():
     assert Reads.count == 2  # one a micro-batch
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("compile", ["0", "1"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -180,6 +181,7 @@ def test_a_step_does_not_synchronise_on_a_gpu(precision, compile):
     assert len(gaps) == 3 and all(before.elapsed_time(after) >= 0 for before, after in gaps)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_prefetch_moves_everything_in_order():
     device = torch.device("cuda")
