@@ -57,8 +57,9 @@ class Efficiency:
             numbers["tflop_per_second"] = round(rate / 1e12, 4)
             if self._peak is not None:
                 numbers["mfu"] = round(rate / self._peak, 4)
-        if self._device.type == "cuda":
-            numbers["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self._device) / 2**30, 2)
+        if self._device.type != "cpu":
+            used = torch.get_device_module(self._device).max_memory_allocated(self._device)
+            numbers["peak_memory_gib"] = round(used / 2**30, 2)
         return numbers
 
 
@@ -82,8 +83,8 @@ def forward_flops(model: nn.Module, size: int) -> int | None:
 
 
 def name_of(device: torch.device) -> str:
-    """Return the name of a GPU; empty for other devices."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    """Return the name of a GPU; empty for a CPU."""
+    return torch.get_device_module(device).get_device_name(device) if device.type != "cpu" else ""
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

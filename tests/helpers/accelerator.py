@@ -183,6 +183,7 @@ def register() -> None:
         current_device=lambda: 0,
         set_device=lambda device: None,
         get_device_name=lambda device=None: "fake",
+        max_memory_allocated=lambda device=None: 3 * 2**30,
         get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
         _is_in_bad_fork=lambda: False,
         manual_seed_all=lambda seed: None,
