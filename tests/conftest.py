@@ -14,7 +14,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import pytest
 
 import common.provenance
-from tests.helpers.accelerator import call_test
 from tests.training.helpers import write_images
 
 
@@ -61,13 +60,15 @@ def pytest_pyfunc_call(pyfuncitem):
     """Run tests marked `accelerator` in one other process: their device cannot be removed, and would change other tests."""
     if pyfuncitem.get_closest_marker("accelerator") is None:
         return None
+    from tests.helpers.accelerator import call_test
+
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     try:
         _accelerator_process().submit(
             call_test, pyfuncitem.module.__name__, pyfuncitem.originalname, arguments
         ).result()
     except BrokenProcessPool:
-        _accelerator_process.cache_clear()
+        _accelerator_process.cache_clear()  # the next test starts another one
         raise
     return True
 

@@ -34,7 +34,8 @@ COPIES = ("_to_copy", "copy_")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 # The host needs the result, or the result's shape, before it can go on.
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_dim")
-# Operators of this project's networks that autocast runs in half precision.
+# Operators of this project's networks that autocast runs in half precision. Unlike PyTorch's own, it keeps no cast weights, and
+# leaves all others, such as norms, in the type of their input, as on a CPU.
 LOWERED = ("conv2d", "linear", "matmul", "bmm", "baddbmm", "addmm", "scaled_dot_product_attention")
 
 
@@ -65,6 +66,7 @@ class Held(Tensor):
 class Accelerator(TorchDispatchMode):
     """Runs operators on the held tensors; raises `Refused` for tensors on different devices, and where the host waits.
 
+    For an operator of a backward pass it raises after that pass, because an error within it would end the process.
     `on_operator` is called with each operator that the device runs, its arguments and its result.
     """
 
@@ -126,7 +128,7 @@ class Accelerator(TorchDispatchMode):
             here = [value for value in given if not isinstance(value, Held)]
             refused = self._refused(func, name, args, kwargs, here, there)
             self._late = self._late or refused
-            if torch._C._current_autograd_node() is None:  # an error in a backward pass on this device ends the process
+            if torch._C._current_autograd_node() is None:
                 self._raise_late()
         if "device" in kwargs:
             kwargs["device"] = "cpu"
