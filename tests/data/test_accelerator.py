@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from data.augment import augment, concatenated, draw, generator
+from data.augment import OPERATIONS, augment, concatenated, draw, generator
 from data.transforms import Mixup
 from tests.data.test_augment import textured
 from tests.helpers.accelerator import MARKS, Accelerator
@@ -14,9 +14,10 @@ pytestmark = MARKS
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_augmentation_equals_the_cpus(seed):
+def test_augmentation_equals_the_cpus_and_the_host_waits_for_nothing(seed):
     rng, x = generator("draws", seed), textured(64, 32, 32)
     draws = concatenated([draw(rng, 32, flip=0.5, heavy=True) for _ in x])
+    assert set(range(len(OPERATIONS))) <= set(draws.op.flatten().tolist())
     expected = augment(x, draws)
     with Accelerator() as mode:
         pinned = x.pin_memory()

@@ -151,12 +151,6 @@ class TestAugment:
         x, wanted = textured(4), draws(4, op=10, arg=[1.7] * 4)
         assert torch.equal(augment(x.to(memory_format=torch.channels_last), wanted), augment(x, wanted))
 
-    def test_the_host_waits_for_nothing(self) -> None:
-        """No value is read back from the images' device: the meta device would raise."""
-        x = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device="meta")
-        many = concatenated([draw(generator("meta", i), 32, flip=0.5, heavy=True) for i in range(64)])
-        assert augment(x, many).shape == x.shape
-
     @pytest.mark.parametrize(
         ("dtype", "levels"), [(torch.float32, True), (torch.float64, True), (torch.float32, False)]
     )
