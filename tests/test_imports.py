@@ -23,7 +23,8 @@ ENTRIES = ["train", "runner_aa_eval", "demo", "hubconf"]
 
 # A package imports from itself and from lower layers only. Entries are scripts and may import one another.
 LAYERS = {
-    **dict.fromkeys([*ENTRIES, "ablation", "benchmarks", "tools"], 5),
+    "tools": 6,
+    **dict.fromkeys([*ENTRIES, "ablation", "benchmarks"], 5),
     **dict.fromkeys(["training", "evaluation"], 4),
     "zoo": 3,
     **dict.fromkeys(["attacks", "data", "utils_architecture"], 2),

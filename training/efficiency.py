@@ -68,7 +68,8 @@ def forward_flops(model: nn.Module, size: int) -> int | None:
 
     Matrix products, convolutions and attention are counted, a multiply-add as two. Nothing is computed.
     """
-    tensors = {name: value.to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    values = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {name: torch.empty_like(value, device="meta") for name, value in values}
     dtype, in_training = next(model.parameters()).dtype, [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -130,7 +130,7 @@ class Accelerator(TorchDispatchMode):
             self._late = self._late or refused
             if torch._C._current_autograd_node() is None:
                 self._raise_late()
-        if "device" in kwargs:
+        if there and "device" in kwargs:
             kwargs["device"] = "cpu"
         args, kwargs = tree_map_only(Held, lambda value: value.held, (args, kwargs))
         result = func(*args, **kwargs)
