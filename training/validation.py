@@ -129,7 +129,8 @@ class Validator:
         attack = partial(apgd, norm=adv.norm, eps=adv.eps, n_iter=self.config.validation.adv_n_iter)
         for kind, network in networks.items():
             standing = attack(network, x, y).acc
-            if left := standing.nonzero().flatten().tolist():
+            left = standing.nonzero().flatten()  # the host waits; a list would also be copied back for each use
+            if len(left):
                 standing[left] = attack(UnitGap(network), x[left], y[left]).acc
             with under_attack(network):
                 _, _, grad = evaluate_with_gradient(network, x, y)
