@@ -623,16 +623,27 @@ def test_a_run_that_stays_bad_ends_with_status_3(many, tmp_path, at_step, capsys
 
 
 def test_a_full_disk_loses_no_state_and_ends_nothing(many, undisturbed, tmp_path, at_step, monkeypatch, capsys):
-    original, full = torch.save, []
+    original, full, failed = torch.save, [], []
+    flags = base_flags(many, tmp_path) | RANDOM | {"logging.ckpt_steps": 2}
 
     def save(value, file, *args, **kwargs):
         if full and isinstance(value, dict) and "train" in value:
+            failed.append(value["step"])
             raise OSError(28, "No space left on device")
         return original(value, file, *args, **kwargs)
 
+    # States are written in the background, so each change waits for what was begun before it.
+    def fill(*_):
+        wait_until((folder_of(flags) / LAST).exists)
+        full.append(1)
+
+    def empty(*_):
+        wait_until(lambda: failed == [4, 6])
+        full.clear()
+        signalled()
+
     monkeypatch.setattr(torch, "save", save)
-    at_step({4: lambda *_: full.append(1), 8: lambda *_: (full.clear(), signalled())})
-    flags = base_flags(many, tmp_path) | RANDOM | {"logging.ckpt_steps": 2}
+    at_step({4: fill, 8: empty})
     folder = stopped(flags)
     errors = capsys.readouterr().err
     assert "training state of step 4 cannot be written (No space left on device)" in errors
