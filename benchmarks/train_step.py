@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from attacks.gradients import under_attack
 from attacks.losses import cross_entropy
@@ -205,13 +206,15 @@ def host_gap(step: Callable[[], object], device: torch.device) -> list[float] | 
     for _ in range(3):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
             seconds = timed(step, device).wall
-        kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        shares.append(max(0.0, 1 - sum(event.device_time for event in kernels) / 1e6 / seconds))
+        # Kernels and copies follow each other on one stream; a named region of the step would count them again.
+        there = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+        spans = [event.time_range.elapsed_us() for event in there if not event.is_user_annotation]
+        shares.append(max(0.0, 1 - sum(spans) / 1e6 / seconds))
     return shares
 
 
-def measure_arm(setup: Setup, arm: Arm, *, suffix: str) -> list[Row]:
-    """Measure the steps of one arm, taking turns with the published design."""
+def measure_arm(setup: Setup, arm: Arm, *, suffix: str) -> Iterator[list[Row]]:
+    """Measure the steps of one arm, taking turns with the published design, and then its gaps."""
     config, processes, device = setup.config(arm), setup.processes, setup.device
     clean = replace(config, adv=replace(config.adv, attack="none"))
     state, batch = build_state(config, processes), setup.batch()
@@ -220,14 +223,9 @@ def measure_arm(setup: Setup, arm: Arm, *, suffix: str) -> list[Row]:
     )
     prepared = timed(lambda: prepare_networks(state, config, processes, size=setup.size), device).wall
     if wants_compiled(config, processes) and state.attacked is state.model:
-        return [
-            row(
-                f"images_per_second_{arm.key}_{setup.arch}{suffix}",
-                None,
-                "images/s",
-                note="cannot be compiled, see above",
-            )
-        ]
+        name = f"images_per_second_{arm.key}_{setup.arch}{suffix}"
+        yield [row(name, None, "images/s", note="cannot be compiled, see above")]
+        return
 
     def published_step() -> None:
         published.step(batch.x, batch.y)
@@ -240,13 +238,14 @@ def measure_arm(setup: Setup, arm: Arm, *, suffix: str) -> list[Row]:
     kinds[f"{arm.key}_clean"] = partial(own_step, state, clean, processes, batch, reuse=False)
     measured = measure_kinds(kinds, device, repeats=setup.repeats, times=5 if setup.on_gpu else 1)
     part_ms = parts(setup, state, config, batch)
-    gap = host_gap(kinds[arm.key], device)
     flops = {
         kind: setup.batch_size * forward_flops(state.model, setup.size) * forward_equivalents(config.adv, reused=reused)
         for kind, reused in ((arm.key, False), (f"{arm.key}_reuse", True))
     }
     rate = matmul_rate(device, setup.precision)
-    return rows(setup, arm, measured, part_ms, flops, rate, gap=gap, prepared=prepared, suffix=suffix)
+    yield rows(setup, arm, measured, part_ms, flops, rate, prepared=prepared, suffix=suffix)
+    gap, name = host_gap(kinds[arm.key], device), f"host_gap_{arm.key}_{setup.arch}{suffix}"
+    yield [row(name, gap, "of the step without a kernel", note="" if setup.on_gpu else "GPU only")]
 
 
 def rows(
@@ -257,7 +256,6 @@ def rows(
     flops: dict[str, float],
     rate: float,
     *,
-    gap: list[float] | None,
     prepared: float,
     suffix: str,
 ) -> list[Row]:
@@ -301,7 +299,6 @@ def rows(
         add(f"reuse_ratio_{arm.key}", ratios(f"{arm.key}_reuse", arm.key), "of separate forward passes")
     for part, values in part_ms.items():
         add(f"ms_{part}_{arm.key}", values, "ms")
-    add(f"host_gap_{arm.key}", gap, "of the step without a kernel", note="" if setup.on_gpu else "GPU only")
     add(f"prepare_seconds_{arm.key}", [prepared], "s", note="compilation, or loading it from the cache")
     return found
 
@@ -356,7 +353,7 @@ def measure(arguments: argparse.Namespace) -> Any:
                     if batch_size == "largest":
                         yield largest_batch(setup, arm)
                     else:
-                        yield measure_arm(setup, arm, suffix=f"_batch{batch_size}" if number else "")
+                        yield from measure_arm(setup, arm, suffix=f"_batch{batch_size}" if number else "")
                 gc.collect()
 
 
